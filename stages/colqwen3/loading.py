@@ -1,0 +1,153 @@
+"""Loading a ColQwen3 from a folder, original or quantized, checked before any weight is read."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers import AutoModel, AutoProcessor
+
+from stages.checkpoint import read_headers, weight_files
+from stages.colqwen3 import ColQwen3, ColQwen3Config, ColQwen3Processor
+from stages.errors import PipelineError
+from stages.files import read_json
+from stages.layout import MODEL_TYPE, published_name
+from stages.packing import dequantize
+
+
+def quantization_config(folder: Path) -> dict[str, Any] | None:
+    """Return the ``quantization_config`` of a model folder, None for an original.
+
+    Raises
+    ------
+    PipelineError
+        If config.json is missing or damaged, or the model is no ColQwen3.
+    """
+    path = folder / "config.json"
+    config = read_json(path, "give a complete model folder")
+    if not isinstance(config, dict) or config.get("model_type") != MODEL_TYPE:
+        found = config.get("model_type") if isinstance(config, dict) else None
+        raise PipelineError(f"{path}: model_type is {found!r}; only {MODEL_TYPE!r} is supported")
+    quantization: dict[str, Any] | None = config.get("quantization_config")
+    return quantization
+
+
+def load_processor(
+    folder: Path, max_num_visual_tokens: int, trust_remote_code: bool = False
+) -> ColQwen3Processor:
+    """Load the processor of a model folder.
+
+    Raises
+    ------
+    PipelineError
+        If tokenizer or image-processor files are missing or damaged.
+    """
+    try:
+        processor: ColQwen3Processor = AutoProcessor.from_pretrained(
+            folder, max_num_visual_tokens=max_num_visual_tokens, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise PipelineError(
+            f"{folder}: processor cannot be loaded ({_line(error)}); fetch the folder again"
+        ) from None
+    return processor
+
+
+def load_model(
+    folder: Path, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False
+) -> ColQwen3:
+    """Load a model for embedding, in evaluation mode, with dense weights of `dtype`.
+
+    Quantized weights are dequantized once: the embeddings are those of the 4-bit weights, free of
+    a kernel's own rounding, and on a CPU dense weights are much faster than packed ones.
+
+    Raises
+    ------
+    PipelineError
+        If a file is damaged, or the tensors are not those of a ColQwen3.
+    """
+    quantization = quantization_config(folder)
+    read_headers(folder)
+    try:
+        if quantization is None:
+            model = AutoModel.from_pretrained(
+                folder, dtype=dtype, trust_remote_code=trust_remote_code
+            )
+        else:
+            model = _dense_from_packed(folder, quantization, dtype)
+        _check_finite(model)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise PipelineError(f"{folder}: model cannot be loaded ({_line(error)})") from None
+    loaded: ColQwen3 = model.eval().to(device)
+    return loaded
+
+
+def load_packed(
+    folder: Path, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False
+) -> Any:
+    """Load a quantized model as transformers does, with the kernel auto-round picks for `device`.
+
+    The kernel may force a dtype of its own: read ``model.dtype``.
+
+    Raises
+    ------
+    PipelineError
+        If the folder cannot be loaded.
+    """
+    read_headers(folder)
+    try:
+        model = AutoModel.from_pretrained(
+            folder, dtype=dtype, device_map=str(device), trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise PipelineError(f"{folder}: model cannot be loaded ({_line(error)})") from None
+    return model.eval()
+
+
+def load_source_dtype(folder: Path) -> torch.dtype:
+    """Return the dtype of the stored weights, read from the headers (that of the projection)."""
+    names = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+    for name, tensor in read_headers(folder).items():
+        if published_name(name) == "embedding_proj_layer.weight":
+            return names[tensor.dtype]
+    raise PipelineError(f"{folder}: lacks the tensor embedding_proj_layer.weight; fetch it again")
+
+
+def _dense_from_packed(folder: Path, quantization: dict[str, Any], dtype: torch.dtype) -> Any:
+    """Build the model of an ``auto_round`` checkpoint with its weights dequantized."""
+    raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    del raw["quantization_config"]
+    state = dict(dense_tensors(folder, quantization["bits"], dtype))
+    config = ColQwen3Config.from_dict(raw)
+    return ColQwen3.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
+
+
+def dense_tensors(
+    folder: Path, bits: int, dtype: torch.dtype
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield every tensor of a quantized folder by its unquantized name, packed ones as `dtype`."""
+    for path in weight_files(folder):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - the file is no dictionary
+                module, _, kind = name.rpartition(".")
+                if kind == "qweight":
+                    zeros, scales = (
+                        file.get_tensor(f"{module}.{part}") for part in ("qzeros", "scales")
+                    )
+                    dense = dequantize(file.get_tensor(name), zeros, scales, bits)
+                    yield f"{module}.weight", dense.to(dtype)
+                elif kind not in ("qzeros", "scales"):
+                    yield name, file.get_tensor(name)
+
+
+def _check_finite(model: Any) -> None:
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise ValueError(f"{name} holds NaN or infinite weights")
+
+
+def _line(error: Exception) -> str:
+    """Return the first line of an exception's message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

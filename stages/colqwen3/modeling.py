@@ -1,0 +1,164 @@
+"""ColQwen3: a Qwen3-VL backbone and a projection, one L2-normalised vector a token.
+
+The computation follows the model's published description: last hidden state after the final
+norm, projection with bias, L2 normalisation, zeros on padding. The backbone is transformers'
+own Qwen3-VL (M-RoPE, deepstack, causal attention).
+"""
+
+import inspect
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel, Qwen3VLPreTrainedModel
+from transformers.utils import ModelOutput
+
+from .configuration import ColQwen3Config
+
+# as in stages/layout.py, which this module cannot import: it travels with checkpoints
+LEGACY_KEY_MAPPING = {
+    r"^model\.language_model\.": "vlm.model.language_model.",
+    r"^model\.visual\.": "vlm.model.visual.",
+    r"^language_model\.": "vlm.model.language_model.",
+    r"^visual\.": "vlm.model.visual.",
+    r"^custom_text_proj\.": "embedding_proj_layer.",
+}
+UNUSED_KEYS = r"^(vlm\.)?lm_head\."
+
+# transformers 4.57 finds the image tokens itself
+TAKES_TOKEN_TYPES = "mm_token_type_ids" in inspect.signature(Qwen3VLModel.forward).parameters
+
+
+@dataclass
+class ColQwen3Output(ModelOutput):  # type: ignore[misc]
+    """What `ColQwen3.forward` returns.
+
+    Attributes
+    ----------
+    embeddings
+        Float tensor [batch, tokens, embed_dim]: unit vectors, exact zeros on padding.
+    """
+
+    embeddings: torch.Tensor | None = None
+
+
+class Backbone(nn.Module):
+    """Holds the Qwen3-VL model under the published name ``vlm.model``, without its unused head."""
+
+    def __init__(self, config: ColQwen3Config) -> None:
+        super().__init__()
+        self.model = Qwen3VLModel(config)
+
+
+class ColQwen3(Qwen3VLPreTrainedModel):  # type: ignore[misc]
+    """The ColQwen3 retriever: token ids and pixels in, one vector a token out."""
+
+    config_class = ColQwen3Config
+    config: ColQwen3Config
+    base_model_prefix = ""
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [UNUSED_KEYS]
+
+    def __init__(self, config: ColQwen3Config) -> None:
+        super().__init__(config)
+        self.vlm = Backbone(config)
+        self.embedding_proj_layer = nn.Linear(config.text_config.hidden_size, config.embed_dim)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the token embeddings."""
+        embeddings: nn.Module = self.vlm.model.get_input_embeddings()
+        return embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the token embeddings."""
+        self.vlm.model.set_input_embeddings(value)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Load as transformers does, but refuse to invent weights that the checkpoint lacks.
+
+        Published and legacy key names are accepted; a stored language-model head is ignored.
+
+        Raises
+        ------
+        ValueError
+            If a tensor is missing, has another shape, or is unknown.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        kwargs.setdefault("key_mapping", LEGACY_KEY_MAPPING)
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+            if names := sorted(map(str, info.get(problem) or ())):
+                raise ValueError(
+                    f"checkpoint has {problem.replace('_', ' ')}, the first is {names[0]}"
+                )
+        # else save_pretrained would write legacy names, undoing a renaming that never took place
+        model._weight_conversions = None
+        return (model, info) if wants_info else model
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_grid_thw: torch.Tensor | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        return_dict: bool | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> ColQwen3Output | tuple[torch.Tensor]:
+        """Embed a batch of queries or pages.
+
+        Parameters
+        ----------
+        input_ids, attention_mask
+            Integer tensors [batch, tokens], left-padded.
+        pixel_values
+            Float tensor [patches, channels x temporal patch x patch x patch], all pages in a row.
+        image_grid_thw
+            Integer tensor [pages, 3]: frames, patch rows and patch columns of each page.
+        mm_token_type_ids
+            Integer tensor [batch, tokens]: 1 on image tokens; computed when absent.
+        position_ids
+            Integer tensor [3, batch, tokens]; computed when absent.
+        return_dict
+            False returns a plain tuple.
+        use_cache
+            Ignored: a retriever never continues a sequence.
+        **kwargs
+            Passed to the backbone.
+
+        Returns
+        -------
+        ColQwen3Output
+            Its ``embeddings`` are [batch, tokens, embed_dim].
+        """
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        if image_grid_thw is None:
+            if position_ids is None:
+                # counted from the first real token, as M-RoPE does for pages: padding moves nothing
+                position_ids = (
+                    (attention_mask.long().cumsum(-1) - 1).clamp(min=0).expand(3, *input_ids.shape)
+                )
+        elif TAKES_TOKEN_TYPES:
+            if mm_token_type_ids is None:
+                mm_token_type_ids = (input_ids == self.config.image_token_id).int()
+            kwargs["mm_token_type_ids"] = mm_token_type_ids
+        hidden = self.vlm.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            pixel_values=pixel_values,
+            image_grid_thw=image_grid_thw,
+            position_ids=position_ids,
+            use_cache=False,
+            **kwargs,
+        )[0]
+        projection = self.embedding_proj_layer
+        embeddings = projection(hidden.to(projection.weight.dtype))
+        norms = embeddings.norm(dim=-1, keepdim=True)
+        embeddings = embeddings / norms.clamp(min=torch.finfo(embeddings.dtype).eps)
+        embeddings = embeddings * attention_mask.unsqueeze(-1)
+        return (embeddings,) if return_dict is False else ColQwen3Output(embeddings=embeddings)

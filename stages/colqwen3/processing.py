@@ -1,0 +1,134 @@
+"""Processor of ColQwen3: pages and queries to tensors, and MaxSim; Pillow only, no torchvision."""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from PIL import Image
+from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from .scoring import max_sim
+
+DEFAULT_MAX_NUM_VISUAL_TOKENS = 1280
+PAGE_PROMPT = "<|im_start|>user\n<|vision_start|>{image}<|vision_end|>Describe the image.<|im_end|><|endoftext|>"
+IMAGE_TOKEN = "<|image_pad|>"
+AUGMENTATION_TOKEN = "<|endoftext|>"
+AUGMENTATION_TOKENS = 10
+
+
+class ColQwen3Processor(ProcessorMixin):  # type: ignore[misc]
+    """Turns page images and texts into the model's inputs.
+
+    Parameters
+    ----------
+    image_processor
+        Qwen2-VL's image processor with a Pillow back end, so that results are the same everywhere.
+    tokenizer
+        Qwen's tokenizer; it pads on the left.
+    """
+
+    attributes: ClassVar[list[str]] = ["image_processor", "tokenizer"]
+    image_processor_class = "AutoImageProcessor"
+    tokenizer_class = "AutoTokenizer"
+
+    def __init__(self, image_processor: Any = None, tokenizer: Any = None, **kwargs: Any) -> None:
+        tokenizer.padding_side = "left"
+        super().__init__(image_processor, tokenizer)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str,
+        max_num_visual_tokens: int = DEFAULT_MAX_NUM_VISUAL_TOKENS,
+        trust_remote_code: bool = False,
+        **kwargs: Any,
+    ) -> "ColQwen3Processor":
+        """Load tokenizer and image processor from a folder or Hub id.
+
+        Parameters
+        ----------
+        pretrained_model_name_or_path
+            A folder or Hub id.
+        max_num_visual_tokens
+            A page is shrunk until it has at most so many visual tokens.
+        trust_remote_code
+            Ignored unless the tokenizer comes with code of its own.
+        **kwargs
+            Where to find the files: ``revision``, ``cache_dir``, ``token``, ``local_files_only``.
+        """
+        known = ("revision", "cache_dir", "token", "local_files_only", "subfolder")
+        where = {key: kwargs[key] for key in known if key in kwargs}
+        images = Qwen2VLImageProcessorPil.from_pretrained(pretrained_model_name_or_path, **where)
+        # a visual token covers merge_size x merge_size patches
+        side = images.patch_size * images.merge_size
+        longest = max_num_visual_tokens * side * side
+        images.size = {
+            "shortest_edge": min(images.size["shortest_edge"], longest),
+            "longest_edge": longest,
+        }
+        tokenizer = AutoTokenizer.from_pretrained(
+            pretrained_model_name_or_path, trust_remote_code=trust_remote_code, **where
+        )
+        return cls(image_processor=images, tokenizer=tokenizer)
+
+    def process_images(self, images: Sequence[Image.Image]) -> BatchFeature:
+        """Turn pages into model inputs.
+
+        Returns
+        -------
+        BatchFeature
+            ``input_ids`` and ``attention_mask`` [pages, tokens], left-padded; ``pixel_values``
+            [patches, channels x temporal patch x patch x patch], all pages in a row;
+            ``image_grid_thw`` [pages, 3]. A page has 11 tokens beside its visual ones.
+
+        Raises
+        ------
+        ValueError
+            If a page is more than 200 times as long as wide.
+        """
+        pixels = self.image_processor(
+            [image.convert("RGB") for image in images], return_tensors="pt"
+        )
+        counts = pixels["image_grid_thw"].prod(-1) // self.image_processor.merge_size**2
+        prompts = [PAGE_PROMPT.format(image=IMAGE_TOKEN * int(count)) for count in counts]
+        return BatchFeature({**self._tokenize(prompts), **pixels})
+
+    def process_texts(self, texts: Sequence[str]) -> BatchFeature:
+        """Turn queries, or documents given as text, into model inputs.
+
+        Returns
+        -------
+        BatchFeature
+            ``input_ids`` and ``attention_mask`` [texts, tokens], left-padded. Each text ends in
+            ten augmentation tokens, which are attended to.
+        """
+        suffix = AUGMENTATION_TOKEN * AUGMENTATION_TOKENS
+        return BatchFeature(dict(self._tokenize([text.strip() + suffix for text in texts])))
+
+    def _tokenize(self, texts: list[str]) -> Any:
+        return self.tokenizer(
+            texts, padding="longest", return_tensors="pt", return_token_type_ids=False
+        )
+
+    def __call__(
+        self, images: Any = None, text: str | Sequence[str] | None = None, **kwargs: Any
+    ) -> BatchFeature:
+        """Process either pages or texts, as `process_images` and `process_texts` do.
+
+        Raises
+        ------
+        ValueError
+            If both or neither are given.
+        """
+        if (images is None) == (text is None):
+            raise ValueError("give either images or text")
+        if text is not None:
+            return self.process_texts([text] if isinstance(text, str) else text)
+        return self.process_images([images] if isinstance(images, Image.Image) else images)
+
+    def score_multi_vector(
+        self, qs: Sequence[torch.Tensor] | torch.Tensor, ps: Sequence[torch.Tensor] | torch.Tensor
+    ) -> torch.Tensor:
+        """Score every query against every page by MaxSim, see `max_sim`."""
+        return max_sim(qs, ps)

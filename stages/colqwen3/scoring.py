@@ -1,0 +1,51 @@
+"""MaxSim, the late interaction of ColBERT (Khattab and Zaharia, 2020, arXiv:2004.12832)."""
+
+from collections.abc import Sequence
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+BATCH = 128  # queries and pages scored at a time, so that the similarities fit in memory
+
+
+def max_sim(
+    queries: Sequence[torch.Tensor] | torch.Tensor, pages: Sequence[torch.Tensor] | torch.Tensor
+) -> torch.Tensor:
+    """Score every query against every page: sum over query tokens of the best page token.
+
+    Rows of zeros are padding and are left out. The publisher's own method lets them take part, so
+    that a query token whose best similarity is negative scores 0 on a padded page; here a score
+    never depends on what else is in the batch.
+
+    Parameters
+    ----------
+    queries, pages
+        One [tokens, embed_dim] tensor each, or one padded tensor [items, tokens, embed_dim].
+
+    Returns
+    -------
+    torch.Tensor
+        Float32 scores [queries, pages] on the CPU.
+
+    Raises
+    ------
+    ValueError
+        If there are no queries or no pages.
+    """
+    if len(queries) == 0 or len(pages) == 0:
+        raise ValueError("need at least one query and one page")
+    rows = []
+    for q in range(0, len(queries), BATCH):
+        query = pad_sequence([item.float() for item in queries[q : q + BATCH]], batch_first=True)
+        row = []
+        for p in range(0, len(pages), BATCH):
+            page = pad_sequence([item.float() for item in pages[p : p + BATCH]], batch_first=True)
+            page = page.to(query.device)
+            padding = (page == 0).all(-1)
+            similarities = torch.einsum("qnd,pmd->qpnm", query, page)
+            best = similarities.masked_fill(padding[None, :, None, :], -torch.inf).amax(-1)
+            # a padded query row must add 0, also on a page without any token
+            best = best.masked_fill((query == 0).all(-1)[:, None, :], 0)
+            row.append(best.sum(-1).cpu())
+        rows.append(torch.cat(row, dim=1))
+    return torch.cat(rows)

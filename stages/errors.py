@@ -1,0 +1,19 @@
+"""The one error type that a user is meant to see, and the way a stage ends on it."""
+
+import logging
+import sys
+from collections.abc import Callable
+
+
+class PipelineError(Exception):
+    """A problem that the user can mend: one line naming the file or key, and the mend."""
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a stage's ``main`` with logging on stderr; end a `PipelineError` as one line, status 1."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        main()
+    except PipelineError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)

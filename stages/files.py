@@ -1,0 +1,54 @@
+"""Writing results so that a half-written file is never taken for a whole one."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from stages.errors import PipelineError
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as sorted, indented JSON of finite numbers, by rename.
+
+    Raises
+    ------
+    ValueError
+        If a number is NaN or infinite: such JSON is invalid and shows in every diff.
+    """
+    text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def read_json(path: Path, mend: str) -> Any:
+    """Read a JSON file; `mend` says in the error what to do when it is missing or damaged.
+
+    Raises
+    ------
+    PipelineError
+        If the file is missing or is no JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise PipelineError(f"{path}: cannot be read ({error.strerror}); {mend}") from None
+    except ValueError as error:
+        raise PipelineError(f"{path}: is not valid JSON ({error}); {mend}") from None
+
+
+def fresh_folder(path: Path) -> Path:
+    """Return an empty sibling of `path` to write into; `publish_folder` moves it into place."""
+    partial = path.with_name(path.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    return partial
+
+
+def publish_folder(partial: Path, path: Path) -> None:
+    """Replace folder `path` by `partial`."""
+    shutil.rmtree(path, ignore_errors=True)
+    os.replace(partial, path)

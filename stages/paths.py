@@ -1,0 +1,12 @@
+"""Where the stages leave their results; dvc.yaml names the same places."""
+
+from pathlib import Path
+
+MANIFEST = Path("artifacts/manifest.json")
+CALIBRATION = Path("artifacts/calibration")  # one folder a method
+CHECKPOINTS = Path("artifacts/checkpoints")  # one folder a recipe
+EMBEDDINGS = Path("artifacts/embeddings")  # one file a recipe, and that of the original
+METRICS = Path("metrics")  # <recipe>.json, and the folders below
+QUANTIZE_METRICS = METRICS / "quantize"
+SPEED_METRICS = METRICS / "speed"
+PLOTS = METRICS / "plots"
