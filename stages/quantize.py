@@ -9,7 +9,7 @@ import argparse
 import contextlib
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +130,8 @@ def quantize(
 def collect(output: Path, source: Path, linears: dict[str, list[int]], target: Path) -> None:
     """Make the checkpoint in `target` from AutoRound's output and the source folder.
 
-    The weights are AutoRound's; config.json is the source's own with AutoRound's
+    The planned linears are AutoRound's; every other tensor is the source's own, because AutoRound
+    turns them into float32 on a CPU that has no bfloat16 arithmetic. config.json is the source's own with AutoRound's
     ``quantization_config``, so that published field names stay; tokenizer and processor files are
     copied. Python files are not: nothing in the result runs code from the source.
 
@@ -139,14 +140,17 @@ def collect(output: Path, source: Path, linears: dict[str, list[int]], target: P
     PipelineError
         If another set of linears was quantized than planned, or another tensor changed.
     """
-    weights = {}
-    for path in weight_files(output):
-        with safe_open(path, framework="pt") as file:
-            weights.update({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-    check_plan(weights, linears)
-    check_untouched(weights, source, linears)
-    # sorted and without metadata: equal tensors give equal bytes
-    save_file(dict(sorted(weights.items())), target / SINGLE, metadata={"format": "pt"})
+    made_tensors = dict(read_tensors(output))
+    check_plan(made_tensors, linears)
+    weights = {
+        name: tensor for name, tensor in made_tensors.items() if name.rpartition(".")[0] in linears
+    }
+    for name, tensor in read_tensors(source):
+        if name.removesuffix(".weight") in linears:
+            continue
+        check_untouched(name, tensor, made_tensors.get(name))
+        weights[name] = tensor
+    save_file(weights, target / SINGLE, metadata={"format": "pt"})
     mend = "run `dvc repro -f`"
     config = read_json(source / "config.json", mend)
     made = read_json(output / "config.json", mend)
@@ -174,27 +178,25 @@ def check_plan(names: Any, linears: dict[str, list[int]]) -> None:
         raise PipelineError(f"quantize: {linear} {problem}; AutoRound's log above may say why")
 
 
-def check_untouched(
-    weights: dict[str, torch.Tensor], source: Path, linears: dict[str, list[int]]
-) -> None:
-    """Compare every tensor outside the plan with the source, dtype and bytes.
+def read_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the tensors of a model folder by published name, unused ones left out."""
+    for path in weight_files(folder):
+        with safe_open(path, framework="pt") as file:
+            for stored in file.keys():  # noqa: SIM118 - the file is no dictionary
+                if not is_unused(stored):
+                    yield published_name(stored), file.get_tensor(stored)
+
+
+def check_untouched(name: str, before: torch.Tensor, after: torch.Tensor | None) -> None:
+    """Check that AutoRound left the values of a tensor outside the plan alone.
 
     Raises
     ------
     PipelineError
-        Naming the first tensor that is missing or differs.
+        If it is gone or holds other values.
     """
-    for path in weight_files(source):
-        with safe_open(path, framework="pt") as file:
-            for stored in file.keys():  # noqa: SIM118
-                name = published_name(stored)
-                if is_unused(stored) or name.removesuffix(".weight") in linears:
-                    continue
-                before, after = file.get_tensor(stored), weights.get(name)
-                if after is None or after.dtype != before.dtype or not torch.equal(after, before):
-                    raise PipelineError(
-                        f"quantize: {name} is not planned for quantization, but it changed"
-                    )
+    if after is None or not torch.equal(after.float(), before.float()):
+        raise PipelineError(f"quantize: {name} is not planned for quantization, but it changed")
 
 
 def relative_errors(folder: Path, source: Path, bits: int) -> dict[str, float]:
@@ -205,18 +207,17 @@ def relative_errors(folder: Path, source: Path, bits: int) -> dict[str, float]:
         name.removesuffix(".qweight") for name in read_headers(folder) if name.endswith(".qweight")
     }
     dense = {
-        name.removesuffix(".weight"): tensor
+        name: tensor
         for name, tensor in dense_tensors(folder, bits, torch.float32)
         if name.removesuffix(".weight") in packed
     }
-    errors = {}
-    for path in weight_files(source):
-        with safe_open(path, framework="pt") as file:
-            for stored in file.keys():  # noqa: SIM118
-                linear = published_name(stored).removesuffix(".weight")
-                if linear in packed:
-                    weight = file.get_tensor(stored).float()
-                    errors[linear] = float((dense[linear] - weight).norm() / weight.norm())
+    errors = {
+        name.removesuffix(".weight"): float(
+            (dense[name] - weight.float()).norm() / weight.float().norm()
+        )
+        for name, weight in read_tensors(source)
+        if name in dense
+    }
     return {name: round(errors[name], 6) for name in sorted(errors, key=_layer_order)}
 
 

@@ -44,6 +44,7 @@ def load_processor(
     PipelineError
         If tokenizer or image-processor files are missing or damaged.
     """
+    quantization_config(folder)  # what is no ColQwen3 is better refused as that
     try:
         processor: ColQwen3Processor = AutoProcessor.from_pretrained(
             folder, max_num_visual_tokens=max_num_visual_tokens, trust_remote_code=trust_remote_code

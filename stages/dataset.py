@@ -1,0 +1,230 @@
+"""Document sets in the BEIR convention: corpus/ (page images), queries.jsonl, qrels.tsv."""
+
+import json
+import logging
+import re
+import warnings
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, UnidentifiedImageError
+
+from stages.errors import PipelineError
+
+logger = logging.getLogger(__name__)
+
+SUFFIXES = (".png", ".jpg", ".jpeg")
+QRELS_HEADER = "query-id\tcorpus-id\tscore"
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Queries, pages, and which pages answer which query.
+
+    Attributes
+    ----------
+    queries
+        Text of each query by its ``_id``, in the order of queries.jsonl.
+    pages
+        Image file of each page by its stem, sorted by file name.
+    relevance
+        Score of each judged page, for every query in the order of `queries`; 0: not relevant.
+    """
+
+    queries: dict[str, str]
+    pages: dict[str, Path]
+    relevance: dict[str, dict[str, int]]
+
+
+def read_dataset(folder: Path) -> Dataset:
+    """Read a whole folder; images are listed, not opened.
+
+    Raises
+    ------
+    PipelineError
+        If a part is missing or wrong; see the readers of the parts.
+    """
+    if not folder.is_dir():
+        raise PipelineError(f"{folder}: no such folder; give one in the BEIR convention")
+    queries = read_queries(folder / "queries.jsonl")
+    pages = find_pages(folder / "corpus")
+    return Dataset(queries, pages, read_relevance(folder / "qrels.tsv", queries, pages))
+
+
+def read_queries(path: Path) -> dict[str, str]:
+    """Read queries, one JSON object ``{"_id": ..., "text": ...}`` a line; blank lines are skipped.
+
+    Raises
+    ------
+    PipelineError
+        If a line is no such object, an id repeats, an id or text is blank, or there is no query.
+    """
+    queries: dict[str, str] = {}
+    lines: dict[str, int] = {}
+    for number, line in enumerate(_read_lines(path), 1):
+        if not line.strip():
+            continue
+        where = f"{path}: line {number}"
+        query = _parse_object(line, where)
+        for key in ("_id", "text"):
+            if not isinstance(query.get(key), str):
+                raise PipelineError(f'{where}: lacks "{key}" as a string; add it')
+        name, text = query["_id"], query["text"]
+        _check_name(name, f"{where}: _id {name!r}")
+        if name in lines:
+            raise PipelineError(f"{where}: repeats _id {name!r} of line {lines[name]}; rename one")
+        if not text.strip():
+            raise PipelineError(f"{where}: text of {name!r} is blank; write one or remove the line")
+        if not _encodable(text):
+            raise PipelineError(f"{where}: text of {name!r} holds half a character; mend its \\u")
+        queries[name], lines[name] = text, number
+    if not queries:
+        raise PipelineError(f"{path}: holds no query; write one JSON object a line")
+    return queries
+
+
+def find_pages(folder: Path) -> dict[str, Path]:
+    """Return the PNG and JPEG files of a folder by stem, sorted by file name.
+
+    Raises
+    ------
+    PipelineError
+        If there is no folder, no page in it, or two files of one stem.
+    """
+    try:
+        entries = sorted(folder.iterdir(), key=lambda path: path.name)
+    except OSError as error:
+        reason = error.strerror
+        raise PipelineError(f"{folder}: cannot be read ({reason}); give the pages there") from None
+    # names with a leading dot are left by desktops and archivers beside the real files
+    files = [path for path in entries if path.is_file() and not path.name.startswith(".")]
+    pages: dict[str, Path] = {}
+    for path in files:
+        if path.suffix.lower() not in SUFFIXES:
+            continue
+        _check_name(path.stem, f"{folder}: the file name {path.name!r}")
+        if path.stem in pages:
+            raise PipelineError(f"{path}: has the same name as {pages[path.stem].name}; rename one")
+        pages[path.stem] = path
+    others = [path for path in files if path.suffix.lower() not in SUFFIXES]
+    if not pages and any(path.suffix.lower() == ".pdf" for path in others):
+        raise PipelineError(f"{folder}: holds only PDFs, which are not yet supported; give PNGs")
+    if not pages:
+        raise PipelineError(f"{folder}: holds no PNG or JPEG; put one image a page there")
+    if others:
+        logger.warning(
+            "%s: left out %d files, no PNG or JPEG: %s ...", folder, len(others), others[0].name
+        )
+    return pages
+
+
+def open_page(path: Path) -> Image.Image:
+    """Read a whole page image.
+
+    Raises
+    ------
+    PipelineError
+        If it is missing, damaged, empty, no PNG or JPEG, or of more pixels than Pillow accepts.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            # by content: what a file is called does not choose the decoder
+            with Image.open(path, formats=("PNG", "JPEG")) as image:
+                image.load()
+                return image
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        limit = Image.MAX_IMAGE_PIXELS
+        raise PipelineError(f"{path}: has more than {limit} pixels; shrink it") from None
+    except UnidentifiedImageError:
+        reason = "is empty" if path.stat().st_size == 0 else "is no PNG or JPEG image"
+        raise PipelineError(f"{path}: {reason}; replace or remove it") from None
+    except (OSError, SyntaxError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise PipelineError(f"{path}: cannot be read ({reason}); replace or remove it") from None
+
+
+def read_relevance(
+    path: Path, queries: Collection[str], pages: Collection[str]
+) -> dict[str, dict[str, int]]:
+    """Read relevance judgements: header ``query-id corpus-id score``, then one a line, by tabs.
+
+    Raises
+    ------
+    PipelineError
+        If the header or a line is malformed, an id is unknown, a pair is judged twice, or a query
+        has no page of a score above 0.
+    """
+    lines = _read_lines(path)
+    if lines[0] != QRELS_HEADER:
+        raise PipelineError(f"{path}: line 1: is not the header {QRELS_HEADER!r}; add it")
+    relevance: dict[str, dict[str, int]] = {name: {} for name in queries}
+    judged: dict[tuple[str, str], int] = {}
+    for number, line in enumerate(lines[1:], 2):
+        if not line.strip():
+            continue
+        where = f"{path}: line {number}"
+        fields = line.split("\t")
+        if len(fields) != 3:
+            raise PipelineError(f"{where}: has {len(fields)} fields, not 3; separate them by tabs")
+        query, page, score = fields
+        if query not in relevance:
+            raise PipelineError(f"{where}: query {query!r} is not in queries.jsonl; mend it")
+        if page not in pages:
+            raise PipelineError(
+                f"{where}: page {page!r} is not in corpus/; give a file name without its ending"
+            )
+        # trec_eval keeps a counter for every level up to the highest
+        if not re.fullmatch("[0-9]{1,4}", score):
+            raise PipelineError(f"{where}: score {score!r} is no whole number in 0..9999; mend it")
+        if (query, page) in judged:
+            raise PipelineError(
+                f"{where}: repeats the pair of line {judged[query, page]}; remove one"
+            )
+        relevance[query][page], judged[query, page] = int(score), number
+    for query, scores in relevance.items():
+        if not any(scores.values()):
+            raise PipelineError(f"{path}: query {query!r} has no relevant page; add a line for one")
+    return relevance
+
+
+def _read_lines(path: Path) -> list[str]:
+    """Return the lines of a UTF-8 file without their ends; at least one."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise PipelineError(f"{path}: cannot be read ({error.strerror}); add it") from None
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        number = data.count(b"\n", 0, error.start) + 1
+        raise PipelineError(f"{path}: line {number}: is not UTF-8; save it so") from None
+    # str.splitlines would also split at characters that JSON strings may hold
+    return [line.removesuffix("\r") for line in text.split("\n")]
+
+
+def _parse_object(line: str, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        raise PipelineError(f"{where}: is not valid JSON ({error}); mend it") from None
+    if not isinstance(value, dict):
+        raise PipelineError(f'{where}: is no JSON object; write {{"_id": "q1", "text": "..."}}')
+    return value
+
+
+def _check_name(name: str, what: str) -> None:
+    """Refuse a name that the files and libraries further on could not carry."""
+    if not name.strip() or not name.isprintable():
+        raise PipelineError(f"{what} is blank or holds unprintable characters; rename it")
+
+
+def _encodable(text: str) -> bool:
+    """Whether a tokenizer can take the text: JSON escapes can hold half a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

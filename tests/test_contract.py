@@ -1,0 +1,128 @@
+"""dvc.yaml, params.yaml, imports and README must tell the same story."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+STAGES = Path("stages")
+
+
+def read_yaml(path: str) -> Any:
+    return YAML(typ="safe", pure=True).load(Path(path).read_text())
+
+
+PARAMS: dict[str, Any] = read_yaml("params.yaml")
+PIPELINE: dict[str, Any] = read_yaml("dvc.yaml")["stages"]
+BODIES: dict[str, dict[str, Any]] = {
+    name: stage.get("do", stage) for name, stage in PIPELINE.items()
+}
+
+
+def imported_modules(path: Path) -> set[Path]:
+    """The project's own files that a module imports, anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            package = list(path.with_suffix("").parts[: -node.level]) if node.level else []
+            base = ".".join([*package, *filter(None, [node.module])])
+            names |= {base} | {f"{base}.{alias.name}" for alias in node.names}
+    files = set()
+    for name in names:
+        if name.split(".")[0] == "stages":
+            path = Path(*name.split("."))
+            files |= {path.with_suffix(".py"), path / "__init__.py", path.parent / "__init__.py"}
+    return {file for file in files if file.exists()}
+
+
+def needed_modules(module: Path) -> set[Path]:
+    found: set[Path] = set()
+    queue = [module]
+    while queue:
+        path = queue.pop()
+        if path not in found:
+            found.add(path)
+            queue += imported_modules(path)
+    return found - {STAGES / "__init__.py"}  # holds no code
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_deps_are_the_modules_that_the_stage_imports(name: str) -> None:
+    body = BODIES[name]
+    module = Path(body["cmd"].split()[2].replace(".", "/") + ".py")
+    listed = {Path(dep) for dep in body["deps"] if dep.startswith("stages/")}
+    assert listed == needed_modules(module)
+
+
+def test_imports_are_found_in_every_form(tmp_path: Path) -> None:
+    code = "import stages.files\nfrom stages import paths\ndef f():\n    from stages.errors import run\n"
+    (tmp_path / "m.py").write_text(code)
+    found = {path.name for path in imported_modules(tmp_path / "m.py")}
+    assert found == {"__init__.py", "files.py", "paths.py", "errors.py"}
+    relative = imported_modules(STAGES / "colqwen3/processing.py")
+    assert STAGES / "colqwen3/scoring.py" in relative
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_params_of_stages_exist(name: str) -> None:
+    for key in BODIES[name]["params"]:
+        value: Any = PARAMS
+        for part in key.replace("${key}", next(iter(PARAMS["recipes"]))).split("."):
+            assert part in value, f"{name}: {key}"
+            value = value[part]
+
+
+def test_every_section_of_params_is_used() -> None:
+    used = {key.split(".")[0] for body in BODIES.values() for key in body["params"]}
+    assert used == PARAMS.keys()
+
+
+def test_every_stage_says_what_it_does() -> None:
+    assert all(body.get("desc") for body in BODIES.values())
+
+
+def test_large_outs_lie_in_the_ignored_folder_and_metrics_in_git() -> None:
+    for body in BODIES.values():
+        assert all(out.startswith("artifacts/") for out in body.get("outs", []))
+        for entry in [*body.get("metrics", []), *body.get("plots", [])]:
+            ((path, options),) = entry.items()
+            assert path.startswith("metrics/")
+            assert options["cache"] is False
+    assert "/artifacts/" in Path(".gitignore").read_text().splitlines()
+
+
+def test_stage_modules_do_not_shadow_the_standard_library() -> None:
+    assert not {path.stem for path in STAGES.glob("*.py")} & sys.stdlib_module_names
+
+
+def test_tests_mirror_stages() -> None:
+    modules = [path for path in STAGES.rglob("*.py") if path.name != "__init__.py"]
+    tested = {path.name for path in Path("tests").rglob("test_*.py")}
+    # constants, and what every other test goes through
+    without = {"paths.py", "errors.py", "configuration.py"}
+    missing = [
+        str(path)
+        for path in modules
+        if f"test_{path.name}" not in tested | {f"test_{n}" for n in without}
+    ]
+    assert not missing
+
+
+def test_requirements_are_pinned_and_name_no_address() -> None:
+    lines = Path("requirements.txt").read_text().splitlines()
+    pins = [line for line in lines if not line.startswith("#")]
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[\w.]+", pin) for pin in pins)
+    assert "torchvision" not in {pin.split("==")[0] for pin in pins}
+
+
+def test_readme_shows_the_dag() -> None:
+    command = [sys.executable, "-m", "dvc", "dag", "--md"]
+    drawn = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert drawn.strip() in Path("README.md").read_text()

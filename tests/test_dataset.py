@@ -1,0 +1,221 @@
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from stages.dataset import find_pages, open_page, read_dataset, read_queries, read_relevance
+from stages.errors import PipelineError
+
+QRELS = "query-id\tcorpus-id\tscore\n"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "corpus").mkdir()
+    for name in ("b.png", "a.jpg", "c.d.JPEG"):
+        Image.new("RGB", (8, 6), "white").save(tmp_path / "corpus" / name)
+    (tmp_path / "queries.jsonl").write_text(
+        '{"_id": "q2", "text": "zwei Äpfel"}\n\n{"_id": "q1", "text": "one", "more": 1}\n',
+        encoding="utf-8",
+    )
+    (tmp_path / "qrels.tsv").write_text(QRELS + "q1\tb\t1\nq1\ta\t0\nq2\tc.d\t3\nq2\tb\t1\n")
+    return tmp_path
+
+
+def refusal(reader: Callable[..., object], *args: object) -> str:
+    with pytest.raises(PipelineError) as caught:
+        reader(*args)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_reads_a_whole_folder_in_order(folder: Path) -> None:
+    dataset = read_dataset(folder)
+    assert list(dataset.queries.items()) == [("q2", "zwei Äpfel"), ("q1", "one")]
+    assert [(stem, path.name) for stem, path in dataset.pages.items()] == [
+        ("a", "a.jpg"),
+        ("b", "b.png"),
+        ("c.d", "c.d.JPEG"),
+    ]
+    assert list(dataset.relevance) == ["q2", "q1"]
+    assert dataset.relevance == {"q1": {"b": 1, "a": 0}, "q2": {"c.d": 3, "b": 1}}
+
+
+def test_reads_files_saved_by_windows(folder: Path) -> None:
+    for name in ("queries.jsonl", "qrels.tsv"):
+        text = (folder / name).read_text(encoding="utf-8").replace("\n", "\r\n")
+        (folder / name).write_bytes(b"\xef\xbb\xbf" + text.encode())
+    dataset = read_dataset(folder)
+    assert dataset.queries == {"q2": "zwei Äpfel", "q1": "one"}
+    assert dataset.relevance["q2"] == {"c.d": 3, "b": 1}
+
+
+def test_a_line_separator_inside_a_text_ends_no_line(tmp_path: Path) -> None:
+    path = tmp_path / "queries.jsonl"
+    path.write_text('{"_id": "q", "text": "two\u2028lines"}', encoding="utf-8")
+    assert read_queries(path) == {"q": "two\u2028lines"}
+
+
+@pytest.mark.parametrize("name", ["corpus", "queries.jsonl", "qrels.tsv"])
+def test_refuses_a_folder_that_lacks_a_part(folder: Path, name: str) -> None:
+    (folder / name).rename(folder / "elsewhere")
+    assert refusal(read_dataset, folder).startswith(f"{folder / name}: cannot be read")
+
+
+def test_refuses_a_missing_folder(tmp_path: Path) -> None:
+    assert "no such folder" in refusal(read_dataset, tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("not json", "is not valid JSON"),
+        ('["q3", "text"]', "is no JSON object"),
+        ('{"text": "t"}', 'lacks "_id"'),
+        ('{"_id": 3, "text": "t"}', 'lacks "_id"'),
+        ('{"_id": "q3"}', 'lacks "text"'),
+        ('{"_id": "q3", "text": null}', 'lacks "text"'),
+        ('{"_id": "q3", "text": " \\t"}', "text of 'q3' is blank"),
+        ('{"_id": "", "text": "t"}', "_id '' is blank"),
+        ('{"_id": "q\\t3", "text": "t"}', "unprintable"),
+        ('{"_id": "q3", "text": "\\ud800"}', "half a character"),
+        ('{"_id": "q1", "text": "again"}', "repeats _id 'q1' of line 1"),
+        (b'{"_id": "q3", "text": "\xff"}', "is not UTF-8"),
+    ],
+)
+def test_refuses_a_bad_query_by_line(tmp_path: Path, line: str | bytes, reason: str) -> None:
+    path = tmp_path / "queries.jsonl"
+    data = line if isinstance(line, bytes) else line.encode()
+    path.write_bytes(b'{"_id": "q1", "text": "one"}\n\n' + data + b"\n\n\n")
+    message = refusal(read_queries, path)
+    assert message.startswith(str(path) + ": line 3: ")
+    assert reason in message
+
+
+@pytest.mark.parametrize("text", ["", "\n \n"])
+def test_refuses_a_file_without_queries(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "queries.jsonl"
+    path.write_text(text)
+    assert refusal(read_queries, path).startswith(f"{path}: holds no query")
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("q1 p1 1", "has 1 fields"),
+        ("q1\tp2\t1\tx", "has 4 fields"),
+        ("q9\tp2\t1", "query 'q9' is not in queries.jsonl"),
+        ("q1\tp2.png\t1", "page 'p2.png' is not in corpus/"),
+        ("q1\tp2\t-1", "score '-1'"),
+        ("q1\tp2\t1.0", "score '1.0'"),
+        ("q1\tp2\t", "score ''"),
+        ("q1\tp2\t10000", "score '10000'"),
+        ("q1\tp1\t2", "repeats the pair of line 2"),
+    ],
+)
+def test_refuses_a_bad_judgement_by_line(tmp_path: Path, line: str, reason: str) -> None:
+    path = tmp_path / "qrels.tsv"
+    path.write_text(f"{QRELS}q1\tp1\t1\n\n{line}\n")
+    message = refusal(read_relevance, path, ["q1"], ["p1", "p2"])
+    assert message.startswith(f"{path}: line 4: ")
+    assert reason in message
+
+
+@pytest.mark.parametrize("text", ["", "q1\tp1\t1\n", "query-id corpus-id score\nq1\tp1\t1\n"])
+def test_refuses_qrels_without_the_header(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "qrels.tsv"
+    path.write_text(text)
+    message = refusal(read_relevance, path, ["q1"], ["p1"])
+    assert message.startswith(f"{path}: line 1: is not the header")
+
+
+@pytest.mark.parametrize("lines", ["", "q2\tp1\t0\n"])
+def test_refuses_a_query_without_a_relevant_page(tmp_path: Path, lines: str) -> None:
+    path = tmp_path / "qrels.tsv"
+    path.write_text(f"{QRELS}q1\tp1\t1\n{lines}")
+    assert "query 'q2' has no relevant page" in refusal(read_relevance, path, ["q1", "q2"], ["p1"])
+
+
+def test_refuses_two_pages_of_one_name(folder: Path) -> None:
+    Image.new("L", (4, 4)).save(folder / "corpus" / "a.png")
+    message = refusal(find_pages, folder / "corpus")
+    assert "a.png: has the same name as a.jpg" in message
+
+
+def test_refuses_a_corpus_of_pdfs_alone(tmp_path: Path) -> None:
+    (tmp_path / "manual.PDF").write_bytes(b"%PDF-1.7")
+    (tmp_path / ".hidden.png").write_bytes(b"")
+    (tmp_path / "folder.png").mkdir()
+    assert "only PDFs, which are not yet supported" in refusal(find_pages, tmp_path)
+
+
+def test_refuses_a_corpus_without_pages(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("")
+    assert "holds no PNG or JPEG" in refusal(find_pages, tmp_path)
+
+
+def test_names_the_files_that_are_left_out(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (folder / "corpus" / "scan.tiff").write_bytes(b"")
+    (folder / "corpus" / ".desktop").write_bytes(b"")
+    assert set(find_pages(folder / "corpus")) == {"a", "b", "c.d"}
+    assert "left out 1 files" in caplog.text
+    assert "scan.tiff" in caplog.text
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "1", "P", "RGBA"])
+def test_opens_a_page_whole(tmp_path: Path, mode: str) -> None:
+    path = tmp_path / "page.png"
+    drawn = Image.linear_gradient("L").resize((31, 17)).convert(mode)
+    drawn.save(path)
+    page = open_page(path)
+    path.unlink()
+    assert (page.mode, page.size) == (mode, (31, 17))
+    assert page.convert("RGBA").tobytes() == drawn.convert("RGBA").tobytes()
+
+
+def png(folder: Path, size: tuple[int, int] = (64, 64)) -> Path:
+    path = folder / "page.png"
+    Image.effect_noise(size, 64).save(path)
+    return path
+
+
+def test_refuses_unreadable_images(tmp_path: Path) -> None:
+    path = png(tmp_path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    assert refusal(open_page, path).startswith(f"{path}: cannot be read")
+    path.write_bytes(whole[:100] + bytes(100) + whole[200:])
+    assert refusal(open_page, path).startswith(f"{path}: cannot be read")
+    path.write_bytes(b"")
+    assert refusal(open_page, path).startswith(f"{path}: is empty")
+    path.write_text("no image")
+    assert refusal(open_page, path).startswith(f"{path}: is no PNG or JPEG image")
+    path.unlink()
+    assert "No such file" in refusal(open_page, path)
+
+
+def test_refuses_another_format_under_the_name_of_a_page(tmp_path: Path) -> None:
+    path = tmp_path / "page.png"
+    Image.new("L", (4, 4)).save(path, "GIF")
+    assert "is no PNG or JPEG image" in refusal(open_page, path)
+
+
+@pytest.mark.parametrize("limit", [4095, 1000])  # Pillow warns of the first, refuses the second
+def test_refuses_a_decompression_bomb(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    assert f"more than {limit} pixels" in refusal(open_page, png(tmp_path))
+
+
+def test_opens_the_largest_allowed_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4096)
+    assert open_page(png(tmp_path)).size == (64, 64)
+
+
+def test_needs_no_torch() -> None:
+    code = "import sys, stages.dataset; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

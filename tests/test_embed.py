@@ -1,0 +1,103 @@
+"""Embedding: the command, the batching, and what it writes against single forwards."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from stages.colqwen3.loading import load_processor
+from stages.embed import count_visual_tokens, page_batches
+from stages.embeddings import read_embeddings
+from stages.errors import PipelineError
+
+GOLDEN = Path("tests/golden")
+META = json.loads((GOLDEN / "golden_meta.json").read_text())
+EMBEDDINGS = load_file(GOLDEN / "golden.safetensors")
+
+
+@pytest.fixture(scope="module")
+def queries(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "queries.jsonl"
+    texts = json.loads((GOLDEN / "inputs/queries.json").read_text())
+    kept = {name: text for name, text in texts.items() if text.strip()}
+    lines = [json.dumps({"_id": name, "text": text}) for name, text in reversed(kept.items())]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def embed(*args: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "stages.embed", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_command_gives_the_golden_embeddings(queries: Path, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "out.safetensors"
+    done = embed(
+        "--model", GOLDEN / "model", "--queries", queries, "--pages", GOLDEN / "inputs/pages",
+        "--out", out, "--dtype", "float32",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = load_file(out)
+    names = [json.loads(line)["_id"] for line in queries.read_text().splitlines()]
+    stems = sorted(path.stem for path in (GOLDEN / "inputs/pages").iterdir())
+    assert found.keys() == {f"query/{n}" for n in names} | {f"page/{s}" for s in stems}
+    for key, vectors in found.items():
+        kind, name = key.split("/")
+        rows = META["pages"][name].get("rows") if kind == "page" else None
+        kept = vectors if rows is None else vectors[rows]
+        assert vectors.dtype == torch.float32
+        torch.testing.assert_close(kept, EMBEDDINGS[key], atol=1e-5, rtol=0)
+    stored = read_embeddings(out)
+    assert (list(stored.queries), list(stored.pages)) == (names, stems)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--model", "no/such/folder"], "no such folder"),
+        (["--model", "tests"], "config.json: cannot be read"),
+        (["--model", "tests/golden/model", "--queries", "no.jsonl"], "no.jsonl"),
+    ],
+)
+def test_bad_input_is_one_line(
+    args: list[str], message: str, queries: Path, tmp_path: Path
+) -> None:
+    if "--queries" not in args:
+        args = [*args, "--queries", str(queries)]
+    done = embed(*args, "--out", tmp_path / "out.safetensors")
+    assert done.returncode != 0
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert message in errors[0]
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_batches_keep_order_and_budget(tmp_path: Path) -> None:
+    processor = load_processor(GOLDEN / "model", 1280)
+    sizes = {"a": (256, 256), "b": (256, 512), "c": (256, 256), "d": (512, 1024), "e": (256, 256)}
+    pages = {}
+    for name, size in sizes.items():
+        pages[name] = tmp_path / f"{name}.png"
+        Image.new("RGB", size).save(pages[name])
+    tokens = {name: w * h // 1024 for name, (w, h) in sizes.items()}  # 32 x 32 pixels a token
+    batches = [names for names, _ in page_batches(pages, processor, 300)]
+    assert batches == [["a", "b"], ["c"], ["d"], ["e"]]
+    assert [name for names in batches for name in names] == list(pages)
+    for names in batches:
+        assert len(names) == 1 or len(names) * max(tokens[name] for name in names) <= 300
+
+
+def test_visual_tokens_are_counted_as_the_processor_makes_them() -> None:
+    processor = load_processor(GOLDEN / "model", 1280)
+    for path in sorted((GOLDEN / "inputs/pages").glob("*.png")):
+        image = Image.open(path)
+        made = processor.process_images([image])["image_grid_thw"].prod().item() // 4
+        assert count_visual_tokens(image, processor) == made
+    with pytest.raises(PipelineError, match="aspect ratio"):
+        count_visual_tokens(Image.new("RGB", (4020, 20)), processor)

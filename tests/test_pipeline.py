@@ -1,0 +1,167 @@
+"""The whole pipeline in a temporary clone, on a smaller setting, and what a change reruns."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+
+RECIPES = ("w4g128", "rtn-w4g128")
+CHAIN = ("quantize", "embed", "evaluate", "benchmark")
+PAGES = 12
+
+pytestmark = pytest.mark.e2e
+
+
+def dvc(clone: Path, *args: str) -> subprocess.CompletedProcess[str]:
+    # the interpreter that runs the tests must also run the stages
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    return subprocess.run(
+        [sys.executable, "-m", "dvc", *args],
+        cwd=clone, env={**os.environ, "PATH": path}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def stale(clone: Path) -> set[str]:
+    """Stages whose own deps or params changed, without what only follows from them."""
+    return set(json.loads(dvc(clone, "status", "--json").stdout or "{}"))
+
+
+def change(clone: Path, *keys: str, value: object) -> None:
+    yaml = YAML()
+    params = yaml.load((clone / "params.yaml").read_text())
+    section = params
+    for key in keys[:-1]:
+        section = section[key]
+    section[keys[-1]] = value
+    with (clone / "params.yaml").open("w") as file:
+        yaml.dump(params, file)
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository of the working tree's files, with few pages and few tuning steps."""
+    folder = tmp_path_factory.mktemp("clone")
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    for name in filter(None, listed.split("\0")):
+        if Path(name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(name, folder / name)
+    small_dataset(folder / "demo/pages/evaluation")
+    for keys, value in {
+        ("calibration", "queries"): 2,
+        ("calibration", "pages"): 2,
+        ("recipes", "w4g128", "iters"): 2,
+        ("benchmark", "warmup"): 0,
+        ("benchmark", "repeats"): 1,
+    }.items():
+        change(folder, *keys, value=value)
+    (folder / "dvc.lock").unlink(missing_ok=True)
+    shutil.rmtree(folder / "metrics", ignore_errors=True)
+    for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "clone"]):
+        identity = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
+        subprocess.run(["git", *identity, *command], cwd=folder, check=True)
+    done = dvc(folder, "repro")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def small_dataset(folder: Path) -> None:
+    """Keep the first pages, and the queries that they answer."""
+    kept = {path.stem for path in sorted((folder / "corpus").iterdir())[:PAGES]}
+    for path in (folder / "corpus").iterdir():
+        if path.stem not in kept:
+            path.unlink()
+    header, *rows = (folder / "qrels.tsv").read_text().splitlines()
+    rows = [row for row in rows if row.split("\t")[1] in kept]
+    answered = {row.split("\t")[0] for row in rows}
+    (folder / "qrels.tsv").write_text("\n".join([header, *rows]) + "\n")
+    lines = (folder / "queries.jsonl").read_text().splitlines()
+    lines = [line for line in lines if json.loads(line)["_id"] in answered]
+    (folder / "queries.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def test_every_result_is_there(clone: Path) -> None:
+    for recipe in RECIPES:
+        quality = json.loads((clone / f"metrics/{recipe}.json").read_text())
+        assert quality["data"]["pages"] == PAGES
+        assert 0.9 < quality["pages"]["cosine"]["mean"] < 1
+        made = json.loads((clone / f"metrics/quantize/{recipe}.json").read_text())
+        assert made["linears"]["planned"] == made["linears"]["quantized"] > 0
+        wanted = {"queries": 2, "pages": 2, "samples": 4} if recipe == "w4g128" else {"samples": 0}
+        assert wanted.items() <= made["calibration"].items()
+        speed = json.loads((clone / f"metrics/speed/{recipe}.json").read_text())
+        assert speed["query"]["quantized_ms"] > 0
+        assert (clone / f"artifacts/checkpoints/{recipe}/model.safetensors").exists()
+
+
+def test_nothing_leaks_a_path(clone: Path) -> None:
+    for path in [
+        *clone.glob("metrics/**/*.json"),
+        clone / "dvc.lock",
+        clone / "artifacts/manifest.json",
+    ]:
+        assert str(clone.parent) not in path.read_text(), path
+
+
+def test_second_run_does_nothing(clone: Path) -> None:
+    before = (clone / "dvc.lock").read_bytes()
+    done = dvc(clone, "repro")
+    assert done.returncode == 0
+    assert "Running stage" not in done.stdout
+    assert (clone / "dvc.lock").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "wanted"),
+    [
+        (("recipes", "rtn-w4g128", "group_size"), 64, {"quantize@rtn-w4g128", "gate"}),
+        (("recipes", "w4g128", "iters"), 3, {"quantize@w4g128", "gate"}),
+        (("calibration", "pages"), 1, {"calibrate"}),
+        (("benchmark", "repeats"), 2, {f"benchmark@{recipe}" for recipe in RECIPES}),
+        (("gate", "min_page_cosine"), 0.5, {"gate"}),
+    ],
+)
+def test_change_makes_only_its_branch_stale(
+    clone: Path, keys: tuple[str, ...], value: object, wanted: set[str]
+) -> None:
+    before = (clone / "params.yaml").read_text()
+    try:
+        change(clone, *keys, value=value)
+        assert stale(clone) == wanted
+    finally:
+        (clone / "params.yaml").write_text(before)
+
+
+def test_changed_calibration_reruns_the_tuned_branch_only(clone: Path) -> None:
+    change(clone, "calibration", "seed", value=43)
+    plan = dvc(clone, "repro", "--dry")
+    running = {
+        line.split("'")[1] for line in plan.stdout.splitlines() if line.startswith("Running")
+    }
+    assert "calibrate" in running
+    assert not running & {"inspect", "embed_original"}
+    done = dvc(clone, "repro", "calibrate")
+    assert done.returncode == 0, done.stderr
+    assert stale(clone) == {"quantize@w4g128"}
+
+
+def test_forced_quantization_gives_the_same_checkpoint(clone: Path) -> None:
+    assert dvc(clone, "repro", "-f", "-s", "quantize@rtn-w4g128").returncode == 0
+    assert "quantize@rtn-w4g128" not in stale(clone)
+    assert "embed@rtn-w4g128" not in stale(clone)
+
+
+def test_broken_limit_fails_by_name(clone: Path) -> None:
+    change(clone, "gate", "max_bytes", value=1000)
+    done = dvc(clone, "repro", "-s", "gate")
+    assert done.returncode != 0
+    assert "gate.max_bytes 1000" in done.stderr
+    assert "Traceback" not in done.stderr
