@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from stages.checkpoint import INDEX, SINGLE, read_headers, weight_files
+from stages.colqwen3.deepstack import fold_deepstack
 from stages.compute import choose_device, make_deterministic
 from stages.errors import PipelineError, run
 from stages.files import fresh_folder, publish_folder, read_json, write_json
@@ -101,6 +102,7 @@ def quantize(
             "lr": recipe.lr,
             "seed": recipe.seed,
         }
+    fold_deepstack(model)
     counter = ForwardCounter(model)
     rounder = AutoRound(
         model,

@@ -122,8 +122,8 @@ def test_second_run_does_nothing(clone: Path) -> None:
 @pytest.mark.parametrize(
     ("keys", "value", "wanted"),
     [
-        (("recipes", "rtn-w4g128", "group_size"), 64, {"quantize@rtn-w4g128", "gate"}),
-        (("recipes", "w4g128", "iters"), 3, {"quantize@w4g128", "gate"}),
+        (("recipes", "rtn-w4g128", "group_size"), 64, {"quantize@rtn-w4g128"}),
+        (("recipes", "w4g128", "iters"), 3, {"quantize@w4g128"}),
         (("calibration", "pages"), 1, {"calibrate"}),
         (("benchmark", "repeats"), 2, {f"benchmark@{recipe}" for recipe in RECIPES}),
         (("gate", "min_page_cosine"), 0.5, {"gate"}),
