@@ -51,8 +51,8 @@ def find_model(source: str, revision: str | None, trust_remote_code: bool = Fals
     PipelineError
         If `source` is neither a folder nor a Hub id whose files can be had.
     """
-    if Path(source).is_dir():
-        return Path(source)
+    if Path(source).expanduser().is_dir():
+        return Path(source).expanduser()
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or ".." in source:
         raise PipelineError(
             f"{source}: no such folder; give a model folder or a Hub id (owner/name)"

@@ -41,7 +41,8 @@ def fold_deepstack(model: Any) -> None:
 
     def add_share(index: int) -> Any:
         def add(_: Any, args: Any, kwargs: dict[str, Any], output: torch.Tensor) -> torch.Tensor:
-            return output + kwargs[KEYWORD][:, index].to(output)
+            share: torch.Tensor = kwargs[KEYWORD][:, index]
+            return output + share.to(output)
 
         return add
 

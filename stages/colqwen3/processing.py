@@ -6,9 +6,13 @@ from typing import Any, ClassVar
 import torch
 from PIL import Image
 from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from .scoring import max_sim
+
+try:
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+except ImportError:  # transformers 4.57, whose slow image processor is the Pillow-backed one
+    from transformers import Qwen2VLImageProcessor as Qwen2VLImageProcessorPil
 
 DEFAULT_MAX_NUM_VISUAL_TOKENS = 1280
 PAGE_PROMPT = "<|im_start|>user\n<|vision_start|>{image}<|vision_end|>Describe the image.<|im_end|><|endoftext|>"
@@ -63,10 +67,12 @@ class ColQwen3Processor(ProcessorMixin):  # type: ignore[misc]
         # a visual token covers merge_size x merge_size patches
         side = images.patch_size * images.merge_size
         longest = max_num_visual_tokens * side * side
-        images.size = {
-            "shortest_edge": min(images.size["shortest_edge"], longest),
-            "longest_edge": longest,
-        }
+        # transformers 4.57 ignores the stored size, and reads the limits from other attributes
+        stored, _ = images.get_image_processor_dict(pretrained_model_name_or_path, **where)
+        shortest = min(stored.get("size", images.size)["shortest_edge"], longest)
+        images.size = {"shortest_edge": shortest, "longest_edge": longest}
+        if hasattr(images, "min_pixels"):
+            images.min_pixels, images.max_pixels = shortest, longest
         tokenizer = AutoTokenizer.from_pretrained(
             pretrained_model_name_or_path, trust_remote_code=trust_remote_code, **where
         )
