@@ -17,10 +17,11 @@ from typing import Any
 import torch
 
 from stages.compute import DTYPES, choose_device
-from stages.dataset import find_pages, open_page, read_queries
+from stages.dataset import read_queries
 from stages.errors import run
 from stages.files import write_json
 from stages.manifest import find_inspected_model, read_manifest
+from stages.pages import find_pages, open_page
 from stages.params import BenchmarkParams, load_params
 from stages.paths import CHECKPOINTS, SPEED_METRICS
 

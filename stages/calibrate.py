@@ -12,10 +12,11 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from stages.dataset import find_pages, open_page, read_queries
+from stages.dataset import read_queries
 from stages.errors import PipelineError, run
 from stages.files import fresh_folder, publish_folder, write_json
 from stages.manifest import find_inspected_model, read_manifest
+from stages.pages import find_pages, open_page
 from stages.params import CalibrationParams, load_params
 from stages.paths import CALIBRATION
 from stages.progress import track

@@ -1,21 +1,16 @@
-"""Document sets in the BEIR convention: corpus/ (page images), queries.jsonl, qrels.tsv."""
+"""Document sets in the BEIR convention: corpus/ (pages), queries.jsonl, qrels.tsv."""
 
 import json
-import logging
 import re
-import warnings
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
-
 from stages.errors import PipelineError
+from stages.pages import Page, check_name, find_pages
+from stages.pages import open_page as open_page
 
-logger = logging.getLogger(__name__)
-
-SUFFIXES = (".png", ".jpg", ".jpeg")
 QRELS_HEADER = "query-id\tcorpus-id\tscore"
 
 
@@ -28,18 +23,18 @@ class Dataset:
     queries
         Text of each query by its ``_id``, in the order of queries.jsonl.
     pages
-        Image file of each page by its stem, sorted by file name.
+        Each page by its id, sorted by file name; see `find_pages`.
     relevance
         Score of each judged page, for every query in the order of `queries`; 0: not relevant.
     """
 
     queries: dict[str, str]
-    pages: dict[str, Path]
+    pages: dict[str, Page]
     relevance: dict[str, dict[str, int]]
 
 
 def read_dataset(folder: Path) -> Dataset:
-    """Read a whole folder; images are listed, not opened.
+    """Read a whole folder; pages are listed, not drawn.
 
     Raises
     ------
@@ -72,7 +67,7 @@ def read_queries(path: Path) -> dict[str, str]:
             if not isinstance(query.get(key), str):
                 raise PipelineError(f'{where}: lacks "{key}" as a string; add it')
         name, text = query["_id"], query["text"]
-        _check_name(name, f"{where}: _id {name!r}")
+        check_name(name, f"{where}: _id {name!r}")
         if name in lines:
             raise PipelineError(f"{where}: repeats _id {name!r} of line {lines[name]}; rename one")
         if not text.strip():
@@ -83,67 +78,6 @@ def read_queries(path: Path) -> dict[str, str]:
     if not queries:
         raise PipelineError(f"{path}: holds no query; write one JSON object a line")
     return queries
-
-
-def find_pages(folder: Path) -> dict[str, Path]:
-    """Return the PNG and JPEG files of a folder by stem, sorted by file name.
-
-    Raises
-    ------
-    PipelineError
-        If there is no folder, no page in it, or two files of one stem.
-    """
-    try:
-        entries = sorted(folder.iterdir(), key=lambda path: path.name)
-    except OSError as error:
-        reason = error.strerror
-        raise PipelineError(f"{folder}: cannot be read ({reason}); give the pages there") from None
-    # names with a leading dot are left by desktops and archivers beside the real files
-    files = [path for path in entries if path.is_file() and not path.name.startswith(".")]
-    pages: dict[str, Path] = {}
-    for path in files:
-        if path.suffix.lower() not in SUFFIXES:
-            continue
-        _check_name(path.stem, f"{folder}: the file name {path.name!r}")
-        if path.stem in pages:
-            raise PipelineError(f"{path}: has the same name as {pages[path.stem].name}; rename one")
-        pages[path.stem] = path
-    others = [path for path in files if path.suffix.lower() not in SUFFIXES]
-    if not pages and any(path.suffix.lower() == ".pdf" for path in others):
-        raise PipelineError(f"{folder}: holds only PDFs, which are not yet supported; give PNGs")
-    if not pages:
-        raise PipelineError(f"{folder}: holds no PNG or JPEG; put one image a page there")
-    if others:
-        logger.warning(
-            "%s: left out %d files, no PNG or JPEG: %s ...", folder, len(others), others[0].name
-        )
-    return pages
-
-
-def open_page(path: Path) -> Image.Image:
-    """Read a whole page image.
-
-    Raises
-    ------
-    PipelineError
-        If it is missing, damaged, empty, no PNG or JPEG, or of more pixels than Pillow accepts.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            # by content: what a file is called does not choose the decoder
-            with Image.open(path, formats=("PNG", "JPEG")) as image:
-                image.load()
-                return image
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        limit = Image.MAX_IMAGE_PIXELS
-        raise PipelineError(f"{path}: has more than {limit} pixels; shrink it") from None
-    except UnidentifiedImageError:
-        reason = "is empty" if path.stat().st_size == 0 else "is no PNG or JPEG image"
-        raise PipelineError(f"{path}: {reason}; replace or remove it") from None
-    except (OSError, SyntaxError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise PipelineError(f"{path}: cannot be read ({reason}); replace or remove it") from None
 
 
 def read_relevance(
@@ -174,7 +108,8 @@ def read_relevance(
             raise PipelineError(f"{where}: query {query!r} is not in queries.jsonl; mend it")
         if page not in pages:
             raise PipelineError(
-                f"{where}: page {page!r} is not in corpus/; give a file name without its ending"
+                f"{where}: page {page!r} is not in corpus/; give a file name without its ending, "
+                "for a PDF followed by - and the page number"
             )
         # trec_eval keeps a counter for every level up to the highest
         if not re.fullmatch("[0-9]{1,4}", score):
@@ -213,12 +148,6 @@ def _parse_object(line: str, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise PipelineError(f'{where}: is no JSON object; write {{"_id": "q1", "text": "..."}}')
     return value
-
-
-def _check_name(name: str, what: str) -> None:
-    """Refuse a name that the files and libraries further on could not carry."""
-    if not name.strip() or not name.isprintable():
-        raise PipelineError(f"{what} is blank or holds unprintable characters; rename it")
 
 
 def _encodable(text: str) -> bool:

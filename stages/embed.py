@@ -5,7 +5,7 @@ any ColQwen3 folder, original or quantized.
 """
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,11 @@ from PIL import Image
 
 from stages.checkpoint import find_model
 from stages.compute import DTYPES, choose_device, make_deterministic
-from stages.dataset import find_pages, open_page, read_queries
+from stages.dataset import read_queries
 from stages.embeddings import write_embeddings
 from stages.errors import PipelineError, run
 from stages.manifest import find_inspected_model, read_manifest
+from stages.pages import Page, find_pages, open_page
 from stages.params import Params, load_params
 from stages.paths import CHECKPOINTS, EMBEDDINGS
 from stages.progress import Progress
@@ -26,30 +27,30 @@ ORIGINAL = "original"
 
 
 def page_batches(
-    pages: dict[str, Path], processor: Any, visual_tokens: int
+    pages: Iterable[tuple[str, Image.Image]], processor: Any, visual_tokens: int
 ) -> Iterator[tuple[list[str], list[Image.Image]]]:
-    """Yield pages in input order, in batches that stay within a budget of visual tokens.
+    """Yield named pages in input order, in batches that stay within a budget of visual tokens.
 
     The budget counts what the batch occupies once padded: its size times its longest page. A page
-    beyond the budget goes alone.
+    beyond the budget goes alone. No more than a batch and one page are held at a time.
     """
     names: list[str] = []
     images: list[Image.Image] = []
     longest = 0
-    for name, path in pages.items():
-        image = open_page(path)
-        longest = max(longest, count_visual_tokens(image, processor))
+    for name, image in pages:
+        count = count_visual_tokens(name, image, processor)
+        longest = max(longest, count)
         if names and (len(names) + 1) * longest > visual_tokens:
             yield names, images
-            names, images, longest = [], [], count_visual_tokens(image, processor)
+            names, images, longest = [], [], count
         names.append(name)
         images.append(image)
     if names:
         yield names, images
 
 
-def count_visual_tokens(image: Image.Image, processor: Any) -> int:
-    """Return how many visual tokens the processor makes of a page.
+def count_visual_tokens(name: str, image: Image.Image, processor: Any) -> int:
+    """Return how many visual tokens the processor makes of a page; `name` is for the error.
 
     Raises
     ------
@@ -62,7 +63,7 @@ def count_visual_tokens(image: Image.Image, processor: Any) -> int:
         patches = images.get_number_of_image_patches(image.height, image.width, limits)
     except ValueError as error:
         raise PipelineError(
-            f"{getattr(image, 'filename', '') or 'page'}: {error}; crop the page"
+            f"{getattr(image, 'filename', '') or f'page {name!r}'}: {error}; crop the page"
         ) from None
     return int(patches) // int(images.merge_size) ** 2
 
@@ -77,7 +78,7 @@ def embed(model: Any, inputs: Any) -> list[torch.Tensor]:
 
 
 def embed_all(
-    model: Any, processor: Any, queries: dict[str, str], pages: dict[str, Path], params: Params
+    model: Any, processor: Any, queries: dict[str, str], pages: dict[str, Page], params: Params
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Embed all queries and pages, in input order.
 
@@ -96,7 +97,8 @@ def embed_all(
             progress.advance(len(batch))
     made_pages: dict[str, torch.Tensor] = {}
     with Progress("pages", len(pages)) as progress:
-        for batch, images in page_batches(pages, processor, params.embed.visual_tokens_per_batch):
+        opened = ((name, open_page(page)) for name, page in pages.items())
+        for batch, images in page_batches(opened, processor, params.embed.visual_tokens_per_batch):
             vectors = embed(model, processor.process_images(images))
             made_pages.update(zip(batch, vectors, strict=True))
             progress.advance(len(batch))
@@ -112,7 +114,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--queries", type=Path, metavar="FILE.jsonl", help='lines of {"_id", "text"}'
     )
-    parser.add_argument("--pages", type=Path, metavar="DIR", help="folder of page images")
+    parser.add_argument("--pages", type=Path, metavar="DIR", help="folder of page images or PDFs")
     parser.add_argument("--out", type=Path, metavar="FILE.safetensors")
     parser.add_argument("--dtype", choices=DTYPES, help="default: embed.dtype of params.yaml")
     args = parser.parse_args()

@@ -10,9 +10,9 @@ from PIL import Image
 
 from stages.calibrate import draw, make_samples
 from stages.colqwen3.loading import load_processor
-from stages.dataset import open_page
 from stages.errors import PipelineError
 from stages.files import write_json
+from stages.pages import Page, open_page
 from stages.params import CalibrationParams
 from stages.samples import INDEX, read_samples
 
@@ -50,12 +50,20 @@ def test_samples_are_single_unpadded_and_traceable(dataset: Path, tmp_path: Path
         if origin.kind == "query":
             wanted = processor.process_texts([texts[origin.id]])
         else:
-            wanted = processor.process_images([open_page(dataset / "corpus" / origin.id)])
+            wanted = processor.process_images([open_page(Page(dataset / "corpus" / origin.id))])
         assert sample.keys() == wanted.keys()
         assert all(torch.equal(sample[key], wanted[key]) for key in sample)
         assert sample["attention_mask"].shape == (1, origin.tokens)
         assert sample["attention_mask"].all()
     assert {path.suffix for path in out.iterdir()} == {".json", ".safetensors"}
+
+
+def test_a_page_of_a_pdf_is_traceable(tmp_path: Path) -> None:
+    (tmp_path / "corpus").mkdir()
+    sheets = [Image.linear_gradient("L").rotate(90 * turn).convert("RGB") for turn in range(2)]
+    sheets[0].save(tmp_path / "corpus/m.pdf", save_all=True, append_images=sheets[1:])
+    made = make_samples(params(tmp_path, 0, 2), load_processor(GOLDEN / "model", 64), tmp_path)
+    assert {origin.id for origin in made} == {"m.pdf#page=1", "m.pdf#page=2"}
 
 
 def test_drawing_depends_on_the_seed_alone() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from stages.dataset import find_pages, open_page, read_dataset, read_queries, read_relevance
+from stages.dataset import read_dataset, read_queries, read_relevance
 from stages.errors import PipelineError
 
 QRELS = "query-id\tcorpus-id\tscore\n"
@@ -35,13 +35,28 @@ def refusal(reader: Callable[..., object], *args: object) -> str:
 def test_reads_a_whole_folder_in_order(folder: Path) -> None:
     dataset = read_dataset(folder)
     assert list(dataset.queries.items()) == [("q2", "zwei Äpfel"), ("q1", "one")]
-    assert [(stem, path.name) for stem, path in dataset.pages.items()] == [
+    assert [(name, page.path.name) for name, page in dataset.pages.items()] == [
         ("a", "a.jpg"),
         ("b", "b.png"),
         ("c.d", "c.d.JPEG"),
     ]
     assert list(dataset.relevance) == ["q2", "q1"]
     assert dataset.relevance == {"q1": {"b": 1, "a": 0}, "q2": {"c.d": 3, "b": 1}}
+
+
+def test_judges_pages_of_a_pdf_by_number(folder: Path) -> None:
+    sheets = [Image.new("RGB", (20, 30)) for _ in range(3)]
+    sheets[0].save(folder / "corpus" / "manual.pdf", save_all=True, append_images=sheets[1:])
+    with (folder / "qrels.tsv").open("a") as file:
+        file.write("q1\tmanual-3\t2\n")
+    dataset = read_dataset(folder)
+    assert list(dataset.pages) == ["a", "b", "c.d", "manual-1", "manual-2", "manual-3"]
+    assert dataset.relevance["q1"] == {"b": 1, "a": 0, "manual-3": 2}
+    with (folder / "qrels.tsv").open("a") as file:
+        file.write("q1\tmanual-4\t1\n")
+    message = refusal(read_dataset, folder)
+    assert message.startswith(f"{folder / 'qrels.tsv'}: line 7: page 'manual-4' is not in corpus/")
+    assert "page number" in message
 
 
 def test_reads_files_saved_by_windows(folder: Path) -> None:
@@ -137,83 +152,6 @@ def test_refuses_a_query_without_a_relevant_page(tmp_path: Path, lines: str) -> 
     path = tmp_path / "qrels.tsv"
     path.write_text(f"{QRELS}q1\tp1\t1\n{lines}")
     assert "query 'q2' has no relevant page" in refusal(read_relevance, path, ["q1", "q2"], ["p1"])
-
-
-def test_refuses_two_pages_of_one_name(folder: Path) -> None:
-    Image.new("L", (4, 4)).save(folder / "corpus" / "a.png")
-    message = refusal(find_pages, folder / "corpus")
-    assert "a.png: has the same name as a.jpg" in message
-
-
-def test_refuses_a_corpus_of_pdfs_alone(tmp_path: Path) -> None:
-    (tmp_path / "manual.PDF").write_bytes(b"%PDF-1.7")
-    (tmp_path / ".hidden.png").write_bytes(b"")
-    (tmp_path / "folder.png").mkdir()
-    assert "only PDFs, which are not yet supported" in refusal(find_pages, tmp_path)
-
-
-def test_refuses_a_corpus_without_pages(tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").write_text("")
-    assert "holds no PNG or JPEG" in refusal(find_pages, tmp_path)
-
-
-def test_names_the_files_that_are_left_out(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (folder / "corpus" / "scan.tiff").write_bytes(b"")
-    (folder / "corpus" / ".desktop").write_bytes(b"")
-    assert set(find_pages(folder / "corpus")) == {"a", "b", "c.d"}
-    assert "left out 1 files" in caplog.text
-    assert "scan.tiff" in caplog.text
-
-
-@pytest.mark.parametrize("mode", ["RGB", "L", "1", "P", "RGBA"])
-def test_opens_a_page_whole(tmp_path: Path, mode: str) -> None:
-    path = tmp_path / "page.png"
-    drawn = Image.linear_gradient("L").resize((31, 17)).convert(mode)
-    drawn.save(path)
-    page = open_page(path)
-    path.unlink()
-    assert (page.mode, page.size) == (mode, (31, 17))
-    assert page.convert("RGBA").tobytes() == drawn.convert("RGBA").tobytes()
-
-
-def png(folder: Path, size: tuple[int, int] = (64, 64)) -> Path:
-    path = folder / "page.png"
-    Image.effect_noise(size, 64).save(path)
-    return path
-
-
-def test_refuses_unreadable_images(tmp_path: Path) -> None:
-    path = png(tmp_path)
-    whole = path.read_bytes()
-    path.write_bytes(whole[: len(whole) // 2])
-    assert refusal(open_page, path).startswith(f"{path}: cannot be read")
-    path.write_bytes(whole[:100] + bytes(100) + whole[200:])
-    assert refusal(open_page, path).startswith(f"{path}: cannot be read")
-    path.write_bytes(b"")
-    assert refusal(open_page, path).startswith(f"{path}: is empty")
-    path.write_text("no image")
-    assert refusal(open_page, path).startswith(f"{path}: is no PNG or JPEG image")
-    path.unlink()
-    assert "No such file" in refusal(open_page, path)
-
-
-def test_refuses_another_format_under_the_name_of_a_page(tmp_path: Path) -> None:
-    path = tmp_path / "page.png"
-    Image.new("L", (4, 4)).save(path, "GIF")
-    assert "is no PNG or JPEG image" in refusal(open_page, path)
-
-
-@pytest.mark.parametrize("limit", [4095, 1000])  # Pillow warns of the first, refuses the second
-def test_refuses_a_decompression_bomb(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
-) -> None:
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-    assert f"more than {limit} pixels" in refusal(open_page, png(tmp_path))
-
-
-def test_opens_the_largest_allowed_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4096)
-    assert open_page(png(tmp_path)).size == (64, 64)
 
 
 def test_needs_no_torch() -> None:

@@ -10,10 +10,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from stages.colqwen3.loading import load_processor
-from stages.embed import count_visual_tokens, page_batches
+from stages.colqwen3.loading import load_model, load_processor
+from stages.embed import count_visual_tokens, embed_all, page_batches
 from stages.embeddings import read_embeddings
 from stages.errors import PipelineError
+from stages.pages import find_pages, open_page
+from stages.params import load_params
 
 GOLDEN = Path("tests/golden")
 META = json.loads((GOLDEN / "golden_meta.json").read_text())
@@ -78,19 +80,34 @@ def test_bad_input_is_one_line(
     assert not list(tmp_path.iterdir())
 
 
-def test_batches_keep_order_and_budget(tmp_path: Path) -> None:
+def test_batches_keep_order_and_budget() -> None:
     processor = load_processor(GOLDEN / "model", 1280)
     sizes = {"a": (256, 256), "b": (256, 512), "c": (256, 256), "d": (512, 1024), "e": (256, 256)}
-    pages = {}
-    for name, size in sizes.items():
-        pages[name] = tmp_path / f"{name}.png"
-        Image.new("RGB", size).save(pages[name])
+    pages = [(name, Image.new("RGB", size)) for name, size in sizes.items()]
     tokens = {name: w * h // 1024 for name, (w, h) in sizes.items()}  # 32 x 32 pixels a token
     batches = [names for names, _ in page_batches(pages, processor, 300)]
     assert batches == [["a", "b"], ["c"], ["d"], ["e"]]
-    assert [name for names in batches for name in names] == list(pages)
+    assert [name for names in batches for name in names] == list(sizes)
     for names in batches:
         assert len(names) == 1 or len(names) * max(tokens[name] for name in names) <= 300
+
+
+def test_pages_of_a_pdf_embed_as_images_of_them(tmp_path: Path) -> None:
+    sheets = [Image.linear_gradient("L").rotate(90 * turn).convert("RGB") for turn in range(2)]
+    (tmp_path / "pdf").mkdir()
+    (tmp_path / "png").mkdir()
+    sheets[0].save(tmp_path / "pdf/m.pdf", save_all=True, append_images=sheets[1:], resolution=100)
+    sheets[0].save(tmp_path / "pdf/a.png")
+    for name, page in find_pages(tmp_path / "pdf").items():
+        open_page(page).save(tmp_path / f"png/{name}.png")
+    processor = load_processor(GOLDEN / "model", 1280)
+    model = load_model(GOLDEN / "model", torch.float32, torch.device("cpu"))
+    from_pdf, from_png = (
+        embed_all(model, processor, {}, find_pages(tmp_path / kind), load_params())[1]
+        for kind in ("pdf", "png")
+    )
+    assert list(from_pdf) == list(from_png) == ["a", "m-1", "m-2"]
+    assert all(torch.equal(from_pdf[name], from_png[name]) for name in from_pdf)
 
 
 def test_visual_tokens_are_counted_as_the_processor_makes_them() -> None:
@@ -98,6 +115,6 @@ def test_visual_tokens_are_counted_as_the_processor_makes_them() -> None:
     for path in sorted((GOLDEN / "inputs/pages").glob("*.png")):
         image = Image.open(path)
         made = processor.process_images([image])["image_grid_thw"].prod().item() // 4
-        assert count_visual_tokens(image, processor) == made
-    with pytest.raises(PipelineError, match="aspect ratio"):
-        count_visual_tokens(Image.new("RGB", (4020, 20)), processor)
+        assert count_visual_tokens(path.stem, image, processor) == made
+    with pytest.raises(PipelineError, match=r"page 'banner': .*aspect ratio"):
+        count_visual_tokens("banner", Image.new("RGB", (4020, 20)), processor)
