@@ -1,6 +1,7 @@
 # make setup   a virtual environment in .venv with the pinned requirements
 # make repro   the pipeline on the model and pages of params.yaml (the embedded demo)
 # make test    all tests, the pipeline in a temporary clone included
+# make report  all results in artifacts/report/index.html, a file that opens offline
 # make lint    ruff and mypy
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ INSTALLED := $(VENV)/.installed
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup repro test lint
+.PHONY: setup repro report test lint
 .DELETE_ON_ERROR:
 
 setup: $(INSTALLED)
@@ -28,6 +29,10 @@ $(INSTALLED): requirements.txt
 
 repro: setup
 	dvc repro
+
+report: repro
+	python -m stages.report
+	@echo "open artifacts/report/index.html"
 
 test: setup
 	python -m pytest

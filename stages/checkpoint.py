@@ -10,7 +10,7 @@ import json
 import math
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,9 +51,10 @@ def find_model(source: str, revision: str | None, trust_remote_code: bool = Fals
     PipelineError
         If `source` is neither a folder nor a Hub id whose files can be had.
     """
-    if Path(source).expanduser().is_dir():
-        return Path(source).expanduser()
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or ".." in source:
+    folder = Path(source).expanduser()
+    if source and _is(folder, Path.is_dir):
+        return folder
+    if not re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", source) or ".." in source:
         raise PipelineError(
             f"{source}: no such folder; give a model folder or a Hub id (owner/name)"
         )
@@ -66,12 +67,20 @@ def find_model(source: str, revision: str | None, trust_remote_code: bool = Fals
     try:
         return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         at = f" at revision {revision}" if revision else ""
         raise PipelineError(
             f"{source}{at}: no such folder, and the Hub cannot give it ({reason}); "
             "check the name, the revision, the network and HF_TOKEN"
         ) from None
+
+
+def _is(path: Path, kind: Callable[[Path], bool]) -> bool:
+    """Return ``kind(path)``, False where the name itself is impossible."""
+    try:
+        return kind(path)
+    except (OSError, ValueError):
+        return False
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -88,7 +97,7 @@ def weight_files(folder: Path) -> list[Path]:
         if not isinstance(weight_map, dict) or not weight_map:
             raise PipelineError(f"{folder / INDEX}: has no weight_map; fetch it again")
         names = sorted({str(name) for name in weight_map.values()})
-    elif (folder / SINGLE).exists():
+    elif (folder / SINGLE).is_file():
         names = [SINGLE]
     elif any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
         raise PipelineError(
@@ -108,7 +117,7 @@ def _inside(folder: Path, name: str) -> Path:
         raise PipelineError(
             f"{folder / INDEX}: names {name!r}, which is no file of the folder; mend the index"
         )
-    if not path.exists():
+    if not _is(path, Path.is_file):
         raise PipelineError(f"{path}: is named by the index but missing; fetch it again")
     home = folder.resolve()
     allowed = [home]
@@ -135,7 +144,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         if length == 0 or length > min(MAX_HEADER, size - 8):
             raise PipelineError(f"{path}: is truncated or no safetensors file; {mend}")
         try:
-            header = json.loads(file.read(length))
+            header = json.loads(file.read(length).decode("utf-8"))
         except (ValueError, RecursionError):
             raise PipelineError(f"{path}: has a damaged header; {mend}") from None
     if not isinstance(header, dict):
@@ -148,10 +157,10 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             dtype, shape = entry["dtype"], tuple(entry["shape"])
             begin, end = entry["data_offsets"]
             sound = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
-            nbytes = math.prod(shape) * DTYPE_BYTES[dtype]
+            nbytes = math.prod(shape) * DTYPE_BYTES[dtype] if sound else None
         except (KeyError, TypeError, ValueError):
             raise PipelineError(f"{path}: has a damaged entry for {name}; {mend}") from None
-        if not sound or end - begin != nbytes:
+        if nbytes is None or end - begin != nbytes:
             raise PipelineError(f"{path}: {name} has a shape that does not fit its bytes; {mend}")
         found[name] = TensorInfo(dtype, shape, nbytes, path.name)
         spans.append((begin, end))

@@ -9,7 +9,6 @@ from typing import Any
 
 from stages.errors import PipelineError
 from stages.pages import Page, check_name, find_pages
-from stages.pages import open_page as open_page
 
 QRELS_HEADER = "query-id\tcorpus-id\tscore"
 

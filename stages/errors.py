@@ -6,7 +6,14 @@ from collections.abc import Callable
 
 
 class PipelineError(Exception):
-    """A problem that the user can mend: one line naming the file or key, and the mend."""
+    """A problem that the user can mend: one line naming the file or key, and the mend.
+
+    What it quotes may come from a hostile file: unprintable characters are escaped.
+    """
+
+    def __init__(self, message: str) -> None:
+        printable = (c if c.isprintable() else repr(c)[1:-1] for c in message)
+        super().__init__("".join(printable))
 
 
 def run(main: Callable[[], None]) -> None:

@@ -21,6 +21,7 @@ from stages.files import read_json, write_json
 from stages.params import load_params
 from stages.paths import EMBEDDINGS, METRICS, PLOTS, QUANTIZE_METRICS
 from stages.retrieval import Floats, Run, best_relevant, compare
+from stages.summary import SUMMARIES, summarize
 
 COMPONENTS = ("language_model", "projection", "token_embeddings", "vision")
 PARTS = ("files", *COMPONENTS)
@@ -223,6 +224,7 @@ def main() -> None:
     )
     write_json(PLOTS / recipe / "scores.json", round_floats(points))
     write_json(METRICS / f"{recipe}.json", round_floats(metrics))
+    write_json(SUMMARIES / f"{recipe}.json", summarize(metrics))
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ def read_json(path: Path, mend: str) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise PipelineError(f"{path}: cannot be read ({error.strerror}); {mend}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise PipelineError(f"{path}: is not valid JSON ({error}); {mend}") from None
 
 

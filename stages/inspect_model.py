@@ -108,12 +108,12 @@ def check_layout(
     """
     try:
         expected = layout.tensors(config)
-    except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
-        reason = (
-            f"lacks {error}"
-            if isinstance(error, KeyError)
-            else f"has a size of the wrong kind ({error})"
-        )
+        for linear, shape in layout.linears(config).items():
+            if any(size % layout.PACKED for size in shape):
+                raise ValueError(f"{linear} is {list(shape)}, not a multiple of {layout.PACKED}")
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        missing = isinstance(error, KeyError)
+        reason = f"lacks {error}" if missing else f"has a wrong size ({error})"
         raise PipelineError(
             f"{folder / 'config.json'}: {reason}; give the model's own config"
         ) from None
@@ -177,7 +177,7 @@ def main() -> None:
     )
     parser.add_argument("--revision", help="commit of a Hub id")
     args = parser.parse_args()
-    if args.model:
+    if args.model is not None:
         manifest, metrics = inspect_folder(find_model(args.model, args.revision))
         json.dump({"manifest": manifest, "metrics": metrics}, sys.stdout, indent=2, sort_keys=True)
         print()

@@ -26,6 +26,27 @@ UNUSED_KEYS = r"^(vlm\.)?lm_head\."
 
 Shape = tuple[int, ...]
 
+MAX_SIZE, MAX_LAYERS = 2**31, 1000  # far beyond any model, and listed in no time
+PACKED = 32  # AutoRound leaves a linear alone whose sizes are no multiple of this
+# what Qwen3VLTextConfig takes where a config is silent
+TEXT_DEFAULTS = {"head_dim": 128, "num_key_value_heads": 32}
+
+
+def _size(config: Mapping[str, Any], key: str, most: int = MAX_SIZE) -> int:
+    """Return a size from a config section.
+
+    Raises
+    ------
+    KeyError
+        If it is absent.
+    ValueError
+        If it is no whole number between 1 and `most`.
+    """
+    value = config[key] if key in config or key not in TEXT_DEFAULTS else TEXT_DEFAULTS[key]
+    if type(value) is not int or not 1 <= value <= most:
+        raise ValueError(f"{key} is {repr(value)[:40]}, not a whole number from 1 to {most}")
+    return value
+
 
 def published_name(name: str) -> str:
     """Return the published name of a tensor stored under that or a legacy name."""
@@ -55,10 +76,12 @@ def component(name: str) -> str:
 def linears(config: Mapping[str, Any]) -> dict[str, Shape]:
     """Return the linears to quantize, module name -> (out_features, in_features), in order."""
     text = config["text_config"]
-    hidden, inner = text["hidden_size"], text["intermediate_size"]
-    head_dim = text.get("head_dim") or hidden // text["num_attention_heads"]
-    queries = text["num_attention_heads"] * head_dim
-    keys = (text.get("num_key_value_heads") or text["num_attention_heads"]) * head_dim
+    hidden, inner = _size(text, "hidden_size"), _size(text, "intermediate_size")
+    head_dim = _size(text, "head_dim")
+    queries = _size(text, "num_attention_heads") * head_dim
+    # a null stands for as many as there are query heads
+    shared = text.get("num_key_value_heads", 0) is None
+    keys = queries if shared else _size(text, "num_key_value_heads") * head_dim
     block = {
         "self_attn.q_proj": (queries, hidden),
         "self_attn.k_proj": (keys, hidden),
@@ -70,7 +93,7 @@ def linears(config: Mapping[str, Any]) -> dict[str, Shape]:
     }
     return {
         f"{BLOCKS}.{i}.{name}": shape
-        for i in range(text["num_hidden_layers"])
+        for i in range(_size(text, "num_hidden_layers", MAX_LAYERS))
         for name, shape in block.items()
     }
 
@@ -80,29 +103,30 @@ def tensors(config: Mapping[str, Any]) -> dict[str, Shape]:
 
     Raises
     ------
-    KeyError, TypeError
+    KeyError, TypeError, ValueError
         If the config lacks a size, or holds something else in its place.
     """
-    hidden = config["text_config"]["hidden_size"]
+    hidden, width = _size(config["text_config"], "hidden_size"), _size(config, "embed_dim")
     shapes: dict[str, Shape] = {}
     shapes.update(_vision(config["vision_config"]))
     shapes.update(_language_model(config))
-    shapes["embedding_proj_layer.weight"] = (config["embed_dim"], hidden)
-    shapes["embedding_proj_layer.bias"] = (config["embed_dim"],)
+    shapes["embedding_proj_layer.weight"] = (width, hidden)
+    shapes["embedding_proj_layer.bias"] = (width,)
     return shapes
 
 
 def _language_model(config: Mapping[str, Any]) -> dict[str, Shape]:
     text = config["text_config"]
-    hidden = text["hidden_size"]
-    head_dim = text.get("head_dim") or hidden // text["num_attention_heads"]
+    hidden, head_dim = _size(text, "hidden_size"), _size(text, "head_dim")
     prefix = "vlm.model.language_model"
-    shapes: dict[str, Shape] = {f"{prefix}.embed_tokens.weight": (text["vocab_size"], hidden)}
+    shapes: dict[str, Shape] = {
+        f"{prefix}.embed_tokens.weight": (_size(text, "vocab_size"), hidden)
+    }
     for name, shape in linears(config).items():
         shapes[f"{name}.weight"] = shape
         if text.get("attention_bias") and ".self_attn." in name:
             shapes[f"{name}.bias"] = shape[:1]
-    for i in range(text["num_hidden_layers"]):
+    for i in range(_size(text, "num_hidden_layers", MAX_LAYERS)):
         shapes[f"{BLOCKS}.{i}.input_layernorm.weight"] = (hidden,)
         shapes[f"{BLOCKS}.{i}.post_attention_layernorm.weight"] = (hidden,)
         shapes[f"{BLOCKS}.{i}.self_attn.q_norm.weight"] = (head_dim,)
@@ -112,11 +136,15 @@ def _language_model(config: Mapping[str, Any]) -> dict[str, Shape]:
 
 
 def _vision(vision: Mapping[str, Any]) -> dict[str, Shape]:
-    hidden, inner, patch = vision["hidden_size"], vision["intermediate_size"], vision["patch_size"]
-    merged = hidden * vision["spatial_merge_size"] ** 2
+    hidden, inner = _size(vision, "hidden_size"), _size(vision, "intermediate_size")
+    patch, out = _size(vision, "patch_size"), _size(vision, "out_hidden_size")
+    merged = hidden * _size(vision, "spatial_merge_size") ** 2
+    depth, deepstack = _size(vision, "depth", MAX_LAYERS), vision["deepstack_visual_indexes"]
+    if not all(type(index) is int and 0 <= index < depth for index in deepstack):
+        raise ValueError(f"deepstack_visual_indexes names layers beyond the {depth} of depth")
     prefix = "vlm.model.visual"
     shapes: dict[str, Shape] = {
-        f"{prefix}.pos_embed.weight": (vision["num_position_embeddings"], hidden)
+        f"{prefix}.pos_embed.weight": (_size(vision, "num_position_embeddings"), hidden)
     }
 
     def add(name: str, *weight: int) -> None:
@@ -127,12 +155,12 @@ def _vision(vision: Mapping[str, Any]) -> dict[str, Shape]:
     add(
         "patch_embed.proj",
         hidden,
-        vision["in_channels"],
-        vision["temporal_patch_size"],
+        _size(vision, "in_channels"),
+        _size(vision, "temporal_patch_size"),
         patch,
         patch,
     )
-    for i in range(vision["depth"]):
+    for i in range(depth):
         add(f"blocks.{i}.norm1", hidden)
         add(f"blocks.{i}.norm2", hidden)
         add(f"blocks.{i}.attn.qkv", 3 * hidden, hidden)
@@ -140,12 +168,12 @@ def _vision(vision: Mapping[str, Any]) -> dict[str, Shape]:
         add(f"blocks.{i}.mlp.linear_fc1", inner, hidden)
         add(f"blocks.{i}.mlp.linear_fc2", hidden, inner)
     mergers = {"merger": hidden}
-    for i in range(len(vision["deepstack_visual_indexes"])):
+    for i in range(len(deepstack)):
         mergers[f"deepstack_merger_list.{i}"] = merged
     for name, norm in mergers.items():
         add(f"{name}.norm", norm)
         add(f"{name}.linear_fc1", merged, merged)
-        add(f"{name}.linear_fc2", vision["out_hidden_size"], merged)
+        add(f"{name}.linear_fc2", out, merged)
     return shapes
 
 

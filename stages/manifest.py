@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.checkpoint import check_unchanged, find_model
+from stages.errors import PipelineError
 from stages.files import read_json
 from stages.params import ModelParams
 from stages.paths import MANIFEST
@@ -17,7 +18,12 @@ def read_manifest(path: Path = MANIFEST) -> dict[str, Any]:
     PipelineError
         If it is missing or damaged.
     """
-    manifest: dict[str, Any] = read_json(path, "run `dvc repro inspect`")
+    mend = "run `dvc repro inspect`"
+    manifest = read_json(path, mend)
+    if not isinstance(manifest, dict) or not all(
+        isinstance(manifest.get(key), dict) for key in ("files", "linears")
+    ):
+        raise PipelineError(f"{path}: is no manifest; {mend}")
     return manifest
 
 

@@ -4,16 +4,25 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from stages.errors import PipelineError
 
 PARAMS_FILE = Path("params.yaml")
-RECIPE_NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
+RECIPE_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
+MAX_QUOTED = 80
 # metrics/<recipe>.json and artifacts/.../<recipe> lie beside files of these names
-RESERVED_NAMES = {"demo_training", "model", "original", "plots", "quantize", "speed"}
+RESERVED_NAMES = {"demo_training", "model", "original", "plots", "quantize", "speed", "summary"}
 
 
 class Section(BaseModel):
@@ -22,11 +31,21 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
+def _integer(value: object) -> object:
+    if type(value) is not int:  # pydantic takes 4.0 for a literal 4
+        raise ValueError("must be a whole number")
+    return value
+
+
+Integer = BeforeValidator(_integer)
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what every library takes
+
+
 class ModelParams(Section):
     """Which checkpoint to quantize."""
 
     source: str = Field(min_length=1)
-    revision: str | None
+    revision: str | None = Field(pattern=r"^[0-9a-f]{40}$")
     trust_remote_code: bool
     max_num_visual_tokens: int = Field(ge=4)
 
@@ -37,7 +56,7 @@ class CalibrationParams(Section):
     dataset: str = Field(min_length=1)
     queries: int = Field(ge=0)
     pages: int = Field(ge=0)
-    seed: int = Field(ge=0)
+    seed: Seed
 
     @model_validator(mode="after")
     def _not_empty(self) -> "CalibrationParams":
@@ -49,8 +68,8 @@ class CalibrationParams(Section):
 class WeightFormat(Section):
     """How the weights of the language model's linears are stored."""
 
-    bits: Literal[2, 3, 4, 8]
-    group_size: Literal[32, 64, 128]
+    bits: Annotated[Literal[2, 3, 4, 8], Integer]
+    group_size: Annotated[Literal[32, 64, 128], Integer]
     sym: bool
 
     @field_validator("sym")
@@ -77,7 +96,7 @@ class AutoRoundRecipe(WeightFormat):
     iters: int = Field(ge=0)
     lr: float | None = Field(default=None, gt=0, le=1)
     gradient_accumulate_steps: int = Field(default=8, ge=1)
-    seed: int = Field(ge=0)
+    seed: Seed
 
 
 Recipe = Annotated[RtnRecipe | AutoRoundRecipe, Field(discriminator="method")]
@@ -172,7 +191,8 @@ def load_params(path: Path = PARAMS_FILE) -> Params:
         raw = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise PipelineError(f"{path}: cannot be read ({error.strerror})") from None
-    except (YAMLError, UnicodeDecodeError) as error:
+    # damaged scalars such as 2026-99-99 raise what their constructors raise
+    except (YAMLError, ValueError, KeyError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise PipelineError(f"{path}: is not valid YAML ({reason})") from None
     try:
@@ -185,8 +205,10 @@ def _first_problem(error: ValidationError) -> str:
     """Say in one line what is wrong with which key, and how many more keys are wrong."""
     problems = error.errors(include_url=False)
     first = problems[0]
-    # a union member is reported by its tag, which is no key of the file
-    key = ".".join(str(part) for part in first["loc"] if part not in ("rtn", "autoround"))
+    location = [str(part) for part in first["loc"]]
+    if location[0:1] == ["recipes"]:
+        del location[2:3]  # the method, by which a union names its member, is no key of the file
+    key = ".".join(location)
     messages = {
         "extra_forbidden": "is an unknown key; remove it or mend its spelling",
         "missing": "is missing; add it",
@@ -195,6 +217,9 @@ def _first_problem(error: ValidationError) -> str:
     }
     message = messages.get(first["type"], first["msg"].removeprefix("Value error, "))
     if first["type"] not in messages and not isinstance(first["input"], dict):
-        message += f" (it is {first['input']!r})"
+        quoted = repr(first["input"])
+        message += (
+            f" (it is {quoted if len(quoted) <= MAX_QUOTED else quoted[:MAX_QUOTED] + '...'})"
+        )
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     return f"{key or 'the file'}: {message}{more}"

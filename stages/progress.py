@@ -28,7 +28,9 @@ class Progress:
         """Count `items` as done."""
         before, self.done = self.done, self.done + items
         self.bar.update(items)
-        if self.bar.disable and before * 10 // self.total != self.done * 10 // self.total:
+        if self.bar.disable and before * 10 // max(self.total, 1) != self.done * 10 // max(
+            self.total, 1
+        ):
             logger.info("%s: %d of %d", self.what, self.done, self.total)
 
 

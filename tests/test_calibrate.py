@@ -79,11 +79,3 @@ def test_more_than_there_are_is_refused(dataset: Path, tmp_path: Path) -> None:
     processor = load_processor(GOLDEN / "model", 64)
     with pytest.raises(PipelineError, match=r"calibration\.pages is 5, but the dataset holds 4"):
         make_samples(params(dataset, pages=5), processor, tmp_path)
-
-
-def test_damaged_samples_are_one_line(tmp_path: Path) -> None:
-    with pytest.raises(PipelineError, match=r"index\.json: cannot be read.*dvc repro -f calibrate"):
-        read_samples(tmp_path)
-    write_json(tmp_path / INDEX, {"samples": [{"kind": "query"}]})
-    with pytest.raises(PipelineError, match="cannot be read"):
-        read_samples(tmp_path)

@@ -14,6 +14,7 @@ from stages import evaluate
 from stages.dataset import Dataset
 from stages.embeddings import Embeddings, write_embeddings
 from stages.errors import PipelineError, run
+from stages.pages import Page
 from stages.params import PARAMS_FILE
 
 NAN, INF = float("nan"), float("inf")
@@ -38,7 +39,7 @@ def draw(seed: int, noise: float) -> Embeddings:
     return Embeddings(items(QUERIES, 100), items(PAGES, 200))
 
 
-DATASET = Dataset(dict.fromkeys(QUERIES, "text"), dict.fromkeys(PAGES, Path("x")), RELEVANCE)
+DATASET = Dataset(dict.fromkeys(QUERIES, "text"), dict.fromkeys(PAGES, Page(Path("x"))), RELEVANCE)
 ORIGINAL, QUANTIZED = draw(0, 0.0), draw(1, 0.4)
 MODEL = {
     "components": {

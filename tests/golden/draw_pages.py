@@ -12,10 +12,32 @@ from collections.abc import Callable
 
 from PIL import Image, ImageDraw, ImageFont
 
-_WORDS = (
-    "revenue margin page table axis total quarter figure budget region energy cost growth "
-    "index share report annual net value forecast import export rate unit"
-).split()
+_WORDS = [
+    "revenue",
+    "margin",
+    "page",
+    "table",
+    "axis",
+    "total",
+    "quarter",
+    "figure",
+    "budget",
+    "region",
+    "energy",
+    "cost",
+    "growth",
+    "index",
+    "share",
+    "report",
+    "annual",
+    "net",
+    "value",
+    "forecast",
+    "import",
+    "export",
+    "rate",
+    "unit",
+]
 
 
 def _text_line(words: int, scale: int, rng: random.Random) -> Image.Image:

@@ -1,0 +1,160 @@
+"""Stage `heatmap@<recipe>`: where on a page a query matches, original and quantized side by side.
+
+`python -m stages.heatmap RECIPE` writes ``metrics/plots/<recipe>/heatmap.png``: the query whose
+score changed most between original and quantized, on its best relevant page. Each cell of 32 x 32
+pixels of the resized page, one visual token, is coloured by the score that the page would get if
+it had that token alone, divided by the number of query tokens: the mean cosine of the query's
+tokens (the augmentation tokens too, which MaxSim counts) with the cell. Both pictures have one
+colour scale, from the median of all their cells to the best.
+"""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from stages.colqwen3.scoring import max_sim
+from stages.dataset import Dataset, read_dataset
+from stages.embeddings import Embeddings, read_embeddings
+from stages.errors import PipelineError, run
+from stages.pages import open_page
+from stages.params import load_params
+from stages.paths import CHECKPOINTS, EMBEDDINGS, PLOTS
+from stages.picture import Map, picture
+
+MEND = "run `dvc repro` to embed both again"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A query, its best relevant page, and their scores by both models."""
+
+    query: str
+    page: str
+    original: float
+    quantized: float
+
+
+def choose(dataset: Dataset, original: Embeddings, quantized: Embeddings) -> Choice:
+    """Return the query whose score changed most, on the page that the original scores best.
+
+    Only relevant pages count. Ties, to six decimal places, go to the first in the dataset.
+    """
+    choices = []
+    for query, judged in dataset.relevance.items():
+        pages = [page for page, score in judged.items() if score > 0]
+        before = _scores(original, query, pages)
+        best = before.index(max(before))
+        after = _scores(quantized, query, pages[best : best + 1])
+        choices.append(Choice(query, pages[best], before[best], after[0]))
+    return max(choices, key=lambda choice: round(abs(choice.quantized - choice.original), 6))
+
+
+def _scores(embeddings: Embeddings, query: str, pages: Sequence[str]) -> list[float]:
+    vectors = [finite(embeddings.pages[page]) for page in pages]
+    scores = max_sim([finite(embeddings.queries[query])], vectors)[0]
+    values: list[float] = torch.nan_to_num(scores, nan=0.0, neginf=0.0).tolist()
+    return values
+
+
+def finite(tokens: torch.Tensor) -> torch.Tensor:
+    """Return the tokens with those that hold NaN or Inf as zero vectors, as `evaluate` does."""
+    return tokens.masked_fill(~tokens.isfinite().all(-1, keepdim=True), 0)
+
+
+def check_names(dataset: Dataset, **embeddings: Embeddings) -> None:
+    """Check that the embeddings hold every query and page of the dataset.
+
+    Raises
+    ------
+    PipelineError
+        Naming the first that is missing.
+    """
+    for which, made in embeddings.items():
+        for kind, wanted, held in (
+            ("query", dataset.queries, made.queries),
+            ("page", dataset.pages, made.pages),
+        ):
+            for name in wanted:
+                if name not in held:
+                    raise PipelineError(f"{which} embeddings lack {kind} {name!r}; {MEND}")
+
+
+def visual_tokens(processor: Any, page: Image.Image) -> tuple[NDArray[np.bool_], tuple[int, int]]:
+    """Return which of a page's tokens are visual ones, and the rows and columns of their grid.
+
+    The processor itself lays the page out: its visual tokens are those that carry the id of the
+    image placeholder, in row-major order of the grid of patches merged 2 x 2.
+    """
+    from stages.colqwen3.processing import IMAGE_TOKEN
+
+    inputs = processor.process_images([page])
+    placeholder = processor.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    _, height, width = inputs["image_grid_thw"][0].tolist()
+    merge = processor.image_processor.merge_size
+    visual: NDArray[np.bool_] = (inputs["input_ids"][0] == placeholder).numpy()
+    return visual, (height // merge, width // merge)
+
+
+def similarity_map(
+    query: torch.Tensor, page: torch.Tensor, visual: NDArray[np.bool_], grid: tuple[int, int]
+) -> Map:
+    """Return the mean cosine of the query's tokens with each visual token, [rows, columns].
+
+    Raises
+    ------
+    PipelineError
+        If the page's embeddings have another number of tokens than the processor now makes.
+    """
+    if len(page) != len(visual) or visual.sum() != grid[0] * grid[1]:
+        raise PipelineError(
+            f"the page of the heat map has {len(page)} embedded tokens, but {len(visual)} by the "
+            f"processor; {MEND}"
+        )
+    similarities = finite(query).double() @ finite(page).double()[torch.from_numpy(visual)].T
+    means: Map = similarities.mean(0).reshape(grid).numpy()
+    return means
+
+
+def main() -> None:
+    """Write the heat map of one recipe."""
+    from stages.colqwen3.loading import load_processor
+
+    parser = argparse.ArgumentParser(prog="python -m stages.heatmap", description=__doc__)
+    parser.add_argument("recipe", metavar="RECIPE", help="a key of recipes in params.yaml")
+    recipe = parser.parse_args().recipe
+    params = load_params()
+    params.recipe(recipe)
+    dataset = read_dataset(Path(params.evaluate.dataset))
+    original = read_embeddings(EMBEDDINGS / "original.safetensors")
+    quantized = read_embeddings(EMBEDDINGS / f"{recipe}.safetensors")
+    check_names(dataset, original=original, quantized=quantized)
+    chosen = choose(dataset, original, quantized)
+    processor = load_processor(
+        CHECKPOINTS / recipe, params.model.max_num_visual_tokens, params.model.trust_remote_code
+    )
+    page = open_page(dataset.pages[chosen.page])
+    visual, grid = visual_tokens(processor, page)
+    maps = [
+        similarity_map(made.queries[chosen.query], made.pages[chosen.page], visual, grid)
+        for made in (original, quantized)
+    ]
+    change = chosen.quantized - chosen.original
+    captions = (
+        f"original: MaxSim {chosen.original:.3f}",
+        f"{recipe}: MaxSim {chosen.quantized:.3f} ({change:+.3f})",
+    )
+    title = f"{recipe}, page {chosen.page}, query {chosen.query}: {dataset.queries[chosen.query]}"
+    path = PLOTS / recipe / "heatmap.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(picture(page, maps, captions, title))
+
+
+if __name__ == "__main__":
+    run(main)

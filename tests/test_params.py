@@ -1,0 +1,450 @@
+"""params.yaml as shipped, and every way of getting it wrong that we could think of."""
+
+import re
+from pathlib import Path
+
+import pytest
+from dvc.utils.serialize import parse_yaml
+
+from stages.errors import PipelineError
+from stages.params import (
+    RESERVED_NAMES,
+    AutoRoundRecipe,
+    BenchmarkParams,
+    CalibrationParams,
+    ComputeParams,
+    EmbedParams,
+    EvaluateParams,
+    GateParams,
+    ModelParams,
+    Params,
+    RtnRecipe,
+    Section,
+    load_params,
+)
+
+SHIPPED = Path("params.yaml")
+SECTIONS: dict[str, type[Section]] = {
+    "model": ModelParams,
+    "calibration": CalibrationParams,
+    "embed": EmbedParams,
+    "evaluate": EvaluateParams,
+    "benchmark": BenchmarkParams,
+    "gate": GateParams,
+    "compute": ComputeParams,
+}
+# every line differs from every other, so that an edit names the one it means
+GOOD = """\
+model:
+  source: some/model
+  revision: null
+  trust_remote_code: false
+  max_num_visual_tokens: 1280
+calibration:
+  dataset: some/calibration
+  queries: 3
+  pages: 2
+  seed: 42
+recipes:
+  tuned:
+    method: autoround
+    bits: 4
+    group_size: 128
+    sym: true
+    iters: 50
+    lr: 0.005
+    seed: 7
+  plain:
+    method: rtn
+    bits: 3
+    group_size: 32
+    sym: True
+embed:
+  dtype: float32
+  queries_per_batch: 16
+  visual_tokens_per_batch: 1281
+evaluate:
+  dataset: some/evaluation
+benchmark:
+  dtype: bfloat16
+  warmup: 0
+  repeats: 10
+gate:
+  min_query_cosine: 0.95
+  min_page_cosine: null
+  max_ndcg_at_5_drop: 0.05
+  max_bytes: null
+compute:
+  device: auto
+"""
+RECIPES = GOOD[GOOD.index("recipes:") : GOOD.index("embed:")]
+TAKEN = ("demo_training", "model", "original", "plots", "quantize", "speed")
+PLAIN = RECIPES[RECIPES.index("  plain:") :]
+
+
+def edit(old: str, new: str) -> str:
+    assert GOOD.count(old) == 1, f"{old!r} occurs {GOOD.count(old)} times"
+    return GOOD.replace(old, new)
+
+
+def load(folder: Path, text: str | bytes) -> Params:
+    path = folder / "params.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return load_params(path)
+
+
+def refusal(folder: Path, text: str | bytes) -> str:
+    """Return what is said about the file, after checking that it is one short line naming it."""
+    with pytest.raises(PipelineError) as caught:
+        load(folder, text)
+    message = str(caught.value)
+    start = f"{folder / 'params.yaml'}: "
+    assert message.startswith(start)
+    said = message.removeprefix(start)
+    assert len(said.splitlines()) == 1
+    assert len(said) < 500
+    return said
+
+
+# ---- What is shipped ----------------------------------------------------------------------------
+
+
+def test_shipped_file_loads_with_the_recipes_that_the_readme_names() -> None:
+    params = load_params(SHIPPED)
+    assert isinstance(params.recipe("w4g128"), AutoRoundRecipe)
+    assert isinstance(params.recipe("rtn-w4g128"), RtnRecipe)
+    assert not params.model.trust_remote_code
+    assert params.calibration.dataset != params.evaluate.dataset
+    assert params.calibration.queries > 0
+    assert params.calibration.pages > 0
+
+
+def test_commented_examples_become_recipes_when_uncommented(tmp_path: Path) -> None:
+    lines = SHIPPED.read_text(encoding="utf-8").splitlines()
+    start, end = lines.index("recipes:"), next(i for i, s in enumerate(lines) if s == "embed:")
+    examples = [re.sub(r"^  # ", "  ", line) for line in lines[start:end]]
+    text = "\n".join(lines[:start] + examples + lines[end:]) + "\n"
+    added = load(tmp_path, text).recipes
+    assert len(added) > len(load_params(SHIPPED).recipes)
+    assert {3, 2} <= {recipe.bits for recipe in added.values()}
+    assert 32 in {recipe.group_size for recipe in added.values()}
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_each_key_has_a_comment_in_the_two_lines_above(section: str) -> None:
+    lines = SHIPPED.read_text(encoding="utf-8").splitlines()
+    start = lines.index(f"{section}:")
+    for key in SECTIONS[section].model_fields:
+        at = next(i for i in range(start, len(lines)) if lines[i].startswith(f"  {key}:"))
+        above = [line.lstrip() for line in lines[at - 2 : at]]
+        assert any(line.startswith("#") for line in above), f"{section}.{key}"
+
+
+def test_each_key_of_a_recipe_is_explained_above_the_recipes() -> None:
+    lines = SHIPPED.read_text(encoding="utf-8").splitlines()
+    explained = {line.split()[1] for line in lines[: lines.index("recipes:")] if line[:2] == "# "}
+    assert AutoRoundRecipe.model_fields.keys() | RtnRecipe.model_fields.keys() <= explained
+
+
+# ---- What is accepted ---------------------------------------------------------------------------
+
+
+def test_every_value_arrives(tmp_path: Path) -> None:
+    params = load(tmp_path, GOOD)
+    assert params.model_dump(exclude_defaults=True, exclude_unset=True) == parse_yaml(
+        GOOD, path="params.yaml"
+    )
+    assert list(params.recipes) == ["tuned", "plain"]
+    tuned = params.recipe("tuned")
+    assert isinstance(tuned, AutoRoundRecipe)
+    assert (tuned.lr, tuned.seed, tuned.gradient_accumulate_steps) == (0.005, 7, 8)
+    assert isinstance(params.recipe("plain"), RtnRecipe)
+
+
+def test_unknown_recipe_is_refused_with_the_known_ones(tmp_path: Path) -> None:
+    with pytest.raises(PipelineError, match=r"recipes\.w4 does not exist; known: tuned, plain$"):
+        load(tmp_path, GOOD).recipe("w4")
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"), [("1e-3", 0.001), ("1E-3", 0.001), ("5.0e-03", 0.005), ("1", 1.0)]
+)
+def test_exponents_are_numbers_as_dvc_reads_them(
+    tmp_path: Path, written: str, meant: float
+) -> None:
+    text = edit("lr: 0.005", f"lr: {written}")
+    recipe = load(tmp_path, text).recipe("tuned")
+    assert isinstance(recipe, AutoRoundRecipe)
+    assert recipe.lr == meant == parse_yaml(text, path="params.yaml")["recipes"]["tuned"]["lr"]
+
+
+@pytest.mark.parametrize("written", ["0123", "123"])
+def test_leading_zero_is_no_octal(tmp_path: Path, written: str) -> None:
+    assert load(tmp_path, edit("seed: 42", f"seed: {written}")).calibration.seed == 123
+
+
+@pytest.mark.parametrize("line", ["", "    lr: null\n", "    lr:\n"])
+def test_step_size_may_be_absent_or_null(tmp_path: Path, line: str) -> None:
+    recipe = load(tmp_path, edit("    lr: 0.005\n", line)).recipe("tuned")
+    assert isinstance(recipe, AutoRoundRecipe)
+    assert recipe.lr is None
+
+
+@pytest.mark.parametrize("line", ["queries: 3", "pages: 2"])
+def test_queries_or_pages_alone_are_enough(tmp_path: Path, line: str) -> None:
+    key = line.split(":")[0]
+    params = load(tmp_path, edit(f"  {line}\n", f"  {key}: 0\n"))
+    assert getattr(params.calibration, key) == 0
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+def test_every_format_is_accepted(tmp_path: Path, bits: int, group_size: int) -> None:
+    text = edit("bits: 4\n    group_size: 128", f"bits: {bits}\n    group_size: {group_size}")
+    recipe = load(tmp_path, text).recipe("tuned")
+    assert (recipe.bits, recipe.group_size) == (bits, group_size)
+
+
+@pytest.mark.parametrize("name", ["a", "4bit", "w4g128-2", "w_4", "models", "rtn", "autoround"])
+def test_recipe_names_may_be(tmp_path: Path, name: str) -> None:
+    assert name in load(tmp_path, edit("  plain:", f"  {name}:")).recipes
+
+
+@pytest.mark.parametrize("encode", [b"\xef\xbb\xbf".__add__, lambda b: b.replace(b"\n", b"\r\n")])
+def test_files_saved_by_windows_load(tmp_path: Path, encode: object) -> None:
+    assert callable(encode)
+    assert load(tmp_path, encode(GOOD.encode())) == load(tmp_path, GOOD)
+
+
+def test_params_cannot_be_changed(tmp_path: Path) -> None:
+    params = load(tmp_path, GOOD)
+    with pytest.raises(ValueError, match="frozen"):
+        params.calibration.seed = 1
+
+
+# ---- What is refused ----------------------------------------------------------------------------
+
+BAD = [
+    # YAML 1.2: words are no booleans, quoted numbers no numbers
+    ("sym: true", "sym: yes", "recipes.tuned.sym: ", "'yes'"),
+    ("sym: true", "sym: on", "recipes.tuned.sym: ", "'on'"),
+    ("trust_remote_code: false", "trust_remote_code: no", "model.trust_remote_code: ", "'no'"),
+    ("lr: 0.005", "lr: '1e-3'", "recipes.tuned.lr: ", "'1e-3'"),
+    ("seed: 42", "seed: 1:30", "calibration.seed: ", "'1:30'"),
+    # unknown keys
+    ("compute:", "computer: 1\ncompute:", "computer: ", "unknown key"),
+    ("  queries: 3", "  queries: 3\n  querys: 3", "calibration.querys: ", "unknown key"),
+    ("  device:", "  devices: 2\n  device:", "compute.devices: ", "unknown key"),
+    ("    iters:", "    iter: 3\n    iters:", "recipes.tuned.iter: ", "unknown key"),
+    ("    method: rtn", "    method: rtn\n    iters: 50", "recipes.plain.iters: ", "unknown key"),
+    ("    method: rtn", "    method: rtn\n    lr: 0.1", "recipes.plain.lr: ", "unknown key"),
+    ("    method: rtn", "    method: rtn\n    seed: 1", "recipes.plain.seed: ", "unknown key"),
+    # missing keys
+    ("  source: some/model\n", "", "model.source: ", "is missing"),
+    ("  revision: null\n", "", "model.revision: ", "is missing"),
+    ("  max_bytes: null\n", "", "gate.max_bytes: ", "is missing"),
+    ("    bits: 4\n", "", "recipes.tuned.bits: ", "is missing"),
+    ("    iters: 50\n", "", "recipes.tuned.iters: ", "is missing"),
+    ("    seed: 7\n", "", "recipes.tuned.seed: ", "is missing"),
+    ("compute:\n  device: auto\n", "", "compute: ", "is missing"),
+    (RECIPES, "", "recipes: ", "is missing"),
+    ("    method: rtn\n", "", "recipes.plain: ", "lacks the key method"),
+    # wrong kinds
+    ("queries: 3", "queries: '3'", "calibration.queries: ", "'3'"),
+    ("queries: 3", "queries: three", "calibration.queries: ", "'three'"),
+    ("queries: 3", "queries: true", "calibration.queries: ", "True"),
+    ("queries: 3", "queries: 3.0", "calibration.queries: ", "3.0"),
+    ("queries: 3", "queries: 3e0", "calibration.queries: ", "3.0"),
+    ("queries: 3", "queries: [3]", "calibration.queries: ", "[3]"),
+    ("queries: 3", "queries:", "calibration.queries: ", "None"),
+    ("iters: 50", "iters: 50.5", "recipes.tuned.iters: ", "50.5"),
+    ("iters: 50", "iters: false", "recipes.tuned.iters: ", "False"),
+    ("lr: 0.005", "lr: true", "recipes.tuned.lr: ", "True"),
+    ("bits: 4", "bits: '4'", "recipes.tuned.bits: ", "'4'"),
+    ("bits: 4", "bits: true", "recipes.tuned.bits: ", "True"),
+    ("sym: true", "sym: 1", "recipes.tuned.sym: ", "1"),
+    ("source: some/model", "source: 5", "model.source: ", "5"),
+    ("source: some/model", "source: ''", "model.source: ", "''"),
+    ("revision: null", "revision: 1234567", "model.revision: ", "1234567"),
+    ("dataset: some/evaluation", "dataset: 2026-11-23", "evaluate.dataset: ", "2026"),
+    ("model:\n  source: some/model\n", "model:\n", "model.source: ", "is missing"),
+    ("compute:\n  device: auto", "compute: auto", "compute: ", "'auto'"),
+    ("compute:\n  device: auto", "compute:", "compute: ", "None"),
+    # wrong values
+    ("bits: 4", "bits: 5", "recipes.tuned.bits: ", "2, 3, 4 or 8 (it is 5)"),
+    ("bits: 4", "bits: 16", "recipes.tuned.bits: ", "2, 3, 4 or 8 (it is 16)"),
+    ("size: 128", "size: 100", "recipes.tuned.group_size: ", "32, 64 or 128 (it is 100)"),
+    ("size: 128", "size: -1", "recipes.tuned.group_size: ", "32, 64 or 128 (it is -1)"),
+    ("sym: true", "sym: false", "recipes.tuned.sym: ", "asymmetric checkpoints cannot be loaded"),
+    ("sym: True", "sym: false", "recipes.plain.sym: ", "asymmetric checkpoints cannot be loaded"),
+    ("method: rtn", "method: awq", "recipes.plain: ", "method must be rtn or autoround"),
+    ("method: rtn", "method: RTN", "recipes.plain: ", "method must be rtn or autoround"),
+    ("method: rtn", "method:", "recipes.plain: ", "method must be rtn or autoround"),
+    ("queries: 3", "queries: -1", "calibration.queries: ", "-1"),
+    ("pages: 2", "pages: -1", "calibration.pages: ", "-1"),
+    ("queries: 3\n  pages: 2", "queries: 0\n  pages: 0", "calibration: ", "both 0"),
+    ("seed: 42", "seed: -1", "calibration.seed: ", "-1"),
+    ("iters: 50", "iters: -1", "recipes.tuned.iters: ", "-1"),
+    ("seed: 7", "seed: -7", "recipes.tuned.seed: ", "-7"),
+    ("lr: 0.005", "lr: -0.005", "recipes.tuned.lr: ", "-0.005"),
+    ("lr: 0.005", "lr: 0", "recipes.tuned.lr: ", "0"),
+    ("lr: 0.005", "lr: .nan", "recipes.tuned.lr: ", "nan"),
+    ("lr: 0.005", "lr: .inf", "recipes.tuned.lr: ", "inf"),
+    (
+        "    lr: 0.005",
+        "    gradient_accumulate_steps: 0",
+        "recipes.tuned.gradient_accumulate_steps: ",
+        "0",
+    ),
+    ("tokens: 1280", "tokens: 3", "model.max_num_visual_tokens: ", "3"),
+    ("batch: 16", "batch: 0", "embed.queries_per_batch: ", "0"),
+    ("batch: 1281", "batch: -1", "embed.visual_tokens_per_batch: ", "-1"),
+    ("dtype: float32", "dtype: float16", "embed.dtype: ", "'float16'"),
+    ("dtype: bfloat16", "dtype: int8", "benchmark.dtype: ", "'int8'"),
+    ("warmup: 0", "warmup: -1", "benchmark.warmup: ", "-1"),
+    ("repeats: 10", "repeats: 0", "benchmark.repeats: ", "0"),
+    ("min_query_cosine: 0.95", "min_query_cosine: 95", "gate.min_query_cosine: ", "95"),
+    ("min_query_cosine: 0.95", "min_query_cosine: .nan", "gate.min_query_cosine: ", "nan"),
+    ("drop: 0.05", "drop: -0.05", "gate.max_ndcg_at_5_drop: ", "-0.05"),
+    ("drop: 0.05", "drop: .nan", "gate.max_ndcg_at_5_drop: ", "nan"),
+    ("max_bytes: null", "max_bytes: 0", "gate.max_bytes: ", "0"),
+    ("device: auto", "device: gpu", "compute.device: ", "'gpu'"),
+    # the table of recipes
+    (RECIPES, "recipes: {}\n", "recipes: ", "is empty"),
+    (RECIPES, "recipes:\n", "recipes: ", "None"),
+    (RECIPES, "recipes: [w4]\n", "recipes: ", "['w4']"),
+    (PLAIN, "  plain: rtn\n", "recipes.plain: ", "'rtn'"),
+    (PLAIN, "  plain:\n", "recipes.plain: ", "None"),
+    ("  plain:", "  a/b:", "recipes: ", "'a/b' is not allowed"),
+    ("  plain:", "  ../b:", "recipes: ", "'../b' is not allowed"),
+    ("  plain:", "  W4:", "recipes: ", "'W4' is not allowed"),
+    ("  plain:", "  -w4:", "recipes: ", "'-w4' is not allowed"),
+    ("  plain:", "  w4.5:", "recipes: ", "'w4.5' is not allowed"),
+    ("  plain:", "  w4@2:", "recipes: ", "'w4@2' is not allowed"),
+    ("  plain:", "  'w 4':", "recipes: ", "'w 4' is not allowed"),
+    ("  plain:", "  ä:", "recipes: ", "'ä' is not allowed"),
+    ("  plain:", "  '':", "recipes: ", "'' is not allowed"),
+    ("  plain:", '  "w4\\n":', "recipes: ", "'w4\\n' is not allowed"),
+    ("  plain:", "  4:", "recipes.4", "string"),
+    ("  plain:", "  null:", "recipes.None", "string"),
+    *(("  plain:", f"  {n}:", "recipes: ", f"{n!r} is taken") for n in TAKEN),
+    # one line for several problems
+    ("bits: 4\n    group_size: 128", "bits: 5\n    group_size: 1", "recipes.tuned.bits", "1 more"),
+    # no valid YAML
+    ("model:", "model: [", "is not valid YAML ", "line"),
+    ("  device: auto", "\tdevice: auto", "is not valid YAML ", "line"),
+    ("  device: auto", "  device: auto\n  device: cpu", "is not valid YAML ", "duplicate"),
+    ("compute:", "---\ncompute:", "is not valid YAML ", "single document"),
+    ("source: some/model", "source: !path some/model", "is not valid YAML ", "!path"),
+    ("source: some/model", "source: \0", "is not valid YAML ", ""),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "start", "part"),
+    BAD,
+    ids=[f"{i}:{case[1][:30]!r}" for i, case in enumerate(BAD)],
+)
+def test_one_line_names_file_and_key(
+    tmp_path: Path, old: str, new: str, start: str, part: str
+) -> None:
+    said = refusal(tmp_path, edit(old, new))
+    assert said.startswith(start)
+    assert part in said
+
+
+@pytest.mark.parametrize(
+    ("text", "start"),
+    [
+        (b"", "the file: "),
+        (b"# only a comment\n", "the file: "),
+        (b"- model\n- recipes\n", "the file: "),
+        (b"model\n", "the file: "),
+        (b"5", "the file: "),
+        (b"{}", "model: is missing; add it (and 7 more)"),
+        (b"\xff\xfe\x00", "is not valid YAML "),
+        (b"\x89PNG\r\n\x1a\n", "is not valid YAML "),
+        (b"!!python/object/apply:os.system ['touch canary']\n", "is not valid YAML "),
+    ],
+)
+def test_other_files_are_refused(
+    tmp_path: Path, text: bytes, start: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert refusal(tmp_path, text).startswith(start)
+    assert [path.name for path in tmp_path.iterdir()] == ["params.yaml"]
+
+
+def test_missing_file_is_one_line(tmp_path: Path) -> None:
+    for path in (tmp_path / "params.yaml", tmp_path):
+        with pytest.raises(PipelineError) as caught:
+            load_params(path)
+        assert str(caught.value).startswith(f"{path}: cannot be read (")
+
+
+def test_reserved_names_cover_what_lies_beside_the_recipes_results() -> None:
+    """A recipe `x` writes metrics/x.json, metrics/plots/x/ and artifacts/embeddings/x.safetensors."""
+    dvc = parse_yaml(Path("dvc.yaml").read_text(encoding="utf-8"), path="dvc.yaml")["stages"]
+    stages = [stage.get("do", stage) for stage in dvc.values()]
+    outs = [
+        out if isinstance(out, str) else next(iter(out))
+        for stage in stages
+        for kind in ("outs", "metrics", "plots")
+        for out in stage.get(kind, [])
+    ]
+    fixed = [re.sub(r"\$\{key\}.*", "", out) for out in outs]
+    taken = {
+        Path(path).relative_to(folder).parts[0].removesuffix(".json").removesuffix(".safetensors")
+        for path in fixed
+        for folder in ("metrics", "artifacts/embeddings", "artifacts/checkpoints")
+        if path.startswith(f"{folder}/") and path != f"{folder}/"
+    }
+    assert taken >= {"model", "original"}
+    assert taken <= RESERVED_NAMES
+
+
+@pytest.mark.parametrize(("old", "new"), [("bits: 4", "bits: 4.0"), ("size: 128", "size: 128.0")])
+def test_floats_are_no_formats(tmp_path: Path, old: str, new: str) -> None:
+    assert refusal(tmp_path, edit(old, new)).startswith("recipes.tuned.")
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["2026-99-99", "!!int x", "!!float x", "!!bool x", "9" * 5000, "{a: " * 1000],
+    ids=lambda value: value[:12],
+)
+def test_yaml_that_ruamel_cannot_construct_is_one_line(tmp_path: Path, value: str) -> None:
+    assert refusal(tmp_path, f"model: {value}\n")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("compute:", '"a\\nb": 1\ncompute:'), ("device: auto", "device: " + "x" * 900)]
+)
+def test_the_line_stays_one_short_line(tmp_path: Path, old: str, new: str) -> None:
+    assert refusal(tmp_path, edit(old, new))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "start"),
+    [
+        ("  plain:\n    method: rtn\n    bits: 3", "  rtn:\n    method: rtn\n    bits: 5", "recipes.rtn.bits: "),
+        ("compute:", "rtn: 1\ncompute:", "rtn: "),
+    ],
+)  # fmt: skip
+def test_keys_called_like_a_method_are_named(
+    tmp_path: Path, old: str, new: str, start: str
+) -> None:
+    assert refusal(tmp_path, edit(old, new)).startswith(start)
+
+
+@pytest.mark.parametrize("revision", ["main", "''", "6a32fb6", "'../../x'"])
+def test_revisions_are_commits(tmp_path: Path, revision: str) -> None:
+    said = refusal(tmp_path, edit("revision: null", f"revision: {revision}"))
+    assert said.startswith("model.revision: ")
+
+
+@pytest.mark.parametrize(
+    ("old", "key"), [("seed: 42", "calibration"), ("seed: 7", "recipes.tuned")]
+)
+def test_seeds_fit_the_generators(tmp_path: Path, old: str, key: str) -> None:
+    assert refusal(tmp_path, edit(old, f"seed: {2**64}")).startswith(f"{key}.seed: ")
