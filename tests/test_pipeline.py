@@ -126,7 +126,7 @@ def test_second_run_does_nothing(clone: Path) -> None:
         (("recipes", "w4g128", "iters"), 3, {"quantize@w4g128"}),
         (("calibration", "pages"), 1, {"calibrate"}),
         (("benchmark", "repeats"), 2, {f"benchmark@{recipe}" for recipe in RECIPES}),
-        (("gate", "min_page_cosine"), 0.5, {"gate"}),
+        (("gate", "min_page_cosine"), 0.25, {"gate"}),
     ],
 )
 def test_change_makes_only_its_branch_stale(
