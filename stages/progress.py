@@ -16,7 +16,8 @@ class Progress:
 
     def __init__(self, what: str, total: int) -> None:
         self.what, self.total, self.done = what, total, 0
-        self.bar = tqdm(total=total, desc=what, disable=not sys.stderr.isatty())
+        hidden = not sys.stderr.isatty()
+        self.bar = tqdm(total=total, desc=what, unit=f" {what}", disable=hidden)
 
     def __enter__(self) -> "Progress":
         return self

@@ -17,6 +17,7 @@ from stages.colqwen3.loading import load_model, load_processor
 from stages.errors import PipelineError
 from stages.inspect_model import inspect_folder
 from stages.params import AutoRoundRecipe, RtnRecipe
+from tests.golden.variants import Variant, write_variant
 
 GOLDEN = Path("tests/golden/model")
 MANIFEST, METRICS = inspect_folder(GOLDEN)
@@ -36,15 +37,18 @@ def samples() -> list[quantize.Sample]:
 
 
 def run_quantize(
-    folder: Path, recipe: AutoRoundRecipe | RtnRecipe, used: list[quantize.Sample]
+    folder: Path,
+    recipe: AutoRoundRecipe | RtnRecipe,
+    used: list[quantize.Sample],
+    source: Path = GOLDEN,
 ) -> Path:
     scratch, target = folder / "scratch", folder / "target"
     scratch.mkdir(parents=True)
     target.mkdir()
-    model = load_model(GOLDEN, torch.bfloat16, CPU)
-    quantize.quantize(model, load_processor(GOLDEN, 64), recipe, used, scratch, CPU)
+    model = load_model(source, torch.bfloat16, CPU)
+    quantize.quantize(model, load_processor(source, 64), recipe, used, scratch, CPU)
     (made,) = scratch.rglob("config.json")
-    quantize.collect(made.parent, GOLDEN, LINEARS, target)
+    quantize.collect(made.parent, source, LINEARS, target)
     return target
 
 
@@ -87,6 +91,17 @@ def test_rtn_equals_rounding_by_hand(rtn: Path, source: dict[str, torch.Tensor])
             unpack_nibbles(made[f"{name}.qweight"].numpy()), q.reshape(out_features, -1).T
         )
         assert (unpack_nibbles(made[f"{name}.qzeros"].numpy().T) == 7).all()
+
+
+@pytest.mark.parametrize("variant", ["legacy", "lm_head"])
+def test_other_key_names_give_the_same_checkpoint(
+    rtn: Path, tmp_path: Path, variant: Variant
+) -> None:
+    write_variant(variant, tmp_path / "source")
+    made = run_quantize(tmp_path / "made", RTN, [], tmp_path / "source")
+    wanted, found = (load_file(folder / "model.safetensors") for folder in (rtn, made))
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
 def test_rtn_error_is_at_most_a_step(rtn: Path, source: dict[str, torch.Tensor]) -> None:

@@ -1,6 +1,7 @@
 """Loading a ColQwen3 from a folder, original or quantized, checked before any weight is read."""
 
 import json
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from stages.errors import PipelineError
 from stages.files import read_json
 from stages.layout import MODEL_TYPE, published_name
 from stages.packing import dequantize
+
+logger = logging.getLogger(__name__)
 
 
 def quantization_config(folder: Path) -> dict[str, Any] | None:
@@ -71,6 +74,8 @@ def load_model(
     """
     quantization = quantization_config(folder)
     read_headers(folder)
+    if trust_remote_code:
+        logger.warning("model.trust_remote_code is true: Python files of %s may run", folder)
     try:
         if quantization is None:
             model = AutoModel.from_pretrained(
