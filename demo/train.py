@@ -1,0 +1,483 @@
+"""Train the demonstration retriever.
+
+``python -m demo.train --out DIR [--fonts DIR ...] [--minutes N] [--device cpu] [--seed S]``
+
+Three losses share one forward pass over pages and queries: reading (which letter stands at each
+point of a patch), alignment (which cells show the letters of a query token) and retrieval (MaxSim
+of a query with its own page against the other pages of the batch).  The reading head is dropped
+when the model is saved.
+"""
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import platform
+import queue
+import random
+import sys
+import time
+from collections import defaultdict, deque
+from dataclasses import asdict, dataclass
+from multiprocessing.queues import Queue
+from multiprocessing.sharedctypes import Synchronized
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from torch.nn import functional
+from tqdm import tqdm
+
+from demo.network import PATCH, Retriever, Shape, initialise, published_config, save_published
+from demo.samples import CLASSES, SLOTS, Batch, Difficulty, PageMaker, find_fonts
+from demo.score import max_sim, ndcg
+from demo.text import Corpus, harvest, held_out
+from demo.tokenizer import train_tokenizer
+
+HELD_OUT_FONTS = ("Carlito", "Caladea")
+EARLIER = 12  # batches whose pages are kept as wrong answers
+MAX_LOG_SCALE = math.log(100.0)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Part of the training.
+
+    Attributes
+    ----------
+    until : float
+        Fraction of the training time at which the stage ends.
+    levels : tuple of Difficulty
+        What its pages look like; each batch takes one at random.
+    patches : int
+        Patches in a batch, which decides the number of pages.
+    queries : int
+        Queries a page; without any, only the vision tower is trained, to read.
+    """
+
+    until: float
+    levels: tuple[Difficulty, ...]
+    patches: int
+    queries: int
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Settings that depend on the machine: the stages and the peak learning rate."""
+
+    stages: tuple[Stage, ...]
+    rate: float
+
+
+SMALL = 256, 128
+MEDIUM = 256, 256
+LARGE = ((448, 576), (512, 384), (640, 448), (384, 512))
+
+
+def mixed(small: float, large: float, plain: float) -> tuple[Difficulty, ...]:
+    """Return medium pages and, half as often, pages of the large sizes."""
+    sizes = (*[MEDIUM] * 8, *LARGE)
+    return tuple(Difficulty(small, large, 999, 1, *size, plain) for size in sizes)
+
+
+def stages(patches: int) -> tuple[Stage, ...]:
+    """Return the curriculum for batches of about so many patches."""
+    return (
+        # Lines on a grid of patches and few fonts: letters are first seen at few offsets.
+        Stage(0.06, (Difficulty(14, 18, 4, 16, *SMALL),), patches, 0),
+        Stage(0.16, (Difficulty(12, 19, 16, 1, *SMALL),), patches, 0),
+        Stage(
+            0.45,
+            (Difficulty(12, 20, 30, 1, *SMALL), Difficulty(11, 20, 30, 1, *MEDIUM)),
+            patches,
+            2,
+        ),
+        Stage(0.53, mixed(11, 20, 0.25), patches, 3),
+        # Half of the pages in the built-in font: the demonstration's own pages are set in it.
+        Stage(1.0, mixed(12, 18, 0.5), patches, 3),
+    )
+
+
+PRESETS = {"cpu": Preset(stages(3072), 2e-3), "cuda": Preset(stages(65536), 1e-3)}
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update is made orthogonal, for the weight matrices of the blocks.
+
+    The update is scaled so that its size matches AdamW's; one learning rate serves both.
+    """
+
+    def __init__(self, params: list[nn.Parameter], lr: float, decay: float) -> None:
+        super().__init__(params, {"lr": lr, "decay": decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update every parameter once."""
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight.grad is None:
+                    continue
+                state = self.state[weight]
+                if not state:
+                    state["momentum"] = torch.zeros_like(weight)
+                momentum = state["momentum"].mul_(0.95).add_(weight.grad)
+                update = orthogonal(weight.grad + 0.95 * momentum)
+                size = 0.2 * max(weight.shape) ** 0.5
+                weight.mul_(1 - group["lr"] * group["decay"])
+                weight.add_(update, alpha=-group["lr"] * size)
+
+
+def orthogonal(matrix: Tensor) -> Tensor:
+    """Return the nearest matrix with singular values near 1, by Newton-Schulz iteration."""
+    flip = matrix.shape[0] > matrix.shape[1]
+    x: Tensor = matrix.T if flip else matrix
+    x = x / (x.norm() + 1e-7)
+    for a, b, c in ((3.4445, -4.7750, 2.0315),) * 5:
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.T if flip else x
+
+
+class Losses(nn.Module):
+    """The three losses and what only they need: the reading head and two score scales."""
+
+    def __init__(self, vision_hidden: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(vision_hidden)
+        self.read = nn.Linear(vision_hidden, SLOTS * CLASSES)
+        self.log_scales = nn.Parameter(torch.full((2,), math.log(20.0)))
+        weight = torch.ones(CLASSES)
+        weight[0] = 0.05  # most of a page is blank
+        self.register_buffer("weight", weight, persistent=False)
+        self.earlier: deque[Tensor] = deque(maxlen=EARLIER)
+
+    def forward(self, model: Retriever, batch: Batch, remember: bool) -> dict[str, Tensor]:
+        """Return the losses ``read``, ``align``, ``rank`` and ``spell``, and rates of success.
+
+        ``letters`` is the share of letters read right, ``hits`` the share of query tokens whose
+        best cell of the whole batch shows their letters on their page, ``shown`` the mean cosine
+        of cells to their spelling.  With ``remember`` the pages of the last batches are wrong
+        answers too: a batch of large pages alone holds few.
+        """
+        pixels = batch.pages.float() / 127.5 - 1
+        if not len(batch.ids):
+            return self._reading(model.vision(pixels)[2], batch)
+        pages, patches = model.pages(pixels)
+        queries = model.queries(batch.ids)
+        scales = self.log_scales.clamp(max=MAX_LOG_SCALE).exp()
+        sims = torch.einsum("qsd,ptd->qspt", queries, pages)
+
+        begin, cells = len(model.prefix), batch.here.shape[1]
+        count = len(batch.tokens)
+        token = sims[batch.tokens[:, 0], batch.tokens[:, 1], :, begin : begin + cells]
+        own = functional.one_hot(batch.owner[batch.tokens[:, 0]], len(pages)).bool()
+        right = (own[:, :, None] & batch.here[:, None, :]).view(count, -1)
+        # Another copy of the same word is neither right nor wrong.
+        allowed = right | ~batch.same
+        scaled = (token * scales[0]).reshape(count, -1)
+        low = torch.finfo(scaled.dtype).min
+        every = scaled.masked_fill(~allowed, low)
+        align = (every.logsumexp(1) - scaled.masked_fill(~right, low).logsumexp(1)).mean()
+        hits = right.gather(1, every.argmax(1, keepdim=True)).float().mean()
+
+        best = sims.amax(-1) * batch.mask[:, :, None]
+        score = best.sum(1) / batch.mask.sum(1)[:, None] * scales[1]
+        mine = functional.one_hot(batch.owner, len(pages)).bool()
+        by_page = score.log_softmax(0)[mine].mean()
+        if remember:
+            more = [max_sim(queries, batch.mask, part) for part in self.earlier]
+            self.earlier.append(pages.detach())
+            wrong = [part / batch.mask.sum(1)[:, None] * scales[1] for part in more]
+            score = torch.cat([score, *wrong], dim=1)
+        rank = 0.5 * (functional.cross_entropy(score, batch.owner) - by_page)
+        shown = functional.cosine_similarity(
+            pages[:, begin : begin + cells], batch.cell_spelling, dim=-1
+        )
+        asked = functional.cosine_similarity(
+            queries[batch.tokens[:, 0], batch.tokens[:, 1]], batch.token_spelling, dim=-1
+        )
+        written = batch.cell_spelling.any(-1)
+        spell = 2.0 - shown[written].mean() - asked.mean()
+        return {
+            **self._reading(patches, batch),
+            "align": align,
+            "rank": rank,
+            "spell": spell,
+            "hits": hits,
+            "shown": shown[written].mean().detach(),
+        }
+
+    def _reading(self, patches: Tensor, batch: Batch) -> dict[str, Tensor]:
+        logits = self.read(self.norm(patches)).view(-1, CLASSES)
+        target = batch.letters.view(-1).long()
+        weight: Tensor = self.weight  # type: ignore[assignment]
+        seen = target > 0
+        right = (logits.argmax(-1) == target)[seen].float().mean()
+        return {"read": functional.cross_entropy(logits, target, weight), "letters": right}
+
+
+def draw_forever(
+    pages: "Queue[tuple[int, Batch]]",
+    stage: "Synchronized[int]",
+    makers: tuple[Corpus, list[str], str, int],
+    plan: tuple[Stage, ...],
+) -> None:
+    """Keep a queue full of batches of the current stage; runs in a process of its own."""
+    torch.set_num_threads(1)
+    corpus, fonts, tokenizer, seed = makers
+    maker = PageMaker(corpus, fonts, Tokenizer.from_str(tokenizer), seed)
+    rng = random.Random(seed)
+    while True:
+        number = stage.value
+        now = plan[number]
+        level = rng.choice(now.levels)
+        count = max(4, now.patches * PATCH * PATCH // (level.width * level.height))
+        pages.put((number, maker.batch(level, count, now.queries)))
+
+
+class Replay:
+    """Gives every drawn batch ``uses`` times, some steps apart, as drawing costs time too."""
+
+    def __init__(self, source: "Queue[tuple[int, Batch]]", uses: int, seed: int) -> None:
+        self.source = source
+        self.uses = uses
+        self.kept: list[tuple[int, int, Batch]] = []
+        self.rng = random.Random(seed)
+        self.drawn = 0
+
+    def next(self, stage: int) -> Batch:
+        """Return a batch: a new one if there is one or too few are kept, else one seen before."""
+        self.kept = [item for item in self.kept if item[0] == stage]
+        try:
+            number, batch = self.source.get(block=len(self.kept) < 12)
+        except queue.Empty:
+            index = self.rng.randrange(len(self.kept))
+            number, left, batch = self.kept.pop(index)
+            if left > 1:
+                self.kept.append((number, left - 1, batch))
+            return batch
+        self.drawn += len(batch.pages)
+        if self.uses > 1:
+            self.kept = [*self.kept[-64:], (number, self.uses - 1, batch)]
+        return batch
+
+
+def patch_filters(maker: PageMaker, level: Difficulty, count: int) -> Tensor:
+    """Return the ``count`` principal components of rendered patches ``[count, 256]``.
+
+    Blank patches are left out; filters are scaled so that each gives values of about unit size,
+    the weak ones at most 6 times amplified.
+    """
+    pages = maker.batch(level, 200, 1).pages.float() / 127.5 - 1
+    patches = pages.unfold(1, PATCH, PATCH).unfold(2, PATCH, PATCH).reshape(-1, PATCH * PATCH)
+    patches = patches[patches.std(1) > 0.05]
+    patches = patches - patches.mean(0)
+    values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
+    spread = values.flip(0)[:count].clamp(min=1e-8).sqrt()
+    filters: Tensor = vectors.flip(1)[:, :count].T / spread.clamp(min=spread[0] / 6)[:, None]
+    return filters
+
+
+@torch.no_grad()
+def measure(model: Retriever, batches: list[Batch]) -> dict[str, float]:
+    """Rank the pages of all batches (of one size) for each of their queries."""
+    model.eval()
+    pages = [
+        model.pages(part.float() / 127.5 - 1)[0]
+        for b in batches
+        for part in torch.split(b.pages, 4)
+    ]
+    before = 0
+    scores, owners = [], []
+    for batch in batches:
+        embeddings = model.queries(batch.ids)
+        parts = zip(torch.split(embeddings, 8), torch.split(batch.mask, 8), strict=True)
+        for embedded, mask in parts:
+            scores.append(torch.cat([max_sim(embedded, mask, p) for p in pages], dim=1))
+        owners.append(batch.owner + before)
+        before += len(batch.pages)
+    model.train()
+    relevant = functional.one_hot(torch.cat(owners), before).bool()
+    return {**ndcg(torch.cat(scores), relevant), "pages": before, "queries": len(relevant)}
+
+
+def rate(done: float) -> float:
+    """Return the share of the peak learning rate at a fraction of the training.
+
+    It rises, stays, and falls to nearly zero, fast at first.
+    """
+    return min(1.0, done / 0.02 + 0.02, math.pow(max(0.0, 1.0 - done) / 0.42, 1.5) + 0.01)
+
+
+def build_optimisers(model: Retriever, losses: Losses, peak: float) -> list[torch.optim.Optimizer]:
+    """Give the vision blocks' matrices to Muon and all else to AdamW.
+
+    Muon for the text tower and the mergers too made steps dearer and learned no faster.
+    """
+    matrices, rest, patch = [], [], []
+    for name, weight in [*model.named_parameters(), *losses.named_parameters()]:
+        if "patch_embed.proj.weight" in name:
+            patch.append(weight)
+        elif weight.ndim == 2 and "visual.blocks." in name:
+            matrices.append(weight)
+        else:
+            rest.append(weight)
+    # Six equal copies of a patch filter add up, so each takes a sixth of the step.
+    groups = [{"params": rest, "lr": peak}, {"params": patch, "lr": peak / 6}]
+    adam = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.98), weight_decay=0.01)
+    return [Muon(matrices, 2 * peak, 0.01), adam]
+
+
+def to_device(batch: Batch, device: str) -> Batch:
+    """Return the batch on a device."""
+    return Batch(**{key: value.to(device) for key, value in vars(batch).items()})
+
+
+def main() -> None:
+    """Train, measure now and then, and save the model in the published layout."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the saved model")
+    parser.add_argument("--log", type=Path, help="JSON file for the course of the training")
+    parser.add_argument("--fonts", type=Path, nargs="*", default=[], help="folders with fonts")
+    parser.add_argument("--device", choices=sorted(PRESETS), default="cpu")
+    parser.add_argument("--minutes", type=float, default=90.0)
+    parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--checkpoint", type=Path, help="file to save to and to continue from")
+    parser.add_argument("--every", type=int, default=25, help="steps between printed lines")
+    parser.add_argument("--measure-minutes", type=float, default=8.0)
+    options = parser.parse_args()
+
+    torch.manual_seed(options.seed)
+    preset, device = PRESETS[options.device], options.device
+    corpus = harvest(options.seed)
+    tokenizer = train_tokenizer(corpus, Shape().vocab, options.seed)
+    fonts, other_fonts = find_fonts(options.fonts, HELD_OUT_FONTS)
+    maker = PageMaker(corpus, fonts, tokenizer, options.seed + 1)
+    model = Retriever(published_config(Shape(), tokenizer), tokenizer)
+    filters = patch_filters(maker, preset.stages[1].levels[0], Shape().vision_hidden)
+    initialise(model, tokenizer, filters, options.seed)
+    model.to(device)
+    losses = Losses(Shape().vision_hidden).to(device)
+    optimisers = build_optimisers(model, losses, preset.rate)
+    unseen = PageMaker(held_out(corpus), other_fonts or fonts, tokenizer, options.seed + 2)
+    sizes = {
+        "small_pages": (Difficulty(13, 18, 999, 1, *SMALL), 24, 4),
+        "large_pages": (Difficulty(12, 18, 999, 1, *LARGE[0]), 10, 10),
+    }
+    tests = {
+        name: [to_device(unseen.batch(level, pages, 2), device) for _ in range(repeats)]
+        for name, (level, pages, repeats) in sizes.items()
+    }
+    log: dict[str, Any] = {
+        "seed": options.seed,
+        "machine": f"{os.cpu_count()} CPU cores" if device == "cpu" else "1 GPU",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "minutes": options.minutes,
+        "fonts": len(fonts),
+        "held_out_fonts": len(other_fonts),
+        "shape": asdict(Shape()),
+        "parameters": {
+            "vision": sum(p.numel() for p in model.vlm.model.visual.parameters()),
+            "text": sum(p.numel() for p in model.vlm.model.language_model.parameters()),
+            "projection": sum(p.numel() for p in model.embedding_proj_layer.parameters()),
+        },
+        "steps": [],
+        "held_out": [],
+    }
+    step, spent, seen, drawn = 0, 0.0, 0, 0
+    if options.checkpoint and options.checkpoint.exists():
+        kept = torch.load(options.checkpoint, weights_only=False)
+        model.load_state_dict(kept["model"])
+        losses.load_state_dict(kept["losses"])
+        for optimiser, state in zip(optimisers, kept["optimisers"], strict=True):
+            optimiser.load_state_dict(state)
+        log, step, spent, seen, drawn = (kept[k] for k in ("log", "step", "spent", "seen", "drawn"))
+
+    context = multiprocessing.get_context("spawn")
+    pages: Queue[tuple[int, Batch]] = context.Queue(maxsize=8)
+    current: Synchronized[int] = context.Value("i", 0)
+    total = options.minutes * 60
+    stage = next(i for i, s in enumerate(preset.stages) if spent / total < s.until)
+    current.value = stage
+    source = (corpus, fonts, tokenizer.to_str(), options.seed + 100 + step)
+    context.Process(
+        target=draw_forever, args=(pages, current, source, preset.stages), daemon=True
+    ).start()
+    replay = Replay(pages, 3, options.seed)
+    sums: dict[str, float] = defaultdict(float)
+    bar = tqdm(total=round(total), initial=round(spent), unit="s", disable=not sys.stderr.isatty())
+    last = time.monotonic()
+    measured = spent
+
+    def note() -> None:
+        result = {name: measure(model, batches) for name, batches in tests.items()}
+        log["held_out"].append({"step": step, "seconds": round(spent), **result})
+        log.update(wall_seconds=round(spent), page_views=seen, pages_drawn=drawn + replay.drawn)
+        print(json.dumps(log["held_out"][-1]), flush=True)
+        if options.log:
+            options.log.write_text(json.dumps(log, indent=1) + "\n", "utf-8")
+        if options.checkpoint:
+            state = {
+                "model": model.state_dict(),
+                "losses": losses.state_dict(),
+                "optimisers": [o.state_dict() for o in optimisers],
+                "log": log,
+                "step": step,
+                "spent": spent,
+                "seen": seen,
+                "drawn": drawn + replay.drawn,
+            }
+            torch.save(state, options.checkpoint)
+
+    while spent < total:
+        done = spent / total
+        stage = next(i for i, s in enumerate(preset.stages) if done < s.until)
+        current.value = stage
+        batch = to_device(replay.next(stage), device)
+        for optimiser in optimisers:
+            for group in optimiser.param_groups:
+                group.setdefault("peak", group["lr"])
+                group["lr"] = group["peak"] * rate(done)
+            optimiser.zero_grad()
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            parts = losses(model, batch, stage == len(preset.stages) - 1)
+        reading = 1.5 if done < 0.7 else 0.5
+        loss = reading * parts["read"]
+        if "align" in parts:
+            # Fixed spelling vectors bring both towers together; without them ranking gets worse.
+            common = 3.0 * min(1.0, (1.2 - done) / 0.4)
+            loss = loss + parts["align"] + parts["rank"] + common * parts["spell"]
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+        for optimiser in optimisers:
+            optimiser.step()
+        step += 1
+        seen += len(batch.pages)
+        for name, value in parts.items():
+            sums[name] += float(value.detach())
+        now = time.monotonic()
+        spent += now - last
+        bar.update(round(spent) - bar.n)
+        last = now
+        if step % options.every == 0:
+            line = {name: round(value / options.every, 4) for name, value in sums.items()}
+            entry = {"step": step, "seconds": round(spent), "stage": stage, "views": seen, **line}
+            log["steps"].append(entry)
+            if bar.disable:
+                print(json.dumps(entry), flush=True)
+            else:
+                bar.set_postfix(line)
+            sums.clear()
+        if spent - measured > 60 * options.measure_minutes:
+            note()
+            measured, last = spent, time.monotonic()
+    note()
+    save_published(model, tokenizer, options.out)
+
+
+if __name__ == "__main__":
+    main()
