@@ -14,7 +14,7 @@ from stages.paths import METRICS, PLOTS
 
 SUMMARIES = METRICS / "summary"
 NDCG_PLOT = PLOTS / "ndcg.json"
-DECIMALS = 4  # a row must fit a screen; metrics/<recipe>.json has more
+DECIMALS = 5  # a row must fit a screen; metrics/<recipe>.json has more
 
 
 def summarize(metrics: Mapping[str, Any]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ METRICS: dict[str, Any] = {
 
 def test_each_figure_is_the_one_it_is_called() -> None:
     assert summarize(METRICS) == {
-        "cos_page": 0.9877,
+        "cos_page": 0.98765,
         "cos_query": 0.9,
         "grade": "GOOD",
         "mb": 1.25,
@@ -35,7 +35,7 @@ def test_each_figure_is_the_one_it_is_called() -> None:
         "ndcg5_mixed": 0.625,
         "ndcg5_orig": 0.75,
         "recall1": 0.4,
-        "top1_same": 0.3333,
+        "top1_same": 0.33333,
     }
 
 
