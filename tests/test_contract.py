@@ -1,6 +1,7 @@
 """dvc.yaml, params.yaml, imports and README must tell the same story."""
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -128,3 +129,18 @@ def test_readme_shows_the_dag() -> None:
     command = [sys.executable, "-m", "dvc", "dag", "--md"]
     drawn = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert drawn.strip() in Path("README.md").read_text()
+
+
+@pytest.mark.parametrize("recipe", PARAMS["recipes"])
+def test_readme_quotes_the_committed_metrics(recipe: str) -> None:
+    readme = Path("README.md").read_text()
+    metrics = json.loads(Path(f"metrics/{recipe}.json").read_text())
+    ndcg = metrics["retrieval"]["ndcg_at_5"]
+    quoted = [
+        *(f"{1 - metrics[kind]['cosine']['mean']:.5f}" for kind in ("pages", "queries")),
+        f"{ndcg['quantized']:.4f} (difference {ndcg['difference']:+.4f}, "
+        f"95 % [{ndcg['low']:+.4f}, {ndcg['high']:+.4f}])",
+        f"{metrics['retrieval']['recall_at_1']['quantized']:.4f}",
+        f"{metrics['size']['files']['quantized']:,}",
+    ]
+    assert not [figure for figure in quoted if figure not in readme]
