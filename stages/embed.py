@@ -120,6 +120,10 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if (args.name is None) == (args.model is None):
         parser.error(f"give either a stage name ({ORIGINAL!r} or a recipe) or --model")
+    if args.name and (args.queries or args.pages or args.out or args.revision or args.dtype):
+        parser.error("a stage takes its files from params.yaml; the options go with --model")
+    if args.out and (args.out.suffix != ".safetensors" or args.out.is_dir()):
+        parser.error("--out must name a file that ends in .safetensors")
     if args.model and (args.out is None or (args.queries is None and args.pages is None)):
         parser.error("--model needs --out and at least one of --queries and --pages")
     return args

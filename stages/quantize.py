@@ -160,7 +160,12 @@ def collect(output: Path, source: Path, linears: dict[str, list[int]], target: P
     config.pop("auto_map", None)
     write_json(target / "config.json", config)
     for path in sorted(source.iterdir()):
-        if path.suffix in (".json", ".txt", ".jinja") and path.name not in ("config.json", INDEX):
+        if path.name in ("config.json", INDEX) or not path.is_file():
+            continue
+        if path.suffix == ".json" and "auto_map" in (read := read_json(path, mend)):
+            # it names Python files, which stay behind
+            write_json(target / path.name, {k: v for k, v in read.items() if k != "auto_map"})
+        elif path.suffix in (".json", ".txt", ".jinja"):
             shutil.copyfile(path, target / path.name)
 
 
@@ -215,7 +220,7 @@ def relative_errors(folder: Path, source: Path, bits: int) -> dict[str, float]:
     }
     errors = {
         name.removesuffix(".weight"): float(
-            (dense[name] - weight.float()).norm() / weight.float().norm()
+            (dense[name] - weight.float()).norm() / weight.float().norm().clamp(min=1e-12)
         )
         for name, weight in read_tensors(source)
         if name in dense

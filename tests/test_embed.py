@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from stages.colqwen3.loading import load_model, load_processor
-from stages.embed import count_visual_tokens, embed_all, page_batches
+from stages.embed import count_visual_tokens, embed_all, page_batches, parse_arguments
 from stages.embeddings import read_embeddings
 from stages.errors import PipelineError
 from stages.pages import find_pages, open_page
@@ -78,6 +78,23 @@ def test_bad_input_is_one_line(
     assert message in errors[0]
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["original", "--out", "x.safetensors"],
+        ["--model", "tests/golden/model", "--pages", "p", "--out", "p.png"],
+        ["original", "--model", "tests/golden/model"],
+    ],
+)
+def test_arguments_that_contradict_are_refused(
+    args: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["embed", *args])
+    with pytest.raises(SystemExit) as caught:
+        parse_arguments()
+    assert caught.value.code == 2
 
 
 def test_batches_keep_order_and_budget() -> None:

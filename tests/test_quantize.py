@@ -144,6 +144,8 @@ def test_config_keeps_the_published_fields(tuned: Path) -> None:
     assert quantization["quant_method"] == "auto-round"
     assert (tuned / "tokenizer.json").read_bytes() == (GOLDEN / "tokenizer.json").read_bytes()
     assert not list(tuned.glob("*.py"))
+    named = [path.name for path in tuned.glob("*.json") if "auto_map" in path.read_text()]
+    assert not named  # code that is not there
 
 
 def test_tuning_moves_some_weights(rtn: Path, tuned: Path) -> None:

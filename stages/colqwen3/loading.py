@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import AutoModel, AutoProcessor
 
 from stages.checkpoint import read_headers, weight_files
@@ -18,6 +18,8 @@ from stages.layout import MODEL_TYPE, published_name
 from stages.packing import dequantize
 
 logger = logging.getLogger(__name__)
+
+PACKING_FORMAT = "auto_round:auto_gptq"  # what this pipeline writes
 
 
 def quantization_config(folder: Path) -> dict[str, Any] | None:
@@ -48,11 +50,12 @@ def load_processor(
         If tokenizer or image-processor files are missing or damaged.
     """
     quantization_config(folder)  # what is no ColQwen3 is better refused as that
+    _warn_of_trust(folder, trust_remote_code)
     try:
         processor: ColQwen3Processor = AutoProcessor.from_pretrained(
             folder, max_num_visual_tokens=max_num_visual_tokens, trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise PipelineError(
             f"{folder}: processor cannot be loaded ({_line(error)}); fetch the folder again"
         ) from None
@@ -74,8 +77,7 @@ def load_model(
     """
     quantization = quantization_config(folder)
     read_headers(folder)
-    if trust_remote_code:
-        logger.warning("model.trust_remote_code is true: Python files of %s may run", folder)
+    _warn_of_trust(folder, trust_remote_code)
     try:
         if quantization is None:
             model = AutoModel.from_pretrained(
@@ -84,7 +86,7 @@ def load_model(
         else:
             model = _dense_from_packed(folder, quantization, dtype)
         _check_finite(model)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise PipelineError(f"{folder}: model cannot be loaded ({_line(error)})") from None
     loaded: ColQwen3 = model.eval().to(device)
     return loaded
@@ -107,7 +109,7 @@ def load_packed(
         model = AutoModel.from_pretrained(
             folder, dtype=dtype, device_map=str(device), trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise PipelineError(f"{folder}: model cannot be loaded ({_line(error)})") from None
     return model.eval()
 
@@ -125,6 +127,7 @@ def _dense_from_packed(folder: Path, quantization: dict[str, Any], dtype: torch.
     """Build the model of an ``auto_round`` checkpoint with its weights dequantized."""
     raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     del raw["quantization_config"]
+    _check_packing(quantization)
     state = dict(dense_tensors(folder, quantization["bits"], dtype))
     config = ColQwen3Config.from_dict(raw)
     return ColQwen3.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
@@ -146,6 +149,22 @@ def dense_tensors(
                     yield f"{module}.weight", dense.to(dtype)
                 elif kind not in ("qzeros", "scales"):
                     yield name, file.get_tensor(name)
+
+
+def _warn_of_trust(folder: Path, trust_remote_code: bool) -> None:
+    if trust_remote_code:
+        logger.warning("model.trust_remote_code is true: Python files of %s may run", folder)
+
+
+def _check_packing(quantization: dict[str, Any]) -> None:
+    """Refuse packings that would be read wrongly, such as zero points that are not minus one."""
+    wanted = {"quant_method": "auto-round", "packing_format": PACKING_FORMAT}
+    for key, value in wanted.items():
+        if quantization.get(key) != value:
+            found = quantization.get(key)
+            raise ValueError(f"quantization_config.{key} is {found!r}, only {value!r} can be read")
+    if quantization.get("bits") not in (2, 3, 4, 8):
+        raise ValueError("quantization_config.bits is not 2, 3, 4 or 8")
 
 
 def _check_finite(model: Any) -> None:

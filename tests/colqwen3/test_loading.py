@@ -69,3 +69,16 @@ def test_shape_that_differs_from_config_is_one_line(folder: Path) -> None:
     with pytest.raises(PipelineError, match="model cannot be loaded") as caught:
         load_model(folder, torch.float32, CPU)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("quant_method", "gptq"), ("packing_format", "auto_round:auto_awq"), ("bits", None)],
+)
+def test_other_packings_are_refused_by_name(folder: Path, key: str, value: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    made = {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq", "bits": 4}
+    config["quantization_config"] = {**made, key: value}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(PipelineError, match=rf"quantization_config\.{key} is"):
+        load_model(folder, torch.float32, CPU)
