@@ -13,14 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from stages.colqwen3.scoring import max_sim
 from stages.dataset import Dataset, read_dataset
 from stages.embeddings import Embeddings, read_embeddings
 from stages.errors import PipelineError, run
 from stages.files import read_json, write_json
 from stages.params import load_params
 from stages.paths import EMBEDDINGS, METRICS, PLOTS, QUANTIZE_METRICS
-from stages.retrieval import Floats, Run, best_relevant, compare
+from stages.retrieval import Floats, Run, best_relevant, compare, finite_scores
 from stages.summary import SUMMARIES, summarize
 
 COMPONENTS = ("language_model", "projection", "token_embeddings", "vision")
@@ -70,17 +69,10 @@ def evaluate(
 
 def _run(dataset: Dataset, queries: Embeddings, pages: Embeddings) -> Run:
     names, stems = tuple(dataset.queries), tuple(dataset.pages)
-    scores = max_sim(
-        [_finite(queries.queries[name]) for name in names],
-        [_finite(pages.pages[stem]) for stem in stems],
+    scores = finite_scores(
+        [queries.queries[name] for name in names], [pages.pages[stem] for stem in stems]
     )
-    # a page without one finite token: max_sim gives -inf, plain arithmetic on zero vectors 0
-    return Run(names, stems, torch.nan_to_num(scores, nan=0.0, neginf=0.0).numpy())
-
-
-def _finite(tokens: torch.Tensor) -> torch.Tensor:
-    """Return the tokens with those that hold NaN or Inf as zero vectors."""
-    return tokens.masked_fill(~tokens.isfinite().all(-1, keepdim=True), 0)
+    return Run(names, stems, scores)
 
 
 def compare_tokens(original: Items, quantized: Items) -> dict[str, Any]:

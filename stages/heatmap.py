@@ -19,7 +19,6 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from stages.colqwen3.scoring import max_sim
 from stages.dataset import Dataset, read_dataset
 from stages.embeddings import Embeddings, read_embeddings
 from stages.errors import PipelineError, run
@@ -27,6 +26,7 @@ from stages.pages import open_page
 from stages.params import load_params
 from stages.paths import CHECKPOINTS, EMBEDDINGS, PLOTS
 from stages.picture import Map, picture
+from stages.retrieval import finite, finite_scores
 
 MEND = "run `dvc repro` to embed both again"
 
@@ -57,15 +57,9 @@ def choose(dataset: Dataset, original: Embeddings, quantized: Embeddings) -> Cho
 
 
 def _scores(embeddings: Embeddings, query: str, pages: Sequence[str]) -> list[float]:
-    vectors = [finite(embeddings.pages[page]) for page in pages]
-    scores = max_sim([finite(embeddings.queries[query])], vectors)[0]
-    values: list[float] = torch.nan_to_num(scores, nan=0.0, neginf=0.0).tolist()
+    scores = finite_scores([embeddings.queries[query]], [embeddings.pages[page] for page in pages])
+    values: list[float] = scores[0].tolist()
     return values
-
-
-def finite(tokens: torch.Tensor) -> torch.Tensor:
-    """Return the tokens with those that hold NaN or Inf as zero vectors, as `evaluate` does."""
-    return tokens.masked_fill(~tokens.isfinite().all(-1, keepdim=True), 0)
 
 
 def check_names(dataset: Dataset, **embeddings: Embeddings) -> None:

@@ -1,4 +1,4 @@
-"""Stage `report`: all results in one HTML file, artifacts/report/index.html, that opens offline.
+"""Command `make report`: all results in one HTML file, artifacts/report/index.html, that opens offline.
 
 `python -m stages.report` reads what the other stages wrote under metrics/. Pictures are inlined;
 nothing is fetched, and equal results give an equal file.
@@ -199,7 +199,7 @@ def main() -> None:
     except (KeyError, TypeError, ValueError) as error:
         raise PipelineError(f"{METRICS}: lacks a figure ({error}); run `dvc repro`") from None
     REPORT.parent.mkdir(parents=True, exist_ok=True)
-    # by rename: the file may be a link into DVC's cache, which must not change
+    # by rename, so that a half-written file is never taken for a whole one
     partial = REPORT.with_name(REPORT.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, REPORT)

@@ -1,13 +1,16 @@
 """Retrieval figures from MaxSim scores, of the original and the quantized model side by side."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ir_measures
 import numpy as np
+import torch
 from ir_measures import R, nDCG
 from numpy.typing import NDArray
+
+from stages.colqwen3.scoring import max_sim
 
 Floats = NDArray[np.float64]
 Relevance = Mapping[str, Mapping[str, int]]
@@ -29,6 +32,21 @@ class Run:
     queries: tuple[str, ...]
     pages: tuple[str, ...]
     scores: NDArray[np.float32]
+
+
+def finite(tokens: torch.Tensor) -> torch.Tensor:
+    """Return the tokens with those that hold NaN or Inf as zero vectors."""
+    return tokens.masked_fill(~tokens.isfinite().all(-1, keepdim=True), 0)
+
+
+def finite_scores(
+    queries: Sequence[torch.Tensor], pages: Sequence[torch.Tensor]
+) -> NDArray[np.float32]:
+    """Return the MaxSim [queries, pages] with tokens that hold NaN or Inf as zero vectors."""
+    scores = max_sim([finite(tokens) for tokens in queries], [finite(tokens) for tokens in pages])
+    # a page without one finite token: max_sim gives -inf, plain arithmetic on zero vectors 0
+    made: NDArray[np.float32] = torch.nan_to_num(scores, nan=0.0, neginf=0.0).numpy()
+    return made
 
 
 def measure(run: Run, relevance: Relevance) -> dict[str, Floats]:
