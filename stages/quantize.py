@@ -102,7 +102,8 @@ def quantize(
             "lr": recipe.lr,
             "seed": recipe.seed,
         }
-    fold_deepstack(model)
+    if isinstance(recipe, AutoRoundRecipe) and recipe.deepstack:
+        fold_deepstack(model)
     counter = ForwardCounter(model)
     rounder = AutoRound(
         model,
@@ -258,7 +259,7 @@ def main() -> None:
     check_group_size(name, recipe.group_size, linears)
     device = choose_device(params.compute.device)
     make_deterministic()
-    origins, samples = read_samples(CALIBRATION / recipe.method)
+    origins, samples = read_samples(CALIBRATION / recipe.calibration)
     trust = params.model.trust_remote_code
     # loaded on the CPU in the dtype it is stored in: AutoRound moves one block at a time
     model = load_model(source, load_source_dtype(source), torch.device("cpu"), trust)
@@ -277,6 +278,7 @@ def main() -> None:
             "samples": used,
             "queries": sum(origin.kind == "query" for origin in origins),
             "pages": sum(origin.kind == "page" for origin in origins),
+            "passages": sum(origin.kind == "passage" for origin in origins),
             "tokens": sum(origin.tokens for origin in origins),
         },
         "relative_weight_error": {
