@@ -157,12 +157,14 @@ def tune_linears(
 
     def front() -> Any:
         model = load_front(source, dtype, device)
-        fold_deepstack(model)
+        if recipe.deepstack:
+            fold_deepstack(model)
         return model
 
     def layer(model: Any, index: int) -> torch.nn.Module:
         block: torch.nn.Module = load_block(source, stored, model, index, dtype)
-        fold_into_layer(block, index)
+        if recipe.deepstack:
+            fold_into_layer(block, index)
         return block
 
     blocks = split_by_block(linears)
@@ -340,7 +342,7 @@ def main() -> None:
     check_group_size(name, recipe.group_size, linears)
     device = choose_device(params.compute.device)
     make_deterministic()
-    calibration = CALIBRATION / recipe.method
+    calibration = CALIBRATION / recipe.calibration
     origins, samples = read_samples(calibration)
     with Scratch(
         SCRATCH / name, work_key(determinants(recipe, manifest, calibration, device))
@@ -354,6 +356,7 @@ def main() -> None:
                 "samples": len(samples),
                 "queries": sum(origin.kind == "query" for origin in origins),
                 "pages": sum(origin.kind == "page" for origin in origins),
+                "passages": sum(origin.kind == "passage" for origin in origins),
                 "tokens": sum(origin.tokens for origin in origins),
             },
             "relative_weight_error": {
