@@ -37,7 +37,7 @@ def check_space(folder: Path, needed: int, what: str) -> None:
     free = shutil.disk_usage(existing(folder)).free
     if needed > free:
         raise PipelineError(
-            f"{folder}: {what} needs {needed} bytes, {free} bytes are free; "
+            f"{folder}: needs {needed} bytes for {what}, {free} bytes are free; "
             "free space there, or put artifacts/ on a larger disk"
         )
-    logger.info("%s: needs %.1f GB, %.1f GB free", what, needed / 1e9, free / 1e9)
+    logger.info("%s: needs %.3g GB, %.3g GB free", what, needed / 1e9, free / 1e9)

@@ -27,7 +27,7 @@ def test_too_little_is_refused_in_a_line_with_folder_needed_and_free(asked: list
     with pytest.raises(PipelineError) as caught:
         check_space(Path("artifacts/x"), 1001, "the checkpoint")
     assert str(caught.value) == (
-        "artifacts/x: the checkpoint needs 1001 bytes, 1000 bytes are free; "
+        "artifacts/x: needs 1001 bytes for the checkpoint, 1000 bytes are free; "
         "free space there, or put artifacts/ on a larger disk"
     )
 
@@ -37,7 +37,7 @@ def test_just_enough_is_enough_and_logged(
 ) -> None:
     with caplog.at_level(logging.INFO):
         check_space(Path("artifacts/x"), 1000, "the checkpoint")
-    assert "the checkpoint: needs 0.0 GB, 0.0 GB free" in caplog.text
+    assert "the checkpoint: needs 1e-06 GB, 1e-06 GB free" in caplog.text
 
 
 def test_the_disk_of_the_nearest_folder_that_exists_is_asked(

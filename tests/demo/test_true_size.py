@@ -229,7 +229,7 @@ def test_a_full_disk_is_seen_before_anything_is_written(
 ) -> None:
     small = shutil._ntuple_diskusage(1, 1, 1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: small)
-    with pytest.raises(PipelineError, match="the checkpoint needs"):
+    with pytest.raises(PipelineError, match="bytes for the checkpoint"):
         make_checkpoint(config, tmp_path / "made", LIMIT, seed=0)
     assert not list(tmp_path.iterdir())
 
