@@ -1,11 +1,12 @@
-"""Stage `calibrate`: queries and pages as the model's processor makes them, one sample each.
+"""Stage `calibrate`: queries, pages and passages as the processor makes them, one sample each.
 
-A sample is what one calibration forward takes: batch of one, nothing padded. Every quantization
-method has a folder of its own, so that a recipe depends on just the samples that it uses; that of
-plain rounding holds none, so that rounding is not done again when they change.
+A sample is what one calibration forward takes: batch of one, nothing padded. Every set of
+``calibration.sets`` has a folder of its own, so that a recipe depends on just the samples that it
+uses. The set ``none`` is empty: rounding to nearest is not done again when the samples change.
 """
 
 import random
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,57 +18,69 @@ from stages.errors import PipelineError, run
 from stages.files import fresh_folder, publish_folder, write_json
 from stages.manifest import find_inspected_model, read_manifest
 from stages.pages import find_pages, open_page
-from stages.params import CalibrationParams, load_params
+from stages.params import NO_SAMPLES, CalibrationParams, load_params
 from stages.paths import CALIBRATION
 from stages.progress import track
 from stages.samples import INDEX, Origin
 
 
-def draw(ids: list[str], count: int, key: str, seed: int) -> list[str]:
+def draw(ids: Iterable[str], count: int, kind: str, seed: int, key: str) -> list[str]:
     """Draw `count` of `ids` without repetition, in the order drawn.
+
+    The order depends on `kind` and `seed` alone: of two counts with one seed, the smaller draw is
+    the beginning of the larger, so that sets differ in what was added and in nothing else.
 
     Raises
     ------
     PipelineError
         If there are fewer; `key` is named as the parameter to lower.
     """
-    if count > len(ids):
+    ordered = sorted(ids)
+    if count > len(ordered):
         raise PipelineError(
-            f"params.yaml: {key} is {count}, but the dataset holds {len(ids)}; lower it"
+            f"params.yaml: {key} is {count}, but the dataset holds {len(ordered)}; lower it"
         )
-    return random.Random(f"{key} {seed}").sample(sorted(ids), count)
+    return random.Random(f"{kind} {seed}").sample(ordered, len(ordered))[:count]
 
 
-def make_samples(params: CalibrationParams, processor: Any, folder: Path) -> list[Origin]:
-    """Write the drawn samples into `folder`, one safetensors file each, and return their origins.
+def make_samples(
+    params: CalibrationParams, name: str, processor: Any, folder: Path
+) -> list[Origin]:
+    """Write the samples of set `name` into `folder`, one file each, and return their origins.
 
-    Every file holds ``input_ids`` and ``attention_mask`` [1, tokens]; a page's also holds
-    ``pixel_values`` [patches, values] and ``image_grid_thw`` [1, 3].
+    Every safetensors file holds ``input_ids`` and ``attention_mask`` [1, tokens]; a page's also
+    holds ``pixel_values`` [patches, values] and ``image_grid_thw`` [1, 3]. A passage is embedded as
+    a query is: that is how the model takes documents that are text.
 
     Raises
     ------
     PipelineError
         If the dataset cannot be read or holds fewer items than asked for.
     """
-    dataset = Path(params.dataset)
-    queries = read_queries(dataset / "queries.jsonl") if params.queries else {}
-    pages = find_pages(dataset / "corpus") if params.pages else {}
+    wanted, dataset = params.sets[name], Path(params.dataset)
+    seed = params.seed if wanted.seed is None else wanted.seed
+    queries = read_queries(dataset / "queries.jsonl") if wanted.queries else {}
+    pages = find_pages(dataset / "corpus") if wanted.pages else {}
+    passages = read_queries(dataset / "texts.jsonl") if wanted.passages else {}
+    texts = {"query": queries, "passage": passages}
     chosen = [
-        ("query", name)
-        for name in draw(list(queries), params.queries, "calibration.queries", params.seed)
-    ]
-    chosen += [
-        ("page", name) for name in draw(list(pages), params.pages, "calibration.pages", params.seed)
+        (kind, item)
+        for kind, plural, ids, count in (
+            ("query", "queries", queries, wanted.queries),
+            ("page", "pages", pages, wanted.pages),
+            ("passage", "passages", passages, wanted.passages),
+        )
+        for item in draw(ids, count, kind, seed, f"calibration.sets.{name}.{plural}")
     ]
     origins = []
-    for number, (kind, name) in enumerate(track(chosen, "calibration samples", len(chosen))):
-        if kind == "query":
-            inputs, origin = processor.process_texts([queries[name]]), name
+    for number, (kind, item) in enumerate(track(chosen, f"samples of {name}", len(chosen))):
+        if kind == "page":
+            inputs, item = processor.process_images([open_page(pages[item])]), pages[item].name
         else:
-            inputs, origin = processor.process_images([open_page(pages[name])]), pages[name].name
+            inputs = processor.process_texts([texts[kind][item]])
         file = f"sample-{number:05d}.safetensors"
         save_file({key: value.contiguous() for key, value in inputs.items()}, folder / file)
-        origins.append(Origin(kind, origin, inputs["input_ids"].shape[1], file))
+        origins.append(Origin(kind, item, inputs["input_ids"].shape[1], file))
     return origins
 
 
@@ -81,10 +94,11 @@ def main() -> None:
         source, params.model.max_num_visual_tokens, params.model.trust_remote_code
     )
     partial = fresh_folder(CALIBRATION)
-    for method in ("autoround", "rtn"):
-        folder = partial / method
+    for name in (*params.calibration.sets, NO_SAMPLES):
+        folder = partial / name
         folder.mkdir()
-        origins = make_samples(params.calibration, processor, folder) if method != "rtn" else []
+        drawn = name != NO_SAMPLES
+        origins = make_samples(params.calibration, name, processor, folder) if drawn else []
         write_json(folder / INDEX, {"samples": [asdict(origin) for origin in origins]})
     publish_folder(partial, CALIBRATION)
 

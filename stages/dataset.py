@@ -50,10 +50,12 @@ def read_dataset(folder: Path) -> Dataset:
 def read_queries(path: Path) -> dict[str, str]:
     """Read queries, one JSON object ``{"_id": ..., "text": ...}`` a line; blank lines are skipped.
 
+    Passages of text are stored in the same way and read by this too.
+
     Raises
     ------
     PipelineError
-        If a line is no such object, an id repeats, an id or text is blank, or there is no query.
+        If a line is no such object, an id repeats, an id or text is blank, or there is no line.
     """
     queries: dict[str, str] = {}
     lines: dict[str, int] = {}
@@ -75,7 +77,7 @@ def read_queries(path: Path) -> dict[str, str]:
             raise PipelineError(f"{where}: text of {name!r} holds half a character; mend its \\u")
         queries[name], lines[name] = text, number
     if not queries:
-        raise PipelineError(f"{path}: holds no query; write one JSON object a line")
+        raise PipelineError(f"{path}: holds no text; write one JSON object a line")
     return queries
 
 

@@ -1,6 +1,7 @@
 """params.yaml, read once as YAML 1.2 (as DVC reads it) and validated key by key."""
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -19,8 +20,9 @@ from ruamel.yaml.error import YAMLError
 from stages.errors import PipelineError
 
 PARAMS_FILE = Path("params.yaml")
-RECIPE_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
+NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 MAX_QUOTED = 80
+NO_SAMPLES = "none"  # the calibration set of rounding to nearest: it sees no data
 # metrics/<recipe>.json and artifacts/.../<recipe> lie beside files of these names
 RESERVED_NAMES = {"demo_training", "model", "original", "plots", "quantize", "speed", "summary"}
 
@@ -37,6 +39,19 @@ def _integer(value: object) -> object:
     return value
 
 
+def _check_name(name: str, taken: Collection[str]) -> None:
+    """Refuse a name that cannot be one of a file, or is one already."""
+    if not NAME.fullmatch(name):
+        raise ValueError(f"name {name!r} is not allowed; use small letters, digits, '-' and '_'")
+    if name in taken:
+        raise ValueError(f"name {name!r} is taken by another file; choose another")
+
+
+def _quote(value: object) -> str:
+    quoted = repr(value)
+    return quoted if len(quoted) <= MAX_QUOTED else quoted[:MAX_QUOTED] + "..."
+
+
 Integer = BeforeValidator(_integer)
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what every library takes
 
@@ -50,19 +65,34 @@ class ModelParams(Section):
     max_num_visual_tokens: int = Field(ge=4)
 
 
-class CalibrationParams(Section):
-    """Which queries and pages AutoRound tunes on."""
+class CalibrationSet(Section):
+    """How many samples of each kind are drawn, and by which seed (null: ``calibration.seed``)."""
 
-    dataset: str = Field(min_length=1)
     queries: int = Field(ge=0)
     pages: int = Field(ge=0)
-    seed: Seed
+    passages: int = Field(ge=0)
+    seed: Seed | None = None
 
     @model_validator(mode="after")
-    def _not_empty(self) -> "CalibrationParams":
-        if self.queries + self.pages == 0:
-            raise ValueError("queries and pages are both 0; ask for at least one sample")
+    def _not_empty(self) -> "CalibrationSet":
+        if self.queries + self.pages + self.passages == 0:
+            raise ValueError("queries, pages and passages are all 0; ask for at least one sample")
         return self
+
+
+class CalibrationParams(Section):
+    """What AutoRound tunes on: named sets of samples from one dataset."""
+
+    dataset: str = Field(min_length=1)
+    seed: Seed
+    sets: dict[str, CalibrationSet]
+
+    @field_validator("sets")
+    @classmethod
+    def _set_names(cls, sets: dict[str, CalibrationSet]) -> dict[str, CalibrationSet]:
+        for name in sets:
+            _check_name(name, {NO_SAMPLES})
+        return sets
 
 
 class WeightFormat(Section):
@@ -87,12 +117,15 @@ class RtnRecipe(WeightFormat):
     """Plain rounding to nearest: no calibration data, no tuning."""
 
     method: Literal["rtn"]
+    calibration: Literal["none"]  # said in the file, because dvc.yaml makes a path of it
 
 
 class AutoRoundRecipe(WeightFormat):
     """AutoRound: the rounding of each block tuned on the calibration samples."""
 
     method: Literal["autoround"]
+    calibration: str
+    deepstack: bool = True
     iters: int = Field(ge=0)
     lr: float | None = Field(default=None, gt=0, le=1)
     gradient_accumulate_steps: int = Field(default=8, ge=1)
@@ -157,13 +190,19 @@ class Params(Section):
         if not recipes:
             raise ValueError("is empty; give at least one recipe")
         for name in recipes:
-            if not RECIPE_NAME.fullmatch(name):
-                raise ValueError(
-                    f"name {name!r} is not allowed; use small letters, digits, '-' and '_'"
-                )
-            if name in RESERVED_NAMES:
-                raise ValueError(f"name {name!r} is taken by another file; choose another")
+            _check_name(name, RESERVED_NAMES)
         return recipes
+
+    @model_validator(mode="after")
+    def _known_sets(self) -> "Params":
+        sets = self.calibration.sets
+        for name, recipe in self.recipes.items():
+            if isinstance(recipe, AutoRoundRecipe) and recipe.calibration not in sets:
+                raise ValueError(
+                    f"recipes.{name}.calibration: {_quote(recipe.calibration)} is no set of "
+                    f"calibration.sets; known: {', '.join(sets) or 'none yet'}"
+                )
+        return self
 
     def recipe(self, name: str) -> RtnRecipe | AutoRoundRecipe:
         """Return the recipe called `name`.
@@ -217,9 +256,8 @@ def _first_problem(error: ValidationError) -> str:
     }
     message = messages.get(first["type"], first["msg"].removeprefix("Value error, "))
     if first["type"] not in messages and not isinstance(first["input"], dict):
-        quoted = repr(first["input"])
-        message += (
-            f" (it is {quoted if len(quoted) <= MAX_QUOTED else quoted[:MAX_QUOTED] + '...'})"
-        )
+        message += f" (it is {_quote(first['input'])})"
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    if not key and first["type"] == "value_error":
+        return message + more  # about several keys at once; it names them itself
     return f"{key or 'the file'}: {message}{more}"

@@ -19,9 +19,9 @@ class Origin:
     Attributes
     ----------
     kind
-        ``query`` or ``page``.
+        ``query``, ``page`` or ``passage``.
     id
-        The ``_id`` of the query, or the file name of the page.
+        The ``_id`` of the query or passage, or the file name of the page.
     tokens
         Its length in tokens.
     file

@@ -114,7 +114,7 @@ def test_refuses_a_bad_query_by_line(tmp_path: Path, line: str | bytes, reason: 
 def test_refuses_a_file_without_queries(tmp_path: Path, text: str) -> None:
     path = tmp_path / "queries.jsonl"
     path.write_text(text)
-    assert refusal(read_queries, path).startswith(f"{path}: holds no query")
+    assert refusal(read_queries, path).startswith(f"{path}: holds no text")
 
 
 @pytest.mark.parametrize(

@@ -42,12 +42,17 @@ model:
   max_num_visual_tokens: 1280
 calibration:
   dataset: some/calibration
-  queries: 3
-  pages: 2
   seed: 42
+  sets:
+    some:
+      queries: 3
+      pages: 2
+      passages: 0
+    other: {queries: 0, pages: 0, passages: 4, seed: 43}
 recipes:
   tuned:
     method: autoround
+    calibration: some
     bits: 4
     group_size: 128
     sym: true
@@ -56,6 +61,7 @@ recipes:
     seed: 7
   plain:
     method: rtn
+    calibration: none
     bits: 3
     group_size: 32
     sym: True
@@ -115,8 +121,9 @@ def test_shipped_file_loads_with_the_recipes_that_the_readme_names() -> None:
     assert isinstance(params.recipe("rtn-w4g128"), RtnRecipe)
     assert not params.model.trust_remote_code
     assert params.calibration.dataset != params.evaluate.dataset
-    assert params.calibration.queries > 0
-    assert params.calibration.pages > 0
+    tuned_on = params.calibration.sets[params.recipe("w4g128").calibration]
+    assert tuned_on.queries > 0
+    assert tuned_on.pages > 0
 
 
 def test_commented_examples_become_recipes_when_uncommented(tmp_path: Path) -> None:
@@ -191,10 +198,35 @@ def test_step_size_may_be_absent_or_null(tmp_path: Path, line: str) -> None:
 
 
 @pytest.mark.parametrize("line", ["queries: 3", "pages: 2"])
-def test_queries_or_pages_alone_are_enough(tmp_path: Path, line: str) -> None:
+def test_one_kind_of_samples_is_enough(tmp_path: Path, line: str) -> None:
     key = line.split(":")[0]
     params = load(tmp_path, edit(f"  {line}\n", f"  {key}: 0\n"))
-    assert getattr(params.calibration, key) == 0
+    assert getattr(params.calibration.sets["some"], key) == 0
+
+
+def test_a_set_may_have_its_own_seed(tmp_path: Path) -> None:
+    sets = load(tmp_path, GOOD).calibration.sets
+    assert (sets["some"].seed, sets["other"].seed) == (None, 43)
+
+
+def test_plain_rounding_needs_no_set(tmp_path: Path) -> None:
+    text = GOOD.replace(GOOD[GOOD.index("  sets:") : GOOD.index("recipes:")], "  sets: {}\n")
+    text = text.replace(RECIPES, "recipes:\n" + PLAIN)
+    assert load(tmp_path, text).calibration.sets == {}
+
+
+def test_unknown_set_is_refused_with_the_known_ones(tmp_path: Path) -> None:
+    said = refusal(tmp_path, edit("calibration: some\n", "calibration: smoe\n"))
+    assert said.endswith("'smoe' is no set of calibration.sets; known: some, other")
+
+
+@pytest.mark.parametrize(("line", "meant"), [("", True), ("    deepstack: false\n", False)])
+def test_layers_are_tuned_on_the_truth_unless_told_otherwise(
+    tmp_path: Path, line: str, meant: bool
+) -> None:
+    recipe = load(tmp_path, edit("    lr: 0.005\n", line)).recipe("tuned")
+    assert isinstance(recipe, AutoRoundRecipe)
+    assert recipe.deepstack is meant
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -233,7 +265,7 @@ BAD = [
     ("seed: 42", "seed: 1:30", "calibration.seed: ", "'1:30'"),
     # unknown keys
     ("compute:", "computer: 1\ncompute:", "computer: ", "unknown key"),
-    ("  queries: 3", "  queries: 3\n  querys: 3", "calibration.querys: ", "unknown key"),
+    ("      queries: 3", "      queries: 3\n      querys: 3", "calibration.sets.some.querys: ", "unknown key"),
     ("  device:", "  devices: 2\n  device:", "compute.devices: ", "unknown key"),
     ("    iters:", "    iter: 3\n    iters:", "recipes.tuned.iter: ", "unknown key"),
     ("    method: rtn", "    method: rtn\n    iters: 50", "recipes.plain.iters: ", "unknown key"),
@@ -250,13 +282,13 @@ BAD = [
     (RECIPES, "", "recipes: ", "is missing"),
     ("    method: rtn\n", "", "recipes.plain: ", "lacks the key method"),
     # wrong kinds
-    ("queries: 3", "queries: '3'", "calibration.queries: ", "'3'"),
-    ("queries: 3", "queries: three", "calibration.queries: ", "'three'"),
-    ("queries: 3", "queries: true", "calibration.queries: ", "True"),
-    ("queries: 3", "queries: 3.0", "calibration.queries: ", "3.0"),
-    ("queries: 3", "queries: 3e0", "calibration.queries: ", "3.0"),
-    ("queries: 3", "queries: [3]", "calibration.queries: ", "[3]"),
-    ("queries: 3", "queries:", "calibration.queries: ", "None"),
+    ("queries: 3", "queries: '3'", "calibration.sets.some.queries: ", "'3'"),
+    ("queries: 3", "queries: three", "calibration.sets.some.queries: ", "'three'"),
+    ("queries: 3", "queries: true", "calibration.sets.some.queries: ", "True"),
+    ("queries: 3", "queries: 3.0", "calibration.sets.some.queries: ", "3.0"),
+    ("queries: 3", "queries: 3e0", "calibration.sets.some.queries: ", "3.0"),
+    ("queries: 3", "queries: [3]", "calibration.sets.some.queries: ", "[3]"),
+    ("queries: 3", "queries:", "calibration.sets.some.queries: ", "None"),
     ("iters: 50", "iters: 50.5", "recipes.tuned.iters: ", "50.5"),
     ("iters: 50", "iters: false", "recipes.tuned.iters: ", "False"),
     ("lr: 0.005", "lr: true", "recipes.tuned.lr: ", "True"),
@@ -280,9 +312,22 @@ BAD = [
     ("method: rtn", "method: awq", "recipes.plain: ", "method must be rtn or autoround"),
     ("method: rtn", "method: RTN", "recipes.plain: ", "method must be rtn or autoround"),
     ("method: rtn", "method:", "recipes.plain: ", "method must be rtn or autoround"),
-    ("queries: 3", "queries: -1", "calibration.queries: ", "-1"),
-    ("pages: 2", "pages: -1", "calibration.pages: ", "-1"),
-    ("queries: 3\n  pages: 2", "queries: 0\n  pages: 0", "calibration: ", "both 0"),
+    ("queries: 3", "queries: -1", "calibration.sets.some.queries: ", "-1"),
+    ("pages: 2", "pages: -1", "calibration.sets.some.pages: ", "-1"),
+    ("3\n      pages: 2", "0\n      pages: 0", "calibration.sets.some: ", "all 0"),
+    ("passages: 4", "passages: -4", "calibration.sets.other.passages: ", "-4"),
+    ("seed: 43", "seed: -43", "calibration.sets.other.seed: ", "-43"),
+    ("    some:", "    So me:", "calibration.sets: ", "'So me' is not allowed"),
+    ("    some:", "    none:", "calibration.sets: ", "'none' is taken"),
+    ("    some:", "    any: 3\n    some:", "calibration.sets.any: ", "3"),
+    ("calibration: some\n", "calibration: smoe\n", "recipes.tuned.calibration: ", "'smoe' is no set"),
+    ("calibration: some\n", "calibration: none\n", "recipes.tuned.calibration: ", "'none' is no set"),
+    ("calibration: some\n", "calibration: null\n", "recipes.tuned.calibration: ", "None"),
+    ("    calibration: some\n", "", "recipes.tuned.calibration: ", "is missing"),
+    ("calibration: none", "calibration: some", "recipes.plain.calibration: ", "'some'"),
+    ("    calibration: none\n", "", "recipes.plain.calibration: ", "is missing"),
+    ("    method: rtn", "    method: rtn\n    deepstack: true", "recipes.plain.deepstack: ", "unknown key"),
+    ("    iters:", "    deepstack: 0\n    iters:", "recipes.tuned.deepstack: ", "0"),
     ("seed: 42", "seed: -1", "calibration.seed: ", "-1"),
     ("iters: 50", "iters: -1", "recipes.tuned.iters: ", "-1"),
     ("seed: 7", "seed: -7", "recipes.tuned.seed: ", "-7"),
@@ -424,17 +469,10 @@ def test_the_line_stays_one_short_line(tmp_path: Path, old: str, new: str) -> No
     assert refusal(tmp_path, edit(old, new))
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "start"),
-    [
-        ("  plain:\n    method: rtn\n    bits: 3", "  rtn:\n    method: rtn\n    bits: 5", "recipes.rtn.bits: "),
-        ("compute:", "rtn: 1\ncompute:", "rtn: "),
-    ],
-)  # fmt: skip
-def test_keys_called_like_a_method_are_named(
-    tmp_path: Path, old: str, new: str, start: str
-) -> None:
-    assert refusal(tmp_path, edit(old, new)).startswith(start)
+def test_keys_called_like_a_method_are_named(tmp_path: Path) -> None:
+    text = edit("  plain:", "  rtn:").replace("bits: 3", "bits: 5")
+    assert refusal(tmp_path, text).startswith("recipes.rtn.bits: ")
+    assert refusal(tmp_path, edit("compute:", "rtn: 1\ncompute:")).startswith("rtn: ")
 
 
 @pytest.mark.parametrize("revision", ["main", "''", "6a32fb6", "'../../x'"])

@@ -56,8 +56,8 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
             shutil.copyfile(name, folder / name)
     small_dataset(folder / "demo/pages/evaluation")
     for keys, value in {
-        ("calibration", "queries"): 2,
-        ("calibration", "pages"): 2,
+        ("calibration", "sets", "mixed", "queries"): 2,
+        ("calibration", "sets", "mixed", "pages"): 2,
         ("recipes", "w4g128", "iters"): 2,
         ("benchmark", "warmup"): 0,
         ("benchmark", "repeats"): 1,
@@ -124,7 +124,7 @@ def test_second_run_does_nothing(clone: Path) -> None:
     [
         (("recipes", "rtn-w4g128", "group_size"), 64, {"quantize@rtn-w4g128"}),
         (("recipes", "w4g128", "iters"), 3, {"quantize@w4g128"}),
-        (("calibration", "pages"), 1, {"calibrate"}),
+        (("calibration", "sets", "mixed", "pages"), 1, {"calibrate"}),
         (("benchmark", "repeats"), 2, {f"benchmark@{recipe}" for recipe in RECIPES}),
         (("gate", "min_page_cosine"), 0.25, {"gate"}),
     ],

@@ -23,9 +23,16 @@ GOLDEN = Path("tests/golden/model")
 MANIFEST, METRICS = inspect_folder(GOLDEN)
 LINEARS: dict[str, list[int]] = MANIFEST["linears"]
 CPU = torch.device("cpu")
-RTN = RtnRecipe(method="rtn", bits=4, group_size=128, sym=True)
+RTN = RtnRecipe(method="rtn", calibration="none", bits=4, group_size=128, sym=True)
 TUNED = AutoRoundRecipe(
-    method="autoround", bits=4, group_size=128, sym=True, iters=4, lr=0.005, seed=1
+    method="autoround",
+    calibration="some",
+    bits=4,
+    group_size=128,
+    sym=True,
+    iters=4,
+    lr=0.005,
+    seed=1,
 )
 
 
@@ -224,7 +231,7 @@ def test_relative_errors_are_frobenius_norms(rtn: Path, source: dict[str, torch.
 def test_other_formats_round_to_the_nearest_step(
     tmp_path: Path, source: dict[str, torch.Tensor], bits: Any, group_size: Any
 ) -> None:
-    recipe = RtnRecipe(method="rtn", bits=bits, group_size=group_size, sym=True)
+    recipe = RtnRecipe(method="rtn", calibration="none", bits=bits, group_size=group_size, sym=True)
     folder = run_quantize(tmp_path, recipe, [])
     made = load_file(folder / "model.safetensors")
     dense = load_model(folder, torch.float32, CPU).state_dict()

@@ -171,7 +171,8 @@ def test_equal_results_give_an_equal_report(params: Params) -> None:
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with params of one recipe, "x", and all that the stages write about it."""
     params = YAML(typ="safe", pure=True).load(PARAMS_FILE.read_text())
-    params["recipes"] = {"x": {"method": "rtn", "bits": 4, "group_size": 128, "sym": True}}
+    rtn = {"method": "rtn", "calibration": "none", "bits": 4, "group_size": 128, "sym": True}
+    params["recipes"] = {"x": rtn}
     params["evaluate"]["dataset"] = "data"
     params["gate"] = dict.fromkeys(params["gate"]) | {"min_page_cosine": 0.99}
     monkeypatch.chdir(tmp_path)

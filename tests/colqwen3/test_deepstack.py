@@ -15,7 +15,13 @@ from stages.params import AutoRoundRecipe
 
 GOLDEN = Path("tests/golden/model")
 CPU = torch.device("cpu")
-RECIPE = AutoRoundRecipe(method="autoround", bits=4, group_size=128, sym=True, iters=1, seed=1)
+
+
+def recipe(deepstack: bool) -> AutoRoundRecipe:
+    return AutoRoundRecipe(
+        method="autoround", calibration="some", deepstack=deepstack,
+        bits=4, group_size=128, sym=True, iters=1, seed=1,
+    )  # fmt: skip
 
 
 def load() -> Any:
@@ -54,7 +60,7 @@ def layer_inputs(model: Any, inputs: quantize.Sample) -> list[torch.Tensor]:
 
 
 def tuned_on(
-    model: Any, used: list[quantize.Sample], folder: Path
+    model: Any, used: list[quantize.Sample], folder: Path, deepstack: bool
 ) -> dict[int, list[torch.Tensor]]:
     """Return the inputs that AutoRound gives each block before the block is changed."""
     seen: dict[int, list[torch.Tensor]] = {}
@@ -75,18 +81,14 @@ def tuned_on(
     model.register_forward_pre_hook(enter)
     for number, layer in enumerate(model.get_submodule(BLOCKS)):
         layer.register_forward_pre_hook(record(number), with_kwargs=True)
-    quantize.quantize(model, load_processor(GOLDEN, 64), RECIPE, used, folder, CPU)
+    quantize.quantize(model, load_processor(GOLDEN, 64), recipe(deepstack), used, folder, CPU)
     return seen
 
 
 @pytest.mark.parametrize("folded", [True, False])
-def test_autoround_tunes_on_the_true_inputs_only_when_folded(
-    folded: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if not folded:
-        monkeypatch.setattr(quantize, "fold_deepstack", lambda model: None)
+def test_autoround_tunes_on_the_true_inputs_only_when_folded(folded: bool, tmp_path: Path) -> None:
     used = samples()
-    seen = tuned_on(load(), used, tmp_path)
+    seen = tuned_on(load(), used, tmp_path, folded)
     wanted = [layer_inputs(load(), sample) for sample in used]
     gaps = {
         number: max(
