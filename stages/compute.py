@@ -35,3 +35,5 @@ def make_deterministic(seed: int = 0) -> None:
     """Seed torch and ask it for deterministic kernels, warning where there is none."""
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(True, warn_only=True)
+    # filling every new tensor finds reads of unwritten memory; it costs time, and changes nothing
+    setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010

@@ -128,6 +128,7 @@ class AutoRoundRecipe(WeightFormat):
     deepstack: bool = True
     iters: int = Field(ge=0)
     lr: float | None = Field(default=None, gt=0, le=1)
+    batch_size: int = Field(default=1, ge=1)
     gradient_accumulate_steps: int = Field(default=8, ge=1)
     seed: Seed
 

@@ -9,6 +9,7 @@ as results come; every byte outside the planned linears is copied from the sourc
 import argparse
 import hashlib
 import logging
+import math
 import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 
-from stages.checkpoint import INDEX, SINGLE, TensorInfo, read_headers, weight_files
+from stages.checkpoint import DTYPE_BYTES, INDEX, SINGLE, TensorInfo, read_headers, weight_files
 from stages.compute import choose_device, make_deterministic
 from stages.errors import PipelineError, run
 from stages.files import publish_folder, read_json, write_json
@@ -30,6 +31,7 @@ from stages.paths import CALIBRATION, CHECKPOINTS, PLOTS, QUANTIZE_METRICS, SCRA
 from stages.progress import Progress
 from stages.samples import read_samples
 from stages.scratch import Scratch, digest_files, work_key
+from stages.space import check_space
 from stages.tensors import Spec, TensorFile, read_tensor, same_bytes
 from stages.tuning import Sample, check_quantized, tune_blocks
 
@@ -171,6 +173,7 @@ def tune_linears(
     from stages.colqwen3.blocks import load_block, load_front
     from stages.colqwen3.deepstack import fold_deepstack, fold_into_layer
     from stages.colqwen3.loading import load_source_dtype
+    from stages.colqwen3.packed import attend_within_samples
 
     # AutoRound tunes in float32 on a CPU, in the stored dtype on a GPU
     dtype = torch.float32 if device.type == "cpu" else load_source_dtype(source)
@@ -185,6 +188,8 @@ def tune_linears(
         block: torch.nn.Module = load_block(source, stored, model, index, dtype)
         if recipe.deepstack:
             fold_into_layer(block, index)
+        if recipe.batch_size > 1:
+            attend_within_samples(block)
         return block
 
     blocks = split_by_block(linears)
@@ -247,9 +252,14 @@ def make_checkpoint(
         If a weight is not finite, a sample is lost, or the result is not as planned.
     """
     stored = read_used_headers(source)
+    specs = plan(stored, linears, recipe)
+    tokens = sum(sample["input_ids"].numel() for sample in samples)
+    needed = most_bytes(specs, read_json(source / "config.json", MEND), tokens)
+    there = sum(path.stat().st_size for path in scratch.folder.rglob("*") if path.is_file())
+    check_space(scratch.folder, max(0, needed - there), "the checkpoint")
     folder = scratch.folder / "checkpoint"
     folder.mkdir(exist_ok=True)
-    with TensorFile(folder / SINGLE, plan(stored, linears, recipe)) as file:
+    with TensorFile(folder / SINGLE, specs) as file:
         if isinstance(recipe, RtnRecipe):
             errors = round_linears(source, stored, linears, recipe, file)
         else:
@@ -321,6 +331,25 @@ def count_bytes(folder: Path) -> dict[str, Any]:
         parts[part] = parts.get(part, 0) + tensor.nbytes
     files = sum(path.stat().st_size for path in weight_files(folder))
     return {"components": parts, "files": files}
+
+
+def most_bytes(specs: dict[str, Spec], config: dict[str, Any], tokens: int) -> int:
+    """Return what making a checkpoint writes at most.
+
+    Parameters
+    ----------
+    specs
+        Its tensors.
+    config
+        Of the source model.
+    tokens
+        Of all calibration samples. Their hidden states are kept in float32 at most: as inputs of
+        the first layer with the deepstack features, and those of two layers' chain, each in full
+        precision and quantized.
+    """
+    weights = sum(math.prod(shape) * DTYPE_BYTES[dtype] for dtype, shape in specs.values())
+    states = 1 + len(config["vision_config"]["deepstack_visual_indexes"]) + 4
+    return int(weights) + 4 * tokens * states * int(config["text_config"]["hidden_size"])
 
 
 def determinants(

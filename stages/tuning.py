@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from stages.colqwen3.packed import pack_samples
 from stages.errors import PipelineError
 from stages.params import AutoRoundRecipe
 from stages.scratch import Scratch, digest_file
@@ -181,10 +182,10 @@ def tune_block(
         group_size=recipe.group_size,
         sym=recipe.sym,
         nsamples=len(hidden),
-        batch_size=1,  # samples are of unequal lengths, and unpadded
+        batch_size=1,  # samples are of unequal lengths, and unpadded; a pack is one of them
         iters=recipe.iters,
         seed=recipe.seed,
-        device_map=str(device),
+        device_map=0 if device.type == "cuda" else "cpu",
         amp=device.type != "cpu",  # on a CPU always float32, whether or not it has bfloat16
         enable_torch_compile=False,  # other bits, and minutes of compiling on a CPU
         enable_deterministic_algorithms=True,
@@ -193,6 +194,8 @@ def tune_block(
     rounder.post_init()
     # only a run over a whole model hands this down
     rounder.alg_composer.block_forward.batch_size = 1
+    # else every output makes a detour over the CPU
+    rounder.alg_composer.block_forward.cache_device = device
     calls = []
     for state, others in zip(hidden, inputs, strict=True):
         kwargs = _unflatten(others)
@@ -253,21 +256,16 @@ def tune_blocks(
     path = scratch.folder / INPUTS
     if INPUTS not in scratch.files:
         found = capture_inputs(front, front.vlm.model.language_model.layers[0], samples)
-        save_file(
-            {
-                f"{i}/{key}": v.contiguous()
-                for i, item in enumerate(found)
-                for key, v in item.items()
-            },
-            path,
-        )
+        if recipe.batch_size > 1:
+            found = pack_samples(found, recipe.batch_size)
+        _write_samples(path, found)
         scratch.keep({INPUTS: digest_file(path)})
-    inputs = _read_samples(path, len(samples))
+    inputs = _read_samples(path)
     front = front.to("meta")  # only its classes and config are needed from here
     start = len(scratch.steps)
     quantized: Hidden | None
     if start:
-        kept = _read_samples(scratch.folder / CHAIN.format(start - 1), len(samples))
+        kept = _read_samples(scratch.folder / CHAIN.format(start - 1))
         hidden = [s["full"] for s in kept]
         quantized = [s["quantized"] for s in kept] if "quantized" in kept[0] else None
     else:
@@ -293,12 +291,12 @@ def _write_samples(path: Path, samples: Sequence[Sample]) -> None:
     save_file(tensors, path)
 
 
-def _read_samples(path: Path, count: int) -> list[Sample]:
-    samples: list[Sample] = [{} for _ in range(count)]
+def _read_samples(path: Path) -> list[Sample]:
+    samples: dict[int, Sample] = {}
     for name, tensor in load_file(path).items():
         number, _, key = name.partition("/")
-        samples[int(number)][key] = tensor
-    return samples
+        samples.setdefault(int(number), {})[key] = tensor
+    return [samples[number] for number in sorted(samples)]
 
 
 def check_quantized(block: nn.Module, index: int, planned: set[str]) -> None:

@@ -168,6 +168,15 @@ def test_tuning_moves_some_weights(rtn: Path, tuned: Path) -> None:
     assert 0 < share < 0.5
 
 
+def test_packs_tune_as_well(tuned: Path, tmp_path: Path) -> None:
+    recipe = TUNED.model_copy(update={"batch_size": 3, "gradient_accumulate_steps": 1})
+    packed = run_quantize(tmp_path, recipe, samples())
+    one, other = (load_model(path, torch.float32, CPU).state_dict() for path in (tuned, packed))
+    name = f"{next(iter(LINEARS))}.weight"
+    difference = float((one[name] - other[name]).norm() / one[name].norm())
+    assert 0 < difference < 0.1  # other sums, so other bits, but alike
+
+
 def test_two_runs_give_equal_bytes(tuned: Path, tmp_path: Path) -> None:
     again = run_quantize(tmp_path, TUNED, samples())
     digests = [
