@@ -5,7 +5,10 @@ any ColQwen3 folder, original or quantized.
 """
 
 import argparse
+import os
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sized
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,8 @@ ORIGINAL = "original"
 # around the visual tokens of a page, and behind the text of a query
 PAGE_PROMPT_TOKENS, QUERY_SUFFIX_TOKENS = 11, 10
 FLOAT32_BYTES = 4
+# batches prepared ahead: resizing a page takes a core twice as long as an H100 takes to embed it
+AHEAD = min(4, os.cpu_count() or 1)
 
 
 def page_batches(
@@ -72,6 +77,21 @@ def count_visual_tokens(name: str, image: Image.Image, processor: Any) -> int:
     return int(patches) // int(images.merge_size) ** 2
 
 
+def prepare_ahead(
+    batches: Iterable[tuple[list[str], list[Image.Image]]], processor: Any
+) -> Iterator[tuple[list[str], Any]]:
+    """Yield names and model inputs of each batch in order, the next `AHEAD` made meanwhile."""
+    with ThreadPoolExecutor(AHEAD) as threads:
+        waiting: deque[tuple[list[str], Any]] = deque()
+        for names, images in batches:
+            waiting.append((names, threads.submit(processor.process_images, images)))
+            if len(waiting) > AHEAD:
+                made, inputs = waiting.popleft()
+                yield made, inputs.result()
+        for made, inputs in waiting:
+            yield made, inputs.result()
+
+
 @torch.inference_mode()
 def embed(model: Any, inputs: Any) -> list[torch.Tensor]:
     """Embed one batch; return a float32 [tokens, embed_dim] tensor an item, without padding."""
@@ -102,8 +122,9 @@ def embed_all(
     made_pages: dict[str, torch.Tensor] = {}
     with Progress("pages", len(pages)) as progress:
         opened = ((name, open_page(page)) for name, page in pages.items())
-        for batch, images in page_batches(opened, processor, params.embed.visual_tokens_per_batch):
-            vectors = embed(model, processor.process_images(images))
+        batches = page_batches(opened, processor, params.embed.visual_tokens_per_batch)
+        for batch, inputs in prepare_ahead(batches, processor):
+            vectors = embed(model, inputs)
             made_pages.update(zip(batch, vectors, strict=True))
             progress.advance(len(batch))
     return made_queries, made_pages

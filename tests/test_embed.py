@@ -4,6 +4,8 @@ import json
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,7 @@ from stages.embed import (
     most_bytes,
     page_batches,
     parse_arguments,
+    prepare_ahead,
 )
 from stages.embeddings import read_embeddings
 from stages.errors import PipelineError
@@ -174,3 +177,35 @@ def test_a_disk_too_small_is_refused_before_embedding(
     with pytest.raises(PipelineError, match="bytes for the embeddings"):
         embed_module.main()
     assert not list(tmp_path.iterdir())
+
+
+class SlowFirst:
+    """A processor that takes longest for what comes first, and counts what is under way."""
+
+    def __init__(self) -> None:
+        self.started = 0
+
+    def process_images(self, images: list[int]) -> list[int]:
+        self.started += 1
+        time.sleep(0.2 / (1 + images[0]))
+        return [-image for image in images]
+
+
+def test_batches_prepared_ahead_keep_their_order_and_are_few() -> None:
+    processor, taken = SlowFirst(), 0
+    batches = (([f"p{i}"], [i]) for i in range(12))
+    for number, (names, inputs) in enumerate(prepare_ahead(batches, processor)):  # type: ignore[arg-type]
+        assert (names, inputs) == ([f"p{number}"], [-number])
+        taken += 1
+        assert processor.started <= taken + embed_module.AHEAD
+    assert taken == 12
+
+
+def test_what_fails_ahead_fails_the_stage() -> None:
+    def batches() -> Iterator[tuple[list[str], list[Image.Image]]]:
+        yield ["a"], [Image.new("RGB", (64, 64))]
+        raise PipelineError("b.png: is empty")
+
+    processor = load_processor(GOLDEN / "model", 1280)
+    with pytest.raises(PipelineError, match=r"b\.png"):
+        list(prepare_ahead(batches(), processor))

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -122,3 +123,15 @@ def test_call_takes_either_images_or_text(processor: ColQwen3Processor) -> None:
 def test_scores_are_max_sim(processor: ColQwen3Processor) -> None:
     query, page = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[0.6, 0.8], [0.0, -1.0]])
     assert processor.score_multi_vector([query], [page]).item() == pytest.approx(1.4)
+
+
+def test_threads_may_share_a_processor() -> None:
+    """The embed stage prepares batches in threads."""
+    texts = [["total of the year"], ["a", "the total of the year " * 50]]
+    alone = [
+        ColQwen3Processor.from_pretrained(str(GOLDEN / "model")).process_texts(t) for t in texts
+    ]
+    shared = ColQwen3Processor.from_pretrained(str(GOLDEN / "model"))
+    with ThreadPoolExecutor(8) as threads:
+        for i, made in enumerate(threads.map(shared.process_texts, texts * 100)):
+            assert torch.equal(made["input_ids"], alone[i % 2]["input_ids"])
