@@ -45,7 +45,7 @@ def test_model_is_small_and_in_shards() -> None:
     assert sum(shapes) == sum(log["parameters"].values())
 
 
-@pytest.mark.parametrize("name", ["evaluation", "calibration"])
+@pytest.mark.parametrize("name", ["evaluation", "calibration", "evaluation2"])
 def test_page_sets_have_several_sizes(name: str) -> None:
     sizes = {Image.open(path).size for path in Path("demo/pages", name, "corpus").iterdir()}
     assert len(sizes) >= 4
