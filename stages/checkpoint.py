@@ -32,12 +32,13 @@ SAMPLES, SAMPLE_BYTES = 64, 4096
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One entry of a safetensors header."""
+    """One entry of a safetensors header; its data begin at byte `start` of `file`."""
 
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
     file: str
+    start: int
 
 
 def find_model(source: str, revision: str | None, trust_remote_code: bool = False) -> Path:
@@ -162,7 +163,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             raise PipelineError(f"{path}: has a damaged entry for {name}; {mend}") from None
         if nbytes is None or end - begin != nbytes:
             raise PipelineError(f"{path}: {name} has a shape that does not fit its bytes; {mend}")
-        found[name] = TensorInfo(dtype, shape, nbytes, path.name)
+        found[name] = TensorInfo(dtype, shape, nbytes, path.name, 8 + length + begin)
         spans.append((begin, end))
     position = 0
     for begin, end in sorted(spans):

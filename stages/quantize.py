@@ -1,62 +1,49 @@
-"""Stage `quantize@<recipe>`: AutoRound on the language model's linears, checked against the plan.
+"""Stage `quantize@<recipe>`: the linears of the language model in 2 to 8 bits, all else untouched.
 
 AutoRound: Cheng et al., "Optimize Weight Rounding via Signed Gradient Descent", arXiv:2309.05516.
-Rounding to nearest runs through the same library, without data and without tuning. Everything but
-the planned linears must come out byte for byte as it went in.
+Neither method ever holds the model: plain rounding streams linear by linear, AutoRound tunes
+decoder layer by decoder layer. The checkpoint is one file whose size is known beforehand, filled
+as results come; every byte outside the planned linears is copied from the source.
 """
 
 import argparse
-import contextlib
+import hashlib
 import logging
 import shutil
 from collections.abc import Iterator, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
-from stages.checkpoint import INDEX, SINGLE, read_headers, weight_files
-from stages.colqwen3.deepstack import fold_deepstack
+from stages.checkpoint import INDEX, SINGLE, TensorInfo, read_headers, weight_files
 from stages.compute import choose_device, make_deterministic
 from stages.errors import PipelineError, run
-from stages.files import fresh_folder, publish_folder, read_json, write_json
+from stages.files import publish_folder, read_json, write_json
 from stages.layout import BLOCKS, component, is_unused, published_name
 from stages.manifest import find_inspected_model, read_manifest
+from stages.packing import PARTS, pack, relative_error, restore_codes, round_to_nearest
 from stages.params import AutoRoundRecipe, RtnRecipe, load_params
-from stages.paths import CALIBRATION, CHECKPOINTS, PLOTS, QUANTIZE_METRICS
+from stages.paths import CALIBRATION, CHECKPOINTS, PLOTS, QUANTIZE_METRICS, SCRATCH
+from stages.progress import Progress
 from stages.samples import read_samples
+from stages.scratch import Scratch, digest_files, work_key
+from stages.tensors import Spec, TensorFile, read_tensor
+from stages.tuning import Sample, check_quantized, tune_blocks
 
 logger = logging.getLogger(__name__)
 
-Sample = dict[str, torch.Tensor]
+Recipe = AutoRoundRecipe | RtnRecipe
+Linears = dict[str, list[int]]
+Made = tuple[str, dict[str, torch.Tensor], float]
+"""A linear's name, its packed tensors, and the relative error of its weight."""
+
+LIBRARIES = ("auto-round", "torch", "transformers", "safetensors", "numpy")
+MEND = "run `dvc repro -f`"
 
 
-class ForwardCounter:
-    """Counts the calibration samples that really reached the first block.
-
-    AutoRound drops a sample whose forward fails with no more than a warning, and its own count
-    grows by the batch size. A forward that reaches the first block has been cached there.
-    """
-
-    def __init__(self, model: Any) -> None:
-        self.started = self.reached = 0
-        self._inside = False
-        model.register_forward_pre_hook(self._start)
-        model.get_submodule(BLOCKS)[0].register_forward_pre_hook(self._reach)
-
-    def _start(self, *_: object) -> None:
-        self.started += 1
-        self._inside = True
-
-    def _reach(self, *_: object) -> None:
-        if self._inside:  # tuning calls the block too, but not through the model
-            self.reached += 1
-            self._inside = False
-
-
-def check_group_size(name: str, group_size: int, linears: dict[str, list[int]]) -> None:
+def check_group_size(name: str, group_size: int, linears: Linears) -> None:
     """Refuse a group size that does not divide the inputs of every planned linear.
 
     Raises
@@ -72,161 +59,242 @@ def check_group_size(name: str, group_size: int, linears: dict[str, list[int]]) 
             )
 
 
-def quantize(
-    model: Any,
-    processor: Any,
-    recipe: AutoRoundRecipe | RtnRecipe,
-    samples: Sequence[Sample],
-    folder: Path,
-    device: torch.device,
-) -> int:
-    """Quantize `model` with AutoRound into `folder` and return how many samples were used.
-
-    The model is consumed: AutoRound leaves it without weights.
-
-    Raises
-    ------
-    PipelineError
-        If a calibration sample was lost on the way.
-    """
-    from auto_round import AutoRound
-
-    options: dict[str, Any] = {"iters": 0, "disable_opt_rtn": True}
-    if isinstance(recipe, AutoRoundRecipe):  # otherwise there are no samples
-        options = {
-            "dataset": list(samples),
-            "nsamples": len(samples),
-            "batch_size": 1,  # a larger one would make AutoRound count a sample several times
-            "gradient_accumulate_steps": recipe.gradient_accumulate_steps,
-            "iters": recipe.iters,
-            "lr": recipe.lr,
-            "seed": recipe.seed,
-        }
-    if isinstance(recipe, AutoRoundRecipe) and recipe.deepstack:
-        fold_deepstack(model)
-    counter = ForwardCounter(model)
-    rounder = AutoRound(
-        model,
-        tokenizer=processor.tokenizer,
-        processor=processor,
-        scheme="W4A16",
-        bits=recipe.bits,
-        group_size=recipe.group_size,
-        sym=recipe.sym,
-        to_quant_block_names=BLOCKS,
-        device_map=str(device),
-        enable_torch_compile=False,  # other bits, and minutes of compiling on a CPU
-        enable_deterministic_algorithms=True,
-        **options,
-    )
-    with contextlib.suppress(SystemExit):  # raised when no sample got through: reported below
-        rounder.quantize_and_save(str(folder), format="auto_round")
-    wanted = len(samples)
-    if counter.reached != wanted or counter.started != wanted:
-        raise PipelineError(
-            f"calibration: {wanted} samples asked for, {counter.started} started, {counter.reached} "
-            "reached the first block; AutoRound's warnings above say why the others were dropped"
-        )
-    return wanted
-
-
-def collect(output: Path, source: Path, linears: dict[str, list[int]], target: Path) -> None:
-    """Make the checkpoint in `target` from AutoRound's output and the source folder.
-
-    The planned linears are AutoRound's; every other tensor is the source's own, because AutoRound
-    turns them into float32 on a CPU that has no bfloat16 arithmetic. config.json is the source's own with AutoRound's
-    ``quantization_config``, so that published field names stay; tokenizer and processor files are
-    copied. Python files are not: nothing in the result runs code from the source.
-
-    Raises
-    ------
-    PipelineError
-        If another set of linears was quantized than planned, or another tensor changed.
-    """
-    made_tensors = dict(read_tensors(output))
-    check_plan(made_tensors, linears)
-    weights = {
-        name: tensor for name, tensor in made_tensors.items() if name.rpartition(".")[0] in linears
+def read_used_headers(folder: Path) -> dict[str, TensorInfo]:
+    """Return the tensors of a model folder by published name, unused ones left out."""
+    return {
+        published_name(stored): tensor
+        for stored, tensor in read_headers(folder).items()
+        if not is_unused(stored)
     }
-    for name, tensor in read_tensors(source):
-        if name.removesuffix(".weight") in linears:
+
+
+def plan(stored: dict[str, TensorInfo], linears: Linears, recipe: Recipe) -> dict[str, Spec]:
+    """Return dtype and shape of every tensor of the checkpoint to make."""
+    specs: dict[str, Spec] = {}
+    for name, tensor in stored.items():
+        module = name.removesuffix(".weight")
+        if module not in linears:
+            specs[name] = (tensor.dtype, tensor.shape)
             continue
-        check_untouched(name, tensor, made_tensors.get(name))
-        weights[name] = tensor
-    save_file(weights, target / SINGLE, metadata={"format": "pt"})
-    mend = "run `dvc repro -f`"
-    config = read_json(source / "config.json", mend)
-    made = read_json(output / "config.json", mend)
-    config["quantization_config"] = made["quantization_config"]
+        out_features, in_features = linears[module]
+        groups, words = in_features // recipe.group_size, recipe.bits / 32
+        specs[f"{module}.qweight"] = ("I32", (round(in_features * words), out_features))
+        specs[f"{module}.qzeros"] = ("I32", (groups, round(out_features * words)))
+        specs[f"{module}.scales"] = ("F16", (groups, out_features))
+    return specs
+
+
+def round_linears(
+    source: Path, stored: dict[str, TensorInfo], linears: Linears, recipe: Recipe
+) -> Iterator[Made]:
+    """Round the planned linears to nearest, one in memory at a time.
+
+    Raises
+    ------
+    PipelineError
+        If a weight is NaN or infinite.
+    """
+    with Progress("linears", len(linears)) as progress:
+        for name in linears:
+            weight = read_tensor(source, stored[f"{name}.weight"])
+            if not weight.isfinite().all():
+                raise PipelineError(f"{source}: {name}.weight holds NaN or infinite weights")
+            codes, scales = round_to_nearest(weight, recipe.bits, recipe.group_size)
+            yield name, pack(codes, scales, recipe.bits), relative_error(weight, codes, scales)
+            progress.advance()
+
+
+def pack_block(
+    block: torch.nn.Module,
+    prefix: str,
+    names: Sequence[str],
+    source: Path,
+    stored: dict[str, TensorInfo],
+    bits: int,
+) -> Iterator[Made]:
+    """Pack the linears of a decoder layer that AutoRound has rounded.
+
+    Raises
+    ------
+    PipelineError
+        If AutoRound left weights that are no multiples of their scale.
+    """
+    for name in names:
+        module: Any = block.get_submodule(name.removeprefix(prefix))
+        scales = module.scale.detach().cpu().to(torch.float16).view(module.weight.shape[0], -1)
+        codes, gap = restore_codes(module.weight.detach().cpu(), scales, bits)
+        if not gap < 0.4:  # a 16-bit weight is a rounded multiple; NaN is none
+            raise PipelineError(f"quantize: {name} came back from AutoRound without whole codes")
+        weight = read_tensor(source, stored[f"{name}.weight"])
+        yield name, pack(codes, scales, bits), relative_error(weight, codes, scales)
+
+
+def tune_linears(
+    source: Path,
+    stored: dict[str, TensorInfo],
+    linears: Linears,
+    recipe: AutoRoundRecipe,
+    samples: Sequence[Sample],
+    device: torch.device,
+    file: TensorFile,
+    scratch: Scratch,
+) -> dict[str, float]:
+    """Fill the planned linears of `file` with AutoRound, going on where `scratch` stands.
+
+    Returns the relative error of each linear's weight.
+
+    Raises
+    ------
+    PipelineError
+        If a sample is lost, or another set of linears was quantized than planned.
+    """
+    from stages.colqwen3.blocks import load_block, load_front
+    from stages.colqwen3.deepstack import fold_deepstack, fold_into_layer
+    from stages.colqwen3.loading import load_source_dtype
+
+    # AutoRound tunes in float32 on a CPU, in the stored dtype on a GPU
+    dtype = torch.float32 if device.type == "cpu" else load_source_dtype(source)
+
+    def front() -> Any:
+        model = load_front(source, dtype, device)
+        if recipe.deepstack:
+            fold_deepstack(model)
+        return model
+
+    def layer(model: Any, index: int) -> torch.nn.Module:
+        block: torch.nn.Module = load_block(source, stored, model, index, dtype)
+        if recipe.deepstack:
+            fold_into_layer(block, index)
+        return block
+
+    blocks = split_by_block(linears)
+    for index, step in enumerate(scratch.steps):
+        if block_digest(file, blocks[index]) != step["sha256"]:
+            scratch.clear(f"layer {index} in it is damaged")
+            break
+    if scratch.steps:
+        logger.info("going on after layer %d of %d", len(scratch.steps), len(blocks))
+    tuned = tune_blocks(samples, recipe, device, scratch, front, layer, len(blocks))
+    for index, block, files in tuned:
+        names = blocks[index]
+        prefix = f"{BLOCKS}.{index}."
+        check_quantized(block, index, {name.removeprefix(prefix) for name in names})
+        errors = {}
+        for name, parts, error in pack_block(block, prefix, names, source, stored, recipe.bits):
+            write_parts(file, name, parts)
+            errors[name] = error
+        scratch.keep(files, {"sha256": block_digest(file, names), "errors": errors})
+    return {name: error for step in scratch.steps for name, error in step["errors"].items()}
+
+
+def split_by_block(linears: Linears) -> list[list[str]]:
+    """Return the names of the planned linears of each decoder layer."""
+    blocks: dict[int, list[str]] = {}
+    for name in linears:
+        index = name.removeprefix(f"{BLOCKS}.").partition(".")[0]
+        blocks.setdefault(int(index), []).append(name)
+    return [blocks[index] for index in sorted(blocks)]
+
+
+def write_parts(file: TensorFile, name: str, parts: dict[str, torch.Tensor]) -> None:
+    """Write the packed tensors of one linear."""
+    for part, tensor in parts.items():
+        file.write(f"{name}.{part}", tensor)
+
+
+def block_digest(file: TensorFile, names: Sequence[str]) -> str:
+    """Return the SHA-256 of the packed tensors of linears as they stand in the file."""
+    digest = hashlib.sha256()
+    for name in names:
+        for part in PARTS:
+            digest.update(file.read(f"{name}.{part}"))
+    return digest.hexdigest()
+
+
+def make_checkpoint(
+    source: Path,
+    linears: Linears,
+    recipe: Recipe,
+    samples: Sequence[Sample],
+    device: torch.device,
+    scratch: Scratch,
+) -> tuple[Path, dict[str, float]]:
+    """Make the checkpoint in the scratch; return its folder and the linears' relative errors.
+
+    Raises
+    ------
+    PipelineError
+        If a weight is not finite, a sample is lost, or the result is not as planned.
+    """
+    stored = read_used_headers(source)
+    folder = scratch.folder / "checkpoint"
+    folder.mkdir(exist_ok=True)
+    with TensorFile(folder / SINGLE, plan(stored, linears, recipe)) as file:
+        if isinstance(recipe, RtnRecipe):
+            errors = {}
+            for name, parts, error in round_linears(source, stored, linears, recipe):
+                write_parts(file, name, parts)
+                errors[name] = error
+        else:
+            errors = tune_linears(source, stored, linears, recipe, samples, device, file, scratch)
+        for name, tensor in stored.items():
+            if name.removesuffix(".weight") not in linears:
+                file.copy(name, source, tensor)
+    write_configs(source, folder, recipe)
+    return folder, errors
+
+
+def write_configs(source: Path, target: Path, recipe: Recipe) -> None:
+    """Write config.json with its ``quantization_config``; copy tokenizer and processor files.
+
+    All else in config.json is the source's own, so that published field names stay. Python files
+    are not copied and ``auto_map``, which names them, is dropped: nothing in the result runs code
+    from the source.
+    """
+    config = read_json(source / "config.json", MEND)
+    config["quantization_config"] = {
+        "quant_method": "auto-round",
+        "packing_format": "auto_round:auto_gptq",
+        "data_type": "int",
+        "block_name_to_quantize": BLOCKS,
+        "autoround_version": version("auto-round"),
+        **recipe.model_dump(include={"bits", "group_size", "sym", "iters", "lr", "seed"}),
+    }
     config.pop("auto_map", None)
     write_json(target / "config.json", config)
     for path in sorted(source.iterdir()):
         if path.name in ("config.json", INDEX) or not path.is_file():
             continue
-        if path.suffix == ".json" and "auto_map" in (read := read_json(path, mend)):
-            # it names Python files, which stay behind
+        if path.suffix == ".json" and "auto_map" in (read := read_json(path, MEND)):
             write_json(target / path.name, {k: v for k, v in read.items() if k != "auto_map"})
         elif path.suffix in (".json", ".txt", ".jinja"):
             shutil.copyfile(path, target / path.name)
 
 
-def check_plan(names: Any, linears: dict[str, list[int]]) -> None:
-    """Compare the packed linears among tensor `names` with the planned ones.
+def check_checkpoint(folder: Path, source: Path, linears: Linears, recipe: Recipe) -> None:
+    """Check a finished checkpoint against the source and the plan.
 
     Raises
     ------
     PipelineError
-        Naming the first linear that was left out or quantized beyond the plan.
+        Naming the first tensor that is not as planned, or not the source's own byte for byte.
     """
-    packed = {name.rpartition(".")[0] for name in names if name.endswith(".qweight")}
-    for linear in sorted(packed ^ linears.keys()):
-        problem = (
-            "was quantized but not planned" if linear in packed else "was planned but not quantized"
-        )
-        raise PipelineError(f"quantize: {linear} {problem}; AutoRound's log above may say why")
+    stored, made = read_used_headers(source), read_headers(folder)
+    planned = plan(stored, linears, recipe)
+    for name in sorted(planned.keys() ^ made.keys()):
+        problem = "is missing" if name in planned else "was not planned"
+        raise PipelineError(f"{folder}: {name} {problem}; {MEND}")
+    for name, tensor in made.items():
+        if (tensor.dtype, tensor.shape) != planned[name]:
+            raise PipelineError(f"{folder}: {name} has another dtype or shape than planned; {MEND}")
+        if name in stored and not same_bytes(source, stored[name], folder, tensor):
+            raise PipelineError(f"{folder}: {name} is not planned for quantization, but changed")
 
 
-def read_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the tensors of a model folder by published name, unused ones left out."""
-    for path in weight_files(folder):
-        with safe_open(path, framework="pt") as file:
-            for stored in file.keys():  # noqa: SIM118 - the file is no dictionary
-                if not is_unused(stored):
-                    yield published_name(stored), file.get_tensor(stored)
-
-
-def check_untouched(name: str, before: torch.Tensor, after: torch.Tensor | None) -> None:
-    """Check that AutoRound left the values of a tensor outside the plan alone.
-
-    Raises
-    ------
-    PipelineError
-        If it is gone or holds other values.
-    """
-    if after is None or not torch.equal(after.float(), before.float()):
-        raise PipelineError(f"quantize: {name} is not planned for quantization, but it changed")
-
-
-def relative_errors(folder: Path, source: Path, bits: int) -> dict[str, float]:
-    """Return the relative error (Frobenius norm) of each quantized linear's weight, by name."""
-    from stages.colqwen3.loading import dense_tensors
-
-    packed = {
-        name.removesuffix(".qweight") for name in read_headers(folder) if name.endswith(".qweight")
-    }
-    dense = {
-        name: tensor
-        for name, tensor in dense_tensors(folder, bits, torch.float32)
-        if name.removesuffix(".weight") in packed
-    }
-    errors = {
-        name.removesuffix(".weight"): float(
-            (dense[name] - weight.float()).norm() / weight.float().norm().clamp(min=1e-12)
-        )
-        for name, weight in read_tensors(source)
-        if name in dense
-    }
-    return {name: round(errors[name], 6) for name in sorted(errors, key=_layer_order)}
+def same_bytes(a: Path, first: TensorInfo, b: Path, second: TensorInfo) -> bool:
+    """Whether two stored tensors hold the same bytes."""
+    left = read_tensor(a, first).flatten().view(torch.uint8)
+    return torch.equal(left, read_tensor(b, second).flatten().view(torch.uint8))
 
 
 def _layer_order(name: str) -> tuple[int, str]:
@@ -244,12 +312,27 @@ def count_bytes(folder: Path) -> dict[str, Any]:
     return {"components": parts, "files": files}
 
 
+def determinants(
+    recipe: Recipe, manifest: dict[str, Any], calibration: Path, device: torch.device
+) -> dict[str, Any]:
+    """Return everything that determines the checkpoint, to the last bit, as a JSON value."""
+    code = Path(__file__).parent
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return {
+        "recipe": recipe.model_dump(),
+        "source": manifest["files"],
+        "calibration": digest_files(calibration, calibration.iterdir()),
+        "code": digest_files(code, code.rglob("*.py")),
+        "versions": {library: version(library) for library in LIBRARIES},
+        "machine": [name, torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()],
+    }
+
+
 def main() -> None:
     """Make artifacts/checkpoints/<recipe> and its metrics."""
     parser = argparse.ArgumentParser(prog="python -m stages.quantize", description=__doc__)
     parser.add_argument("recipe", help="name of a recipe in params.yaml")
     name = parser.parse_args().recipe
-    from stages.colqwen3.loading import load_model, load_processor, load_source_dtype
 
     params = load_params()
     recipe = params.recipe(name)
@@ -259,40 +342,36 @@ def main() -> None:
     check_group_size(name, recipe.group_size, linears)
     device = choose_device(params.compute.device)
     make_deterministic()
-    origins, samples = read_samples(CALIBRATION / recipe.calibration)
-    trust = params.model.trust_remote_code
-    # loaded on the CPU in the dtype it is stored in: AutoRound moves one block at a time
-    model = load_model(source, load_source_dtype(source), torch.device("cpu"), trust)
-    processor = load_processor(source, params.model.max_num_visual_tokens, trust)
-    target = CHECKPOINTS / name
-    scratch = fresh_folder(target.with_name(name + ".autoround"))
-    used = quantize(model, processor, recipe, samples, scratch, device)
-    partial = fresh_folder(target)
-    collect(next(iter(sorted(scratch.rglob("config.json")))).parent, source, linears, partial)
-    shutil.rmtree(scratch)
-    errors = relative_errors(partial, source, recipe.bits)
-    metrics = {
-        "bytes": count_bytes(partial),
-        "linears": {"planned": len(linears), "quantized": len(errors)},
-        "calibration": {
-            "samples": used,
-            "queries": sum(origin.kind == "query" for origin in origins),
-            "pages": sum(origin.kind == "page" for origin in origins),
-            "passages": sum(origin.kind == "passage" for origin in origins),
-            "tokens": sum(origin.tokens for origin in origins),
-        },
-        "relative_weight_error": {
-            "mean": round(sum(errors.values()) / len(errors), 6),
-            "max": max(errors.values()),
-        },
-    }
-    write_json(QUANTIZE_METRICS / f"{name}.json", metrics)
-    layers = [
-        {"layer": layer.removeprefix(BLOCKS + "."), "error": error}
-        for layer, error in errors.items()
-    ]
-    write_json(PLOTS / name / "layers.json", layers)
-    publish_folder(partial, target)
+    calibration = CALIBRATION / recipe.calibration
+    origins, samples = read_samples(calibration)
+    with Scratch(
+        SCRATCH / name, work_key(determinants(recipe, manifest, calibration, device))
+    ) as scratch:
+        partial, errors = make_checkpoint(source, linears, recipe, samples, device, scratch)
+        check_checkpoint(partial, source, linears, recipe)
+        metrics = {
+            "bytes": count_bytes(partial),
+            "linears": {"planned": len(linears), "quantized": len(errors)},
+            "calibration": {
+                "samples": len(samples),
+                "queries": sum(origin.kind == "query" for origin in origins),
+                "pages": sum(origin.kind == "page" for origin in origins),
+                "passages": sum(origin.kind == "passage" for origin in origins),
+                "tokens": sum(origin.tokens for origin in origins),
+            },
+            "relative_weight_error": {
+                "mean": round(sum(errors.values()) / len(errors), 6),
+                "max": round(max(errors.values()), 6),
+            },
+        }
+        write_json(QUANTIZE_METRICS / f"{name}.json", metrics)
+        layers = [
+            {"layer": layer.removeprefix(BLOCKS + "."), "error": round(errors[layer], 6)}
+            for layer in sorted(errors, key=_layer_order)
+        ]
+        write_json(PLOTS / name / "layers.json", layers)
+        publish_folder(partial, CHECKPOINTS / name)
+        scratch.remove()
 
 
 if __name__ == "__main__":

@@ -39,13 +39,19 @@ def fold_deepstack(model: Any) -> None:
             dense[:, index][mask] = feature.to(dense)
         return args, {**kwargs, KEYWORD: dense}
 
-    def add_share(index: int) -> Any:
-        def add(_: Any, args: Any, kwargs: dict[str, Any], output: torch.Tensor) -> torch.Tensor:
-            share: torch.Tensor = kwargs[KEYWORD][:, index]
-            return output + share.to(output)
-
-        return add
-
     text.register_forward_pre_hook(scatter, with_kwargs=True)
-    for index, layer in enumerate(text.layers[:count]):
-        layer.register_forward_hook(add_share(index), with_kwargs=True)
+    for index, layer in enumerate(text.layers):
+        fold_into_layer(layer, index)
+
+
+def fold_into_layer(layer: Any, index: int) -> None:
+    """Have decoder layer number `index` add its share of the keyword ``deepstack`` to its output.
+
+    A layer without a share is left alone by the forward.
+    """
+
+    def add(_: Any, args: Any, kwargs: dict[str, Any], output: torch.Tensor) -> torch.Tensor:
+        dense: torch.Tensor = kwargs[KEYWORD]
+        return output + dense[:, index].to(output) if index < dense.shape[1] else output
+
+    layer.register_forward_hook(add, with_kwargs=True)

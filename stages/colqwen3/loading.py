@@ -1,5 +1,6 @@
 """Loading a ColQwen3 from a folder, original or quantized, checked before any weight is read."""
 
+import contextlib
 import json
 import logging
 from collections.abc import Iterator
@@ -78,16 +79,14 @@ def load_model(
     quantization = quantization_config(folder)
     read_headers(folder)
     _warn_of_trust(folder, trust_remote_code)
-    try:
+    with as_pipeline_error(folder):
         if quantization is None:
             model = AutoModel.from_pretrained(
                 folder, dtype=dtype, trust_remote_code=trust_remote_code
             )
         else:
             model = _dense_from_packed(folder, quantization, dtype)
-        _check_finite(model)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise PipelineError(f"{folder}: model cannot be loaded ({_line(error)})") from None
+        check_finite(model)
     loaded: ColQwen3 = model.eval().to(device)
     return loaded
 
@@ -105,12 +104,10 @@ def load_packed(
         If the folder cannot be loaded.
     """
     read_headers(folder)
-    try:
+    with as_pipeline_error(folder):
         model = AutoModel.from_pretrained(
             folder, dtype=dtype, device_map=str(device), trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise PipelineError(f"{folder}: model cannot be loaded ({_line(error)})") from None
     return model.eval()
 
 
@@ -167,10 +164,32 @@ def _check_packing(quantization: dict[str, Any]) -> None:
         raise ValueError("quantization_config.bits is not 2, 3, 4 or 8")
 
 
-def _check_finite(model: Any) -> None:
-    for name, parameter in model.named_parameters():
+def check_finite(module: Any, prefix: str = "") -> None:
+    """Refuse parameters with NaN or Inf; `prefix` goes before their names in the error.
+
+    Raises
+    ------
+    ValueError
+        Naming the first.
+    """
+    for name, parameter in module.named_parameters():
         if not torch.isfinite(parameter).all():
-            raise ValueError(f"{name} holds NaN or infinite weights")
+            raise ValueError(f"{prefix}{name} holds NaN or infinite weights")
+
+
+@contextlib.contextmanager
+def as_pipeline_error(folder: Path) -> Iterator[None]:
+    """Turn what transformers, torch and safetensors raise for a bad folder into a PipelineError.
+
+    Raises
+    ------
+    PipelineError
+        In place of their errors.
+    """
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise PipelineError(f"{folder}: model cannot be loaded ({_line(error)})") from None
 
 
 def _line(error: Exception) -> str:

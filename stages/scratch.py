@@ -1,0 +1,133 @@
+"""Unfinished work that survives a crash, for as long as nothing that determines it changes."""
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from stages.errors import PipelineError
+from stages.files import write_json
+
+logger = logging.getLogger(__name__)
+
+STATE = "state.json"
+
+
+def work_key(determinants: Any) -> str:
+    """Return the SHA-256 of a JSON value: everything that determines the result."""
+    text = json.dumps(determinants, sort_keys=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def digest_files(root: Path, files: Iterable[Path]) -> str:
+    """Return one SHA-256 over the names (relative to `root`) and bytes of files, in name order."""
+    digest = hashlib.sha256()
+    for path in sorted(files):
+        digest.update(f"{path.relative_to(root)}\0{digest_file(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def digest_file(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Scratch:
+    """A folder of unfinished work in steps, locked while it is used.
+
+    What an earlier run left is offered only under the same key and with the digests that it
+    recorded; otherwise the folder is emptied. Use as a context manager.
+
+    Parameters
+    ----------
+    folder
+        Where the work lies; ``<folder>.lock`` beside it is the lock.
+    key
+        What `work_key` made of everything that determines the result.
+
+    Attributes
+    ----------
+    steps
+        What was recorded of each finished step, in order.
+    files
+        Name -> digest of the files that the next step needs.
+    """
+
+    def __init__(self, folder: Path, key: str) -> None:
+        self.folder, self._key = folder, key
+        self.steps: list[dict[str, Any]] = []
+        self.files: dict[str, str] = {}
+
+    def __enter__(self) -> "Scratch":
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        path = self.folder.with_name(self.folder.name + ".lock")
+        self._lock = path.open("a+")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.seek(0)
+            holder = self._lock.read().strip() or "unknown"
+            self._lock.close()
+            raise PipelineError(
+                f"{self.folder}: process {holder} is working on it; wait for it or stop it"
+            ) from None
+        self._lock.truncate(0)
+        self._lock.write(str(os.getpid()))
+        self._lock.flush()
+        try:
+            self._read()
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            self.clear("it is new, damaged, or of other parameters, code or inputs")
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        self._lock.close()  # gives up the lock; the file stays, others may wait for it
+
+    def _read(self) -> None:
+        state = json.loads((self.folder / STATE).read_text(encoding="utf-8"))
+        if state["key"] != self._key:
+            raise ValueError("of another key")
+        for name, digest in state["files"].items():
+            if digest_file(self.folder / name) != digest:
+                raise ValueError(f"{name} is damaged")
+        self.steps, self.files = list(state["steps"]), dict(state["files"])
+
+    def clear(self, reason: str) -> None:
+        """Forget all steps and delete everything; `reason` is for the log."""
+        if self.folder.exists():
+            logger.warning("%s is not used: %s", self.folder, reason)
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True)
+        self.steps, self.files = [], {}
+
+    def keep(self, files: dict[str, str], step: dict[str, Any] | None = None) -> None:
+        """Record a finished step (a JSON object) and the files that the next needs; drop others.
+
+        The files must be there already: a crash before this call does the step again, one after
+        it does not.
+        """
+        if step is not None:
+            self.steps.append(step)
+        dropped = self.files.keys() - files.keys()
+        self.files = dict(files)
+        write_json(
+            self.folder / STATE, {"key": self._key, "steps": self.steps, "files": self.files}
+        )
+        for name in dropped:
+            (self.folder / name).unlink(missing_ok=True)
+
+    def remove(self) -> None:
+        """Delete the finished work."""
+        shutil.rmtree(self.folder)

@@ -1,0 +1,140 @@
+"""Reading and writing single tensors of safetensors files, never a whole file in memory.
+
+The library's own writer wants all tensors at once. A checkpoint whose shapes are known beforehand
+can be written tensor by tensor, in any order, and be continued after a crash.
+"""
+
+import json
+import math
+import os
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+from stages.checkpoint import DTYPE_BYTES, TensorInfo
+from stages.errors import PipelineError
+
+DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "I32": torch.int32,
+}
+# safetensors lays wide types first, and sorts by name within a type
+ORDER = ("F32", "I32", "BF16", "F16")
+CHUNK = 16 << 20
+
+Spec = tuple[str, tuple[int, ...]]
+"""Dtype as safetensors names it, and shape."""
+
+
+def read_tensor(folder: Path, tensor: TensorInfo) -> torch.Tensor:
+    """Read one tensor of a model folder into memory of its own.
+
+    Raises
+    ------
+    PipelineError
+        If the file ends before the tensor does.
+    """
+    buffer = bytearray(tensor.nbytes)
+    with (folder / tensor.file).open("rb") as file:
+        file.seek(tensor.start)
+        if file.readinto(buffer) != tensor.nbytes:
+            raise PipelineError(f"{folder / tensor.file}: is truncated; fetch it again")
+    return torch.frombuffer(buffer, dtype=DTYPES[tensor.dtype]).view(tensor.shape)
+
+
+class TensorFile:
+    """A safetensors file of known tensors, written one by one in any order.
+
+    The bytes equal those of ``safetensors.torch.save_file`` with metadata ``format: pt``. A file
+    that is already there with the same header is continued, what was written stays.
+
+    Parameters
+    ----------
+    path
+        The file; its disk space is reserved at once, so that a full disk shows here.
+    specs
+        Name -> (dtype as safetensors names it, shape).
+    """
+
+    def __init__(self, path: Path, specs: Mapping[str, Spec]) -> None:
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        self._places: dict[str, tuple[int, int, Spec]] = {}
+        position = 0
+        for name in sorted(specs, key=lambda name: (ORDER.index(specs[name][0]), name)):
+            dtype, shape = specs[name]
+            nbytes = math.prod(shape) * DTYPE_BYTES[dtype]
+            end = position + nbytes
+            header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
+            self._places[name] = (position, nbytes, specs[name])
+            position = end
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        start = struct.pack("<Q", len(text)) + text
+        size = len(start) + position
+        self._data = len(start)
+        known = path.exists() and path.stat().st_size == size
+        self._file = path.open("r+b" if known else "w+b")
+        if not known or self._file.read(len(start)) != start:
+            self._file.truncate(0)
+            os.posix_fallocate(self._file.fileno(), 0, size)
+            self._file.seek(0)
+            self._file.write(start)
+
+    def __enter__(self) -> "TensorFile":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        self._file.close()
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Write one tensor.
+
+        Raises
+        ------
+        ValueError
+            If its dtype or shape is another than announced.
+        """
+        start, _, (dtype, shape) = self._places[name]
+        if tensor.dtype != DTYPES[dtype] or tuple(tensor.shape) != shape:
+            raise ValueError(f"{name}: {tensor.dtype} {list(tensor.shape)} is not as announced")
+        self._file.seek(self._data + start)
+        self._file.write(tensor.contiguous().view(torch.uint8).numpy().data)
+
+    def copy(self, name: str, folder: Path, tensor: TensorInfo) -> None:
+        """Copy the bytes of a stored tensor of the same dtype and shape.
+
+        Raises
+        ------
+        ValueError
+            If dtype or shape is another than announced.
+        PipelineError
+            If the source file ends before the tensor does.
+        """
+        start, nbytes, spec = self._places[name]
+        if spec != (tensor.dtype, tensor.shape):
+            raise ValueError(f"{name}: {tensor.dtype} {list(tensor.shape)} is not as announced")
+        self._file.seek(self._data + start)
+        with (folder / tensor.file).open("rb") as source:
+            source.seek(tensor.start)
+            while nbytes:
+                chunk = source.read(min(CHUNK, nbytes))
+                if not chunk:
+                    raise PipelineError(f"{folder / tensor.file}: is truncated; fetch it again")
+                self._file.write(chunk)
+                nbytes -= len(chunk)
+
+    def read(self, name: str) -> bytes:
+        """Return the bytes of one tensor as they stand in the file."""
+        start, nbytes, _ = self._places[name]
+        self._file.seek(self._data + start)
+        return self._file.read(nbytes)

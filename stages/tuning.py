@@ -1,0 +1,312 @@
+"""AutoRound on one decoder layer at a time, on inputs that are the full model's own.
+
+The front of the model (vision tower, token embeddings, deepstack mergers) runs once over the
+calibration samples and gives the inputs of the first layer; each layer is then loaded, handed to
+AutoRound's ``quantize_block`` and dropped, so that memory holds one layer whatever the model's
+size. Its output in full precision and its output once quantized, both from AutoRound, are the
+next layer's inputs; they are kept on disk, so that a killed run goes on where it stopped.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from stages.errors import PipelineError
+from stages.params import AutoRoundRecipe
+from stages.scratch import Scratch, digest_file
+
+logger = logging.getLogger(__name__)
+
+Sample = dict[str, torch.Tensor]
+Hidden = list[torch.Tensor]
+"""Hidden states [1, tokens, hidden], one tensor a sample."""
+
+INPUTS = "inputs.safetensors"
+CHAIN = "chain-{:05d}.safetensors"
+
+
+class _Reached(Exception):
+    """Ends a forward at the first decoder layer."""
+
+
+class _Quiet(logging.Filter):
+    """Drops AutoRound's advice on spelling and its word on a data set that it does not use."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        return not message.startswith(("Passing '", "Using default calibration dataset"))
+
+
+class Holder(nn.Module):
+    """What AutoRound takes for a model: one decoder layer."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([block])
+        self.config = SimpleNamespace(model_type="decoder_layer", architectures=["Holder"])
+        self.name_or_path = ""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights."""
+        return next(self.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return next(self.parameters()).device
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the layer."""
+        return self.layers[0](*args, **kwargs)
+
+
+@torch.no_grad()
+def capture_inputs(model: Any, layer: nn.Module, samples: Sequence[Sample]) -> list[Sample]:
+    """Return what `layer` is given in a forward of each sample, on the CPU.
+
+    A tuple of tensors under the keyword ``k`` becomes ``k.0``, ``k.1``; the hidden states
+    [1, tokens, hidden] are ``hidden_states``.
+
+    Raises
+    ------
+    PipelineError
+        If a sample does not reach the layer.
+    """
+    caught: list[Sample] = []
+
+    def catch(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        named = {**kwargs, **({"hidden_states": args[0]} if args else {})}
+        caught.append({key: value.cpu() for key, value in _flatten(named)})
+        raise _Reached
+
+    handle = layer.register_forward_pre_hook(catch, with_kwargs=True)
+    try:
+        for number, sample in enumerate(samples):
+            try:
+                model(**{key: value.to(model.device) for key, value in sample.items()})
+            except _Reached:
+                continue
+            except (RuntimeError, ValueError, IndexError, TypeError) as error:
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                raise PipelineError(
+                    f"calibration sample {number} fails in the model ({reason}); "
+                    "run `dvc repro -f calibrate`"
+                ) from None
+    finally:
+        handle.remove()
+    if len(caught) != len(samples):
+        raise PipelineError(
+            f"calibration: {len(samples)} samples asked for, {len(caught)} reached the first layer"
+        )
+    return caught
+
+
+def _flatten(values: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+    for key, value in values.items():
+        if isinstance(value, torch.Tensor):
+            yield key, value
+        elif isinstance(value, tuple):
+            yield from ((f"{key}.{place}", part) for place, part in enumerate(value))
+        elif value is not None and value is not False:
+            raise TypeError(f"a decoder layer is given {key}={value!r}, which cannot be kept")
+
+
+def _unflatten(values: Sample) -> dict[str, Any]:
+    made: dict[str, Any] = {}
+    for key in sorted(values):
+        name, _, place = key.partition(".")
+        made[name] = (*made.get(name, ()), values[key]) if place else values[key]
+    return made
+
+
+def tune_block(
+    block: nn.Module,
+    inputs: Sequence[Sample],
+    hidden: Hidden,
+    quantized: Hidden | None,
+    recipe: AutoRoundRecipe,
+    device: torch.device,
+) -> tuple[Hidden, Hidden]:
+    """Quantize one decoder layer in place with AutoRound.
+
+    Its linears then hold rounded weights, ``scale`` [out_features, groups] and ``zp``.
+
+    Parameters
+    ----------
+    block
+        The layer.
+    inputs
+        What each sample gives the layer besides hidden states.
+    hidden
+        Input of the layer in the full-precision model.
+    quantized
+        Input of the layer once those before it are quantized; None for the first.
+    recipe
+        How to tune.
+    device
+        Where.
+
+    Returns
+    -------
+    tuple
+        Outputs of the layer before and after, each fit to be the next layer's input.
+
+    Raises
+    ------
+    PipelineError
+        If AutoRound lost a sample.
+    """
+    from auto_round import AutoRound
+    from auto_round.logger import logger as library_logger
+
+    if not any(isinstance(item, _Quiet) for item in library_logger.filters):
+        library_logger.addFilter(_Quiet())
+    rounder = AutoRound(
+        Holder(block),
+        tokenizer="",  # only there to be looked at
+        scheme="W4A16",
+        bits=recipe.bits,
+        group_size=recipe.group_size,
+        sym=recipe.sym,
+        nsamples=len(hidden),
+        batch_size=1,  # samples are of unequal lengths, and unpadded
+        gradient_accumulate_steps=recipe.gradient_accumulate_steps,
+        iters=recipe.iters,
+        lr=recipe.lr,
+        seed=recipe.seed,
+        device_map=str(device),
+        amp=device.type != "cpu",  # on a CPU always float32, whether or not it has bfloat16
+        enable_torch_compile=False,  # other bits, and minutes of compiling on a CPU
+        enable_deterministic_algorithms=True,
+    )
+    rounder.post_init()
+    # only a run over a whole model hands this down
+    rounder.alg_composer.block_forward.batch_size = 1
+    calls = []
+    for state, others in zip(hidden, inputs, strict=True):
+        kwargs = _unflatten(others)
+        kwargs["hidden_states"] = state
+        calls.append((((), kwargs),))
+    after, before = rounder.quantize_block(
+        block, calls, q_input=None if quantized is None else list(quantized), device=str(device)
+    )
+    if len(before) != len(hidden) or len(after) != len(hidden):
+        raise PipelineError(
+            f"quantize: AutoRound was given {len(hidden)} calibration samples and used "
+            f"{min(len(before), len(after))}; its log above may say why"
+        )
+    return list(before), list(after)
+
+
+def tune_blocks(
+    samples: Sequence[Sample],
+    recipe: AutoRoundRecipe,
+    device: torch.device,
+    scratch: Scratch,
+    load_front: Callable[[], Any],
+    load_block: Callable[[Any, int], nn.Module],
+    count: int,
+) -> Iterator[tuple[int, nn.Module, dict[str, str]]]:
+    """Tune the decoder layers from the first that `scratch` does not know as done.
+
+    Parameters
+    ----------
+    samples
+        Calibration samples, each the arguments of one forward.
+    recipe
+        How to tune.
+    device
+        Where.
+    scratch
+        Keeps the inputs of the next layer.
+    load_front
+        Gives the model up to its first decoder layer, ``vlm.model.language_model.layers[0]``.
+    load_block
+        Gives a decoder layer by the front and its number.
+    count
+        How many decoder layers there are.
+
+    Yields
+    ------
+    tuple
+        Number of the layer, the layer as `tune_block` leaves it, and the files to keep in the
+        scratch once its result is stored.
+
+    Raises
+    ------
+    PipelineError
+        If a sample is lost.
+    """
+    front = load_front()
+    path = scratch.folder / INPUTS
+    if INPUTS not in scratch.files:
+        found = capture_inputs(front, front.vlm.model.language_model.layers[0], samples)
+        save_file(
+            {
+                f"{i}/{key}": v.contiguous()
+                for i, item in enumerate(found)
+                for key, v in item.items()
+            },
+            path,
+        )
+        scratch.keep({INPUTS: digest_file(path)})
+    inputs = _read_samples(path, len(samples))
+    front = front.to("meta")  # only its classes and config are needed from here
+    start = len(scratch.steps)
+    quantized: Hidden | None
+    if start:
+        kept = _read_samples(scratch.folder / CHAIN.format(start - 1), len(samples))
+        hidden, quantized = [s["full"] for s in kept], [s["quantized"] for s in kept]
+    else:
+        hidden, quantized = [s["hidden_states"] for s in inputs], None
+    for index in range(start, count):
+        block = load_block(front, index)
+        hidden, quantized = tune_block(block, inputs, hidden, quantized, recipe, device)
+        chain = scratch.folder / CHAIN.format(index)
+        pairs = {"full": hidden, "quantized": quantized}
+        save_file(
+            {f"{i}/{key}": v[i].contiguous() for key, v in pairs.items() for i in range(len(v))},
+            chain,
+        )
+        yield index, block, {INPUTS: scratch.files[INPUTS], chain.name: digest_file(chain)}
+        logger.info("layer %d of %d is quantized", index + 1, count)
+
+
+def _read_samples(path: Path, count: int) -> list[Sample]:
+    samples: list[Sample] = [{} for _ in range(count)]
+    for name, tensor in load_file(path).items():
+        number, _, key = name.partition("/")
+        samples[int(number)][key] = tensor
+    return samples
+
+
+def check_quantized(block: nn.Module, index: int, planned: set[str]) -> None:
+    """Compare the linears that AutoRound quantized in a layer with the planned ones.
+
+    Parameters
+    ----------
+    block
+        The layer after `tune_block`.
+    index
+        Its number, for the error.
+    planned
+        Names of the linears to quantize within the layer.
+
+    Raises
+    ------
+    PipelineError
+        Naming the first linear that was left out or quantized beyond the plan.
+    """
+    made = {name for name, module in block.named_modules() if hasattr(module, "scale")}
+    for name in sorted(made ^ planned):
+        problem = "quantized but not planned" if name in made else "planned but not quantized"
+        raise PipelineError(
+            f"quantize: {name} of layer {index} was {problem}; AutoRound's log above may say why"
+        )
