@@ -51,4 +51,5 @@ def fresh_folder(path: Path) -> Path:
 def publish_folder(partial: Path, path: Path) -> None:
     """Replace folder `path` by `partial`."""
     shutil.rmtree(path, ignore_errors=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     os.replace(partial, path)
