@@ -5,7 +5,7 @@ any ColQwen3 folder, original or quantized.
 """
 
 import argparse
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,12 @@ from stages.pages import Page, find_pages, open_page
 from stages.params import Params, load_params
 from stages.paths import CHECKPOINTS, EMBEDDINGS
 from stages.progress import Progress
+from stages.space import check_space
 
 ORIGINAL = "original"
+# around the visual tokens of a page, and behind the text of a query
+PAGE_PROMPT_TOKENS, QUERY_SUFFIX_TOKENS = 11, 10
+FLOAT32_BYTES = 4
 
 
 def page_batches(
@@ -105,6 +109,25 @@ def embed_all(
     return made_queries, made_pages
 
 
+def most_bytes(queries: Mapping[str, str], pages: Sized, visual_tokens: int, width: int) -> int:
+    """Return what the embeddings take at most, without tokenizing or opening anything.
+
+    Parameters
+    ----------
+    queries
+        Texts by name. A byte-level tokenizer makes at most one token of a byte.
+    pages
+        Their number counts.
+    visual_tokens
+        Most that a page may have.
+    width
+        Numbers a token, float32 each.
+    """
+    tokens = sum(len(text.encode()) + QUERY_SUFFIX_TOKENS for text in queries.values())
+    tokens += len(pages) * (visual_tokens + PAGE_PROMPT_TOKENS)
+    return tokens * width * FLOAT32_BYTES
+
+
 def parse_arguments() -> argparse.Namespace:
     """Parse the command line; exactly one of stage name and ``--model`` must be given."""
     parser = argparse.ArgumentParser(prog="python -m stages.embed", description=__doc__)
@@ -154,6 +177,9 @@ def main() -> None:
     processor = load_processor(folder, params.model.max_num_visual_tokens, trust)
     dtype = DTYPES[args.dtype or params.embed.dtype]
     model = load_model(folder, dtype, choose_device(params.compute.device), trust)
+    visual_tokens = params.model.max_num_visual_tokens
+    needed = most_bytes(queries, pages, visual_tokens, model.config.embed_dim)
+    check_space(out.parent, needed, "the embeddings")
     write_embeddings(out, *embed_all(model, processor, queries, pages, params))
 
 

@@ -49,7 +49,8 @@ def fresh_folder(path: Path) -> Path:
 
 
 def publish_folder(partial: Path, path: Path) -> None:
-    """Replace folder `path` by `partial`."""
+    """Replace folder `path` by `partial`, which lies on the same disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(path, ignore_errors=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     os.replace(partial, path)

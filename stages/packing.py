@@ -4,6 +4,8 @@ import torch
 
 SMALLEST_SCALE = 1e-5  # AutoRound's own bound: float16 still divides by it
 ROWS = 256  # rounded at a time: temporaries stay in the processor's cache
+IN_BYTE = {2: torch.int32, 4: torch.int16, 8: torch.uint8}
+"""Bits that divide a byte -> type of a word with as many bytes as a byte holds values."""
 PARTS = ("qweight", "qzeros", "scales")
 
 
@@ -81,8 +83,8 @@ def relative_error(weight: torch.Tensor, codes: torch.Tensor, scales: torch.Tens
         part = weight[start : start + ROWS].float()
         scale = scales[start : start + ROWS].float().unsqueeze(-1)
         made = codes[start : start + ROWS].float().reshape(*scale.shape[:2], -1) * scale
-        wrong += float((made.flatten(1) - part).pow_(2).sum(dtype=torch.float64))
-        whole += float(part.pow_(2).sum(dtype=torch.float64))
+        wrong += float(torch.linalg.vector_norm(made.flatten(1).sub_(part))) ** 2
+        whole += float(torch.linalg.vector_norm(part)) ** 2
     return float((wrong / max(whole, 1e-24)) ** 0.5)
 
 
@@ -108,30 +110,33 @@ def pack(codes: torch.Tensor, scales: torch.Tensor, bits: int) -> dict[str, torc
         [groups, out_features * bits / 32] and ``scales`` float16 [groups, out_features].
     """
     zero = 2 ** (bits - 1)
-    zeros = torch.full((1, scales.shape[0]), zero - 1, dtype=torch.int16)
+    zeros = torch.full((1, scales.shape[0]), zero - 1, dtype=torch.uint8)
     return {
-        "qweight": _pack_rows(codes.to(torch.int16) + zero, bits).T.contiguous(),
+        # a sum beyond 255 wraps to what is meant
+        "qweight": _pack_rows(codes.view(torch.uint8) + zero, bits).T.contiguous(),
         "qzeros": _pack_rows(zeros, bits).repeat(scales.shape[1], 1),
         "scales": scales.T.contiguous(),
     }
 
 
 def _pack_rows(values: torch.Tensor, bits: int) -> torch.Tensor:
-    """Pack int16 rows of unsigned values into int32 words."""
-    if 8 % bits:  # values straddle bytes
+    """Pack uint8 rows of values below ``2 ** bits`` into int32 words."""
+    if bits not in IN_BYTE:  # values straddle bytes
         from auto_round.utils.bit_packing import pack_bitstream
 
         packed: torch.Tensor = pack_bitstream(values, bits, dim=1)
         return packed
-    whole = torch.zeros(len(values), values.shape[1] * bits // 8, dtype=torch.int16)
+    # the values of one byte lie in neighbouring bytes of one word; each moves down to its place
+    wide = values.contiguous().view(IN_BYTE[bits])
+    whole = torch.zeros_like(wide)
     for place in range(8 // bits):
-        whole |= values[:, place :: 8 // bits] << (place * bits)
+        whole |= (wide >> (8 - bits) * place) & (2**bits - 1 << bits * place)
     return whole.to(torch.uint8).view(torch.int32)
 
 
 def _unpack_rows(words: torch.Tensor, bits: int) -> torch.Tensor:
     """Unpack int32 rows of words into int16 rows of unsigned values."""
-    if 8 % bits:
+    if bits not in IN_BYTE:
         from auto_round.utils.bit_packing import unpack_bitstream
 
         unpacked: torch.Tensor = unpack_bitstream(words, bits, dim=1)

@@ -11,6 +11,7 @@ import hashlib
 import logging
 import shutil
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from stages.paths import CALIBRATION, CHECKPOINTS, PLOTS, QUANTIZE_METRICS, SCRA
 from stages.progress import Progress
 from stages.samples import read_samples
 from stages.scratch import Scratch, digest_files, work_key
-from stages.tensors import Spec, TensorFile, read_tensor
+from stages.tensors import Spec, TensorFile, read_tensor, same_bytes
 from stages.tuning import Sample, check_quantized, tune_blocks
 
 logger = logging.getLogger(__name__)
@@ -85,23 +86,42 @@ def plan(stored: dict[str, TensorInfo], linears: Linears, recipe: Recipe) -> dic
 
 
 def round_linears(
-    source: Path, stored: dict[str, TensorInfo], linears: Linears, recipe: Recipe
-) -> Iterator[Made]:
-    """Round the planned linears to nearest, one in memory at a time.
+    source: Path, stored: dict[str, TensorInfo], linears: Linears, recipe: Recipe, file: TensorFile
+) -> dict[str, float]:
+    """Round the planned linears to nearest, and fill them into `file`.
+
+    As many linears are in memory as torch may use threads, one thread each: that is faster than
+    several threads on one linear, most of all on a busy machine. Returns the relative error of
+    each linear's weight.
 
     Raises
     ------
     PipelineError
-        If a weight is NaN or infinite.
+        If a weight is NaN, infinite or too large for a float16 scale.
     """
-    with Progress("linears", len(linears)) as progress:
-        for name in linears:
-            weight = read_tensor(source, stored[f"{name}.weight"])
-            if not weight.isfinite().all():
-                raise PipelineError(f"{source}: {name}.weight holds NaN or infinite weights")
-            codes, scales = round_to_nearest(weight, recipe.bits, recipe.group_size)
-            yield name, pack(codes, scales, recipe.bits), relative_error(weight, codes, scales)
-            progress.advance()
+
+    def work(name: str) -> float:
+        weight = read_tensor(source, stored[f"{name}.weight"])
+        codes, scales = round_to_nearest(weight, recipe.bits, recipe.group_size)
+        if not scales.isfinite().all():
+            raise PipelineError(f"{source}: {name}.weight holds NaN, infinite or huge weights")
+        write_parts(file, name, pack(codes, scales, recipe.bits))
+        return relative_error(weight, codes, scales)
+
+    threads = torch.get_num_threads()
+    with (
+        ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool,
+        Progress("linears", len(linears)) as progress,
+    ):
+        errors = {}
+        try:
+            for name, error in zip(linears, pool.map(work, linears), strict=True):
+                errors[name] = error
+                progress.advance()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return errors
 
 
 def pack_block(
@@ -170,7 +190,7 @@ def tune_linears(
     blocks = split_by_block(linears)
     for index, step in enumerate(scratch.steps):
         if block_digest(file, blocks[index]) != step["sha256"]:
-            scratch.clear(f"layer {index} in it is damaged")
+            scratch.forget(f"layer {index} in it is damaged")
             break
     if scratch.steps:
         logger.info("going on after layer %d of %d", len(scratch.steps), len(blocks))
@@ -231,10 +251,7 @@ def make_checkpoint(
     folder.mkdir(exist_ok=True)
     with TensorFile(folder / SINGLE, plan(stored, linears, recipe)) as file:
         if isinstance(recipe, RtnRecipe):
-            errors = {}
-            for name, parts, error in round_linears(source, stored, linears, recipe):
-                write_parts(file, name, parts)
-                errors[name] = error
+            errors = round_linears(source, stored, linears, recipe, file)
         else:
             errors = tune_linears(source, stored, linears, recipe, samples, device, file, scratch)
         for name, tensor in stored.items():
@@ -289,12 +306,6 @@ def check_checkpoint(folder: Path, source: Path, linears: Linears, recipe: Recip
             raise PipelineError(f"{folder}: {name} has another dtype or shape than planned; {MEND}")
         if name in stored and not same_bytes(source, stored[name], folder, tensor):
             raise PipelineError(f"{folder}: {name} is not planned for quantization, but changed")
-
-
-def same_bytes(a: Path, first: TensorInfo, b: Path, second: TensorInfo) -> bool:
-    """Whether two stored tensors hold the same bytes."""
-    left = read_tensor(a, first).flatten().view(torch.uint8)
-    return torch.equal(left, read_tensor(b, second).flatten().view(torch.uint8))
 
 
 def _layer_order(name: str) -> tuple[int, str]:

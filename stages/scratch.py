@@ -84,7 +84,11 @@ class Scratch:
         try:
             self._read()
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            self.clear("it is new, damaged, or of other parameters, code or inputs")
+            if self.folder.exists():
+                logger.warning(
+                    "%s is not used: damaged, or of other parameters, code or inputs", self.folder
+                )
+            self._clear()
         return self
 
     def __exit__(
@@ -104,13 +108,16 @@ class Scratch:
                 raise ValueError(f"{name} is damaged")
         self.steps, self.files = list(state["steps"]), dict(state["files"])
 
-    def clear(self, reason: str) -> None:
-        """Forget all steps and delete everything; `reason` is for the log."""
-        if self.folder.exists():
-            logger.warning("%s is not used: %s", self.folder, reason)
+    def _clear(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
         self.steps, self.files = [], {}
+
+    def forget(self, reason: str) -> None:
+        """Begin again at the first step; `reason` is for the log."""
+        logger.warning("%s is not used: %s", self.folder, reason)
+        self.steps = []
+        self.keep({})
 
     def keep(self, files: dict[str, str], step: dict[str, Any] | None = None) -> None:
         """Record a finished step (a JSON object) and the files that the next needs; drop others.

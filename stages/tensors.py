@@ -8,7 +8,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -45,6 +45,31 @@ def read_tensor(folder: Path, tensor: TensorInfo) -> torch.Tensor:
         if file.readinto(buffer) != tensor.nbytes:
             raise PipelineError(f"{folder / tensor.file}: is truncated; fetch it again")
     return torch.frombuffer(buffer, dtype=DTYPES[tensor.dtype]).view(tensor.shape)
+
+
+def read_chunks(folder: Path, tensor: TensorInfo) -> Iterator[bytes]:
+    """Yield the bytes of one tensor of a model folder, some megabytes at a time.
+
+    Raises
+    ------
+    PipelineError
+        If the file ends before the tensor does.
+    """
+    left = tensor.nbytes
+    with (folder / tensor.file).open("rb") as file:
+        file.seek(tensor.start)
+        while left:
+            chunk = file.read(min(CHUNK, left))
+            if not chunk:
+                raise PipelineError(f"{folder / tensor.file}: is truncated; fetch it again")
+            yield chunk
+            left -= len(chunk)
+
+
+def same_bytes(a: Path, first: TensorInfo, b: Path, second: TensorInfo) -> bool:
+    """Whether two stored tensors of one size, in folders `a` and `b`, hold the same bytes."""
+    pairs = zip(read_chunks(a, first), read_chunks(b, second), strict=True)
+    return all(left == right for left, right in pairs)
 
 
 class TensorFile:
@@ -107,8 +132,16 @@ class TensorFile:
         start, _, (dtype, shape) = self._places[name]
         if tensor.dtype != DTYPES[dtype] or tuple(tensor.shape) != shape:
             raise ValueError(f"{name}: {tensor.dtype} {list(tensor.shape)} is not as announced")
-        self._file.seek(self._data + start)
-        self._file.write(tensor.contiguous().view(torch.uint8).numpy().data)
+        self._write(
+            self._data + start, tensor.contiguous().view(torch.uint8).numpy().data.cast("B")
+        )
+
+    def _write(self, place: int, data: memoryview | bytes) -> None:
+        """Write at a place, without moving any file position: threads may write at once."""
+        rest = memoryview(data)
+        while rest:
+            count = os.pwrite(self._file.fileno(), rest[:CHUNK], place)
+            rest, place = rest[count:], place + count
 
     def copy(self, name: str, folder: Path, tensor: TensorInfo) -> None:
         """Copy the bytes of a stored tensor of the same dtype and shape.
@@ -120,21 +153,15 @@ class TensorFile:
         PipelineError
             If the source file ends before the tensor does.
         """
-        start, nbytes, spec = self._places[name]
+        start, _, spec = self._places[name]
         if spec != (tensor.dtype, tensor.shape):
             raise ValueError(f"{name}: {tensor.dtype} {list(tensor.shape)} is not as announced")
-        self._file.seek(self._data + start)
-        with (folder / tensor.file).open("rb") as source:
-            source.seek(tensor.start)
-            while nbytes:
-                chunk = source.read(min(CHUNK, nbytes))
-                if not chunk:
-                    raise PipelineError(f"{folder / tensor.file}: is truncated; fetch it again")
-                self._file.write(chunk)
-                nbytes -= len(chunk)
+        place = self._data + start
+        for chunk in read_chunks(folder, tensor):
+            self._write(place, chunk)
+            place += len(chunk)
 
     def read(self, name: str) -> bytes:
         """Return the bytes of one tensor as they stand in the file."""
         start, nbytes, _ = self._places[name]
-        self._file.seek(self._data + start)
-        return self._file.read(nbytes)
+        return os.pread(self._file.fileno(), nbytes, self._data + start)

@@ -133,7 +133,7 @@ def tune_block(
     quantized: Hidden | None,
     recipe: AutoRoundRecipe,
     device: torch.device,
-) -> tuple[Hidden, Hidden]:
+) -> tuple[Hidden, Hidden | None]:
     """Quantize one decoder layer in place with AutoRound.
 
     Its linears then hold rounded weights, ``scale`` [out_features, groups] and ``zp``.
@@ -147,7 +147,8 @@ def tune_block(
     hidden
         Input of the layer in the full-precision model.
     quantized
-        Input of the layer once those before it are quantized; None for the first.
+        Input of the layer once those before it are quantized; None for the first, and without
+        tuning.
     recipe
         How to tune.
     device
@@ -156,7 +157,8 @@ def tune_block(
     Returns
     -------
     tuple
-        Outputs of the layer before and after, each fit to be the next layer's input.
+        Outputs of the layer before and after, each fit to be the next layer's input; None for the
+        latter without tuning, which never looks at it.
 
     Raises
     ------
@@ -168,6 +170,9 @@ def tune_block(
 
     if not any(isinstance(item, _Quiet) for item in library_logger.filters):
         library_logger.addFilter(_Quiet())
+    options: dict[str, Any] = {}
+    if recipe.iters:
+        options = {"gradient_accumulate_steps": recipe.gradient_accumulate_steps, "lr": recipe.lr}
     rounder = AutoRound(
         Holder(block),
         tokenizer="",  # only there to be looked at
@@ -177,14 +182,13 @@ def tune_block(
         sym=recipe.sym,
         nsamples=len(hidden),
         batch_size=1,  # samples are of unequal lengths, and unpadded
-        gradient_accumulate_steps=recipe.gradient_accumulate_steps,
         iters=recipe.iters,
-        lr=recipe.lr,
         seed=recipe.seed,
         device_map=str(device),
         amp=device.type != "cpu",  # on a CPU always float32, whether or not it has bfloat16
         enable_torch_compile=False,  # other bits, and minutes of compiling on a CPU
         enable_deterministic_algorithms=True,
+        **options,
     )
     rounder.post_init()
     # only a run over a whole model hands this down
@@ -197,12 +201,13 @@ def tune_block(
     after, before = rounder.quantize_block(
         block, calls, q_input=None if quantized is None else list(quantized), device=str(device)
     )
-    if len(before) != len(hidden) or len(after) != len(hidden):
-        raise PipelineError(
-            f"quantize: AutoRound was given {len(hidden)} calibration samples and used "
-            f"{min(len(before), len(after))}; its log above may say why"
-        )
-    return list(before), list(after)
+    for outputs in (before, after):
+        if outputs is not None and len(outputs) != len(hidden):
+            raise PipelineError(
+                f"quantize: AutoRound was given {len(hidden)} calibration samples and used "
+                f"{len(outputs)}; its log above may say why"
+            )
+    return list(before), None if after is None else list(after)
 
 
 def tune_blocks(
@@ -263,20 +268,29 @@ def tune_blocks(
     quantized: Hidden | None
     if start:
         kept = _read_samples(scratch.folder / CHAIN.format(start - 1), len(samples))
-        hidden, quantized = [s["full"] for s in kept], [s["quantized"] for s in kept]
+        hidden = [s["full"] for s in kept]
+        quantized = [s["quantized"] for s in kept] if "quantized" in kept[0] else None
     else:
         hidden, quantized = [s["hidden_states"] for s in inputs], None
     for index in range(start, count):
         block = load_block(front, index)
         hidden, quantized = tune_block(block, inputs, hidden, quantized, recipe, device)
         chain = scratch.folder / CHAIN.format(index)
-        pairs = {"full": hidden, "quantized": quantized}
-        save_file(
-            {f"{i}/{key}": v[i].contiguous() for key, v in pairs.items() for i in range(len(v))},
-            chain,
-        )
+        kept = [{"full": state} for state in hidden]
+        for item, state in zip(kept, quantized or (), strict=quantized is not None):
+            item["quantized"] = state
+        _write_samples(chain, kept)
         yield index, block, {INPUTS: scratch.files[INPUTS], chain.name: digest_file(chain)}
         logger.info("layer %d of %d is quantized", index + 1, count)
+
+
+def _write_samples(path: Path, samples: Sequence[Sample]) -> None:
+    tensors = {
+        f"{i}/{key}": value.contiguous()
+        for i, sample in enumerate(samples)
+        for key, value in sample.items()
+    }
+    save_file(tensors, path)
 
 
 def _read_samples(path: Path, count: int) -> list[Sample]:

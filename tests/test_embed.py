@@ -1,6 +1,7 @@
 """Embedding: the command, the batching, and what it writes against single forwards."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +11,16 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import stages.embed as embed_module
 from stages.colqwen3.loading import load_model, load_processor
-from stages.embed import count_visual_tokens, embed_all, page_batches, parse_arguments
+from stages.dataset import read_queries
+from stages.embed import (
+    count_visual_tokens,
+    embed_all,
+    most_bytes,
+    page_batches,
+    parse_arguments,
+)
 from stages.embeddings import read_embeddings
 from stages.errors import PipelineError
 from stages.pages import find_pages, open_page
@@ -135,3 +144,33 @@ def test_visual_tokens_are_counted_as_the_processor_makes_them() -> None:
         assert count_visual_tokens(path.stem, image, processor) == made
     with pytest.raises(PipelineError, match=r"page 'banner': .*aspect ratio"):
         count_visual_tokens("banner", Image.new("RGB", (4020, 20)), processor)
+
+
+def test_bytes_are_bounded_without_opening_a_page() -> None:
+    queries = {"a": "né", "b": "x"}  # three bytes and one, ten tokens behind each
+    assert most_bytes(queries, range(2), 100, 8) == (3 + 10 + 1 + 10 + 2 * 111) * 8 * 4
+
+
+def test_the_bound_holds_for_what_is_made(queries: Path) -> None:
+    model = load_model(GOLDEN / "model", torch.float32, torch.device("cpu"))
+    processor = load_processor(GOLDEN / "model", 1280)
+    texts = read_queries(queries)
+    pages = find_pages(GOLDEN / "inputs/pages")
+    made = embed_all(model, processor, texts, pages, load_params())
+    sizes = [sum(t.numel() * t.element_size() for t in kind.values()) for kind in made]
+    width = model.config.embed_dim
+    assert sizes[0] <= most_bytes(texts, [], 1280, width)
+    assert sizes[1] <= most_bytes({}, pages, 1280, width)
+
+
+def test_a_disk_too_small_is_refused_before_embedding(
+    queries: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["embed", "--model", str(GOLDEN / "model"), "--queries", str(queries)]
+    monkeypatch.setattr(sys, "argv", [*words, "--out", str(tmp_path / "new" / "e.safetensors")])
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 100))
+    monkeypatch.setattr(embed_module, "make_deterministic", lambda: None)
+    monkeypatch.setattr(embed_module, "embed_all", lambda *_: pytest.fail("was embedded"))
+    with pytest.raises(PipelineError, match="bytes for the embeddings"):
+        embed_module.main()
+    assert not list(tmp_path.iterdir())

@@ -133,3 +133,12 @@ def test_read_only_result_is_replaced(tmp_path: Path) -> None:
         os.chmod(partial / "a", 0o444)
         publish_folder(partial, path)
     assert (path / "a").read_text() == "new"
+
+
+def test_a_folder_is_published_where_none_was_yet(tmp_path: Path) -> None:
+    partial = tmp_path / "scratch"
+    partial.mkdir()
+    (partial / "new").touch()
+    publish_folder(partial, tmp_path / "a" / "b")
+    assert names(tmp_path / "a" / "b") == ["new"]
+    assert not partial.exists()

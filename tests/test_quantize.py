@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-import logging
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +11,24 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from stages import quantize
+from stages.checkpoint import SINGLE, read_headers
 from stages.colqwen3.loading import load_model, load_processor
 from stages.errors import PipelineError
 from stages.inspect_model import inspect_folder
+from stages.layout import BLOCKS
 from stages.params import AutoRoundRecipe, RtnRecipe
+from stages.scratch import Scratch
+from stages.tuning import Sample, check_quantized
 from tests.golden.variants import Variant, write_variant
 
 GOLDEN = Path("tests/golden/model")
 MANIFEST, METRICS = inspect_folder(GOLDEN)
 LINEARS: dict[str, list[int]] = MANIFEST["linears"]
 CPU = torch.device("cpu")
+DEMO_SHARD = Path("demo/model/model-00001-of-00002.safetensors")
 RTN = RtnRecipe(method="rtn", calibration="none", bits=4, group_size=128, sym=True)
 TUNED = AutoRoundRecipe(
     method="autoround",
@@ -36,7 +42,7 @@ TUNED = AutoRoundRecipe(
 )
 
 
-def samples() -> list[quantize.Sample]:
+def samples() -> list[Sample]:
     processor = load_processor(GOLDEN, 64)
     texts = [dict(processor.process_texts([text])) for text in ("net value", "index share")]
     image = Image.linear_gradient("L").resize((128, 192))
@@ -44,19 +50,13 @@ def samples() -> list[quantize.Sample]:
 
 
 def run_quantize(
-    folder: Path,
-    recipe: AutoRoundRecipe | RtnRecipe,
-    used: list[quantize.Sample],
-    source: Path = GOLDEN,
+    folder: Path, recipe: quantize.Recipe, used: list[Sample], source: Path = GOLDEN
 ) -> Path:
-    scratch, target = folder / "scratch", folder / "target"
-    scratch.mkdir(parents=True)
-    target.mkdir()
-    model = load_model(source, torch.bfloat16, CPU)
-    quantize.quantize(model, load_processor(source, 64), recipe, used, scratch, CPU)
-    (made,) = scratch.rglob("config.json")
-    quantize.collect(made.parent, source, LINEARS, target)
-    return target
+    with Scratch(folder / "scratch", "key") as scratch:
+        made, errors = quantize.make_checkpoint(source, LINEARS, recipe, used, CPU, scratch)
+    quantize.check_checkpoint(made, source, LINEARS, recipe)
+    assert errors.keys() == LINEARS.keys()
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -177,37 +177,88 @@ def test_two_runs_give_equal_bytes(tuned: Path, tmp_path: Path) -> None:
     assert digests[0] == digests[1]
 
 
-def test_lost_calibration_sample_fails(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(logging.getLogger("autoround"), "disabled", True)
+def test_rtn_equals_the_library_on_the_whole_model(rtn: Path, tmp_path: Path) -> None:
+    from auto_round import AutoRound
+
+    rounder = AutoRound(
+        load_model(GOLDEN, torch.bfloat16, CPU),
+        tokenizer=(processor := load_processor(GOLDEN, 64)).tokenizer,
+        processor=processor,
+        scheme="W4A16",
+        iters=0,
+        disable_opt_rtn=True,
+        to_quant_block_names=BLOCKS,
+        device_map="cpu",
+        enable_torch_compile=False,
+    )
+    rounder.quantize_and_save(str(tmp_path), format="auto_round")
+    (path,) = tmp_path.rglob("*.safetensors")
+    wanted, found = load_file(path), load_file(rtn / "model.safetensors")
+    assert found.keys() == wanted.keys()
+    for name in found:
+        if name.rpartition(".")[0] in LINEARS:
+            assert torch.equal(found[name], wanted[name]), name
+
+
+def test_lost_calibration_sample_fails(tmp_path: Path) -> None:
     good = samples()
     broken = {**good[2], "pixel_values": good[2]["pixel_values"][:-4]}
-    with pytest.raises(PipelineError, match="3 samples asked for, 3 started, 2 reached"):
-        run_quantize(tmp_path / "some", TUNED, [good[0], broken, good[1]])
-    with pytest.raises(PipelineError, match="1 samples asked for, 1 started, 0 reached"):
-        run_quantize(tmp_path / "none", TUNED, [broken])
+    with pytest.raises(PipelineError, match="calibration sample 1 fails in the model"):
+        run_quantize(tmp_path, TUNED, [good[0], broken, good[1]])
+
+
+def test_huge_and_nan_weights_are_refused(tmp_path: Path) -> None:
+    tensors = load_file(DEMO_SHARD)
+    name = next(name for name in tensors if name.endswith("q_proj.weight"))
+    for value in (float("nan"), float("inf"), 1e10):
+        source = tmp_path / str(value)
+        shutil.copytree("demo/model", source)
+        changed = {**tensors, name: tensors[name].clone()}
+        changed[name][3, 5] = value
+        save_file(changed, source / DEMO_SHARD.name, metadata={"format": "pt"})
+        linears = inspect_folder(source)[0]["linears"]
+        for recipe, used in ((RTN, []), (TUNED, samples()[:1])):
+            if value == 1e10 and recipe is TUNED:
+                continue  # finite: AutoRound tunes what it is given
+            with (
+                Scratch(tmp_path / "scratch", "key") as scratch,
+                pytest.raises(PipelineError, match="holds NaN"),
+            ):
+                quantize.make_checkpoint(source, linears, recipe, used, CPU, scratch)
 
 
 @pytest.mark.parametrize(
-    ("packed", "message"),
+    ("change", "message"),
     [
-        (["a", "b", "c"], "c was quantized but not planned"),
-        (["a"], "b was planned but not quantized"),
+        (lambda t: t.pop("embedding_proj_layer.bias"), "embedding_proj_layer.bias is missing"),
+        (lambda t: t.update(more=torch.zeros(2)), "more was not planned"),
+        (lambda t: t["embedding_proj_layer.bias"].add_(1), "bias is not planned .* changed"),
+        (
+            lambda t: t.update(
+                {"embedding_proj_layer.bias": t["embedding_proj_layer.bias"].half()}
+            ),
+            "bias has another dtype",
+        ),
     ],
 )
-def test_another_set_of_linears_fails(packed: list[str], message: str) -> None:
+def test_another_checkpoint_than_planned_fails(
+    rtn: Path, tmp_path: Path, change: Callable[[Any], Any], message: str
+) -> None:
+    tensors = load_file(rtn / "model.safetensors")
+    change(tensors)
+    save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(PipelineError, match=message):
-        quantize.check_plan([f"{name}.qweight" for name in packed], {"a": [1, 1], "b": [1, 1]})
+        quantize.check_checkpoint(tmp_path, GOLDEN, LINEARS, RTN)
 
 
-def test_changed_tensor_fails() -> None:
-    before = torch.tensor([1.0, 2.0], dtype=torch.bfloat16)
-    quantize.check_untouched("x", before, before.float())
-    after: Any
-    for after in (None, before + 1):
-        with pytest.raises(PipelineError, match="x is not planned"):
-            quantize.check_untouched("x", before, after)
+def test_quantized_linears_must_be_the_planned_ones() -> None:
+    block = torch.nn.ModuleDict({"a": torch.nn.Linear(2, 2), "b": torch.nn.Linear(2, 2)})
+    block["a"].scale = block["b"].scale = torch.ones(1)
+    check_quantized(block, 0, {"a", "b"})
+    with pytest.raises(PipelineError, match="c of layer 4 was planned but not quantized"):
+        check_quantized(block, 4, {"a", "b", "c"})
+    with pytest.raises(PipelineError, match="b of layer 0 was quantized but not planned"):
+        check_quantized(block, 0, {"a"})
 
 
 def test_group_size_must_divide() -> None:
@@ -216,15 +267,58 @@ def test_group_size_must_divide() -> None:
         quantize.check_group_size("r", 128, {"m": [32, 192]})
 
 
-def test_relative_errors_are_frobenius_norms(rtn: Path, source: dict[str, torch.Tensor]) -> None:
-    found = quantize.relative_errors(rtn, GOLDEN, 4)
-    dense = load_model(rtn, torch.float32, CPU).state_dict()
-    assert found.keys() == LINEARS.keys()
-    for name, error in found.items():
-        weight = source[f"{name}.weight"].double().numpy()
-        difference = dense[f"{name}.weight"].double().numpy() - weight
-        wanted = np.sqrt((difference**2).sum() / (weight**2).sum())
-        assert error == pytest.approx(wanted, abs=1e-6)
+def test_relative_errors_are_frobenius_norms(
+    tmp_path: Path, source: dict[str, torch.Tensor]
+) -> None:
+    for recipe, used in ((RTN, []), (TUNED, samples())):
+        with Scratch(tmp_path / "scratch", recipe.method) as scratch:
+            made, found = quantize.make_checkpoint(GOLDEN, LINEARS, recipe, used, CPU, scratch)
+        dense = load_model(made, torch.float32, CPU).state_dict()
+        assert found.keys() == LINEARS.keys()
+        for name, error in found.items():
+            weight = source[f"{name}.weight"].double().numpy()
+            difference = dense[f"{name}.weight"].double().numpy() - weight
+            wanted = np.sqrt((difference**2).sum() / (weight**2).sum())
+            assert error == pytest.approx(wanted, abs=1e-6)
+
+
+def test_damaged_work_is_begun_again(
+    tuned: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Stopped(Exception):
+        pass
+
+    class StopAfterTwo(Scratch):
+        def keep(self, files: dict[str, str], step: Any = None) -> None:
+            super().keep(files, step)
+            if len(self.steps) == 2:
+                raise Stopped
+
+    def start() -> None:
+        with pytest.raises(Stopped), StopAfterTwo(tmp_path / "scratch", "key") as scratch:
+            quantize.make_checkpoint(GOLDEN, LINEARS, TUNED, samples(), CPU, scratch)
+
+    def finish() -> bool:
+        caplog.clear()
+        with caplog.at_level("INFO"), Scratch(tmp_path / "scratch", "key") as scratch:
+            made, _ = quantize.make_checkpoint(GOLDEN, LINEARS, TUNED, samples(), CPU, scratch)
+        assert (made / SINGLE).read_bytes() == (tuned / SINGLE).read_bytes()
+        shutil.rmtree(tmp_path / "scratch")
+        return "going on after layer 2 of" in caplog.text
+
+    start()
+    assert finish()
+    start()
+    weights = tmp_path / "scratch" / "checkpoint" / SINGLE
+    place = read_headers(weights.parent)[f"{BLOCKS}.1.self_attn.q_proj.qweight"].start
+    data = bytearray(weights.read_bytes())
+    data[place] ^= 1  # one bit of the second layer's weights
+    weights.write_bytes(data)
+    assert not finish()
+    assert "layer 1 in it is damaged" in caplog.text
+    start()
+    weights.unlink()
+    assert not finish()
 
 
 @pytest.mark.parametrize(("bits", "group_size"), [(2, 32), (3, 64), (8, 128)])

@@ -8,13 +8,20 @@ import torch
 from PIL import Image
 
 from stages import quantize
+from stages.colqwen3 import blocks
 from stages.colqwen3.deepstack import fold_deepstack
 from stages.colqwen3.loading import load_model, load_processor
+from stages.inspect_model import inspect_folder
 from stages.layout import BLOCKS
 from stages.params import AutoRoundRecipe
+from stages.scratch import Scratch
+from stages.tuning import Sample
 
 GOLDEN = Path("tests/golden/model")
 CPU = torch.device("cpu")
+RECIPE = AutoRoundRecipe(
+    method="autoround", calibration="any", bits=4, group_size=128, sym=True, iters=1, seed=1
+)
 
 
 def recipe(deepstack: bool) -> AutoRoundRecipe:
@@ -28,7 +35,7 @@ def load() -> Any:
     return load_model(GOLDEN, torch.float32, CPU)
 
 
-def samples() -> list[quantize.Sample]:
+def samples() -> list[Sample]:
     processor = load_processor(GOLDEN, 64)
     image = Image.linear_gradient("L")
     return [
@@ -49,7 +56,7 @@ def test_outputs_are_bit_identical() -> None:
 
 
 @torch.inference_mode()
-def layer_inputs(model: Any, inputs: quantize.Sample) -> list[torch.Tensor]:
+def layer_inputs(model: Any, inputs: Sample) -> list[torch.Tensor]:
     seen: list[torch.Tensor] = []
     for layer in model.get_submodule(BLOCKS):
         layer.register_forward_pre_hook(
@@ -60,35 +67,36 @@ def layer_inputs(model: Any, inputs: quantize.Sample) -> list[torch.Tensor]:
 
 
 def tuned_on(
-    model: Any, used: list[quantize.Sample], folder: Path, deepstack: bool
+    used: list[Sample], recipe: AutoRoundRecipe, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> dict[int, list[torch.Tensor]]:
-    """Return the inputs that AutoRound gives each block before the block is changed."""
+    """Return the inputs that AutoRound gives each layer before the layer is changed."""
     seen: dict[int, list[torch.Tensor]] = {}
-    inside = [False]
+    load_block = blocks.load_block
 
-    def enter(*_: Any) -> None:
-        inside[0] = True
+    def load_watched(source: Path, tensors: Any, front: Any, index: int, dtype: Any) -> Any:
+        block = load_block(source, tensors, front, index, dtype)
 
-    def record(number: int) -> Any:
-        def hook(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
-            if inside[0]:  # the caching forward ends in the first block
-                inside[0] = False
-            elif len(seen.setdefault(number, [])) < len(used):
-                seen[number].append((args or (kwargs["hidden_states"],))[0].detach().clone())
+        def record(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
+            if len(seen.setdefault(index, [])) < len(used):
+                seen[index].append((args or (kwargs["hidden_states"],))[0].detach().clone())
 
-        return hook
+        block.register_forward_pre_hook(record, with_kwargs=True)
+        return block
 
-    model.register_forward_pre_hook(enter)
-    for number, layer in enumerate(model.get_submodule(BLOCKS)):
-        layer.register_forward_pre_hook(record(number), with_kwargs=True)
-    quantize.quantize(model, load_processor(GOLDEN, 64), recipe(deepstack), used, folder, CPU)
+    monkeypatch.setattr(blocks, "load_block", load_watched)
+    linears = inspect_folder(GOLDEN)[0]["linears"]
+    with Scratch(folder, "key") as scratch:
+        quantize.make_checkpoint(GOLDEN, linears, recipe, used, CPU, scratch)
     return seen
 
 
 @pytest.mark.parametrize("folded", [True, False])
-def test_autoround_tunes_on_the_true_inputs_only_when_folded(folded: bool, tmp_path: Path) -> None:
+def test_autoround_tunes_on_the_true_inputs_only_when_folded(
+    folded: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     used = samples()
-    seen = tuned_on(load(), used, tmp_path, folded)
+    recipe = RECIPE.model_copy(update={"deepstack": folded})
+    seen = tuned_on(used, recipe, tmp_path / "scratch", monkeypatch)
     wanted = [layer_inputs(load(), sample) for sample in used]
     gaps = {
         number: max(
