@@ -1,9 +1,9 @@
 """params.yaml, read once as YAML 1.2 (as DVC reads it) and validated key by key."""
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -18,6 +18,8 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from stages.errors import PipelineError
+
+T = TypeVar("T")
 
 PARAMS_FILE = Path("params.yaml")
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
@@ -39,12 +41,28 @@ def _integer(value: object) -> object:
     return value
 
 
-def _check_name(name: str, taken: Collection[str]) -> None:
+def _check_names(named: dict[str, T], taken: Collection[str] = ()) -> dict[str, T]:
     """Refuse a name that cannot be one of a file, or is one already."""
-    if not NAME.fullmatch(name):
-        raise ValueError(f"name {name!r} is not allowed; use small letters, digits, '-' and '_'")
-    if name in taken:
-        raise ValueError(f"name {name!r} is taken by another file; choose another")
+    for name in named:
+        if not NAME.fullmatch(name):
+            raise ValueError(
+                f"name {name!r} is not allowed; use small letters, digits, '-' and '_'"
+            )
+        if name in taken:
+            raise ValueError(f"name {name!r} is taken by another file; choose another")
+    return named
+
+
+def _check_sets(
+    recipes: Mapping[str, "Recipe"], sets: Collection[str], path: str, place: str
+) -> None:
+    """Refuse a recipe of `path` that is tuned on a set that `place` does not hold."""
+    for name, recipe in recipes.items():
+        if isinstance(recipe, AutoRoundRecipe) and recipe.calibration not in sets:
+            raise ValueError(
+                f"{path}.{name}.calibration: {_quote(recipe.calibration)} is no set of {place}; "
+                f"known: {', '.join(sets) or 'none yet'}"
+            )
 
 
 def _quote(value: object) -> str:
@@ -90,9 +108,7 @@ class CalibrationParams(Section):
     @field_validator("sets")
     @classmethod
     def _set_names(cls, sets: dict[str, CalibrationSet]) -> dict[str, CalibrationSet]:
-        for name in sets:
-            _check_name(name, {NO_SAMPLES})
-        return sets
+        return _check_names(sets, {NO_SAMPLES})
 
 
 class WeightFormat(Section):
@@ -173,6 +189,29 @@ class ComputeParams(Section):
     device: Literal["auto", "cpu", "cuda"]
 
 
+class AblationParams(Section):
+    """Recipes that only ablation/dvc.yaml makes, what they are tuned and what they are measured on."""
+
+    datasets: dict[str, str] = Field(min_length=1)
+    sets: dict[str, CalibrationSet]
+    recipes: dict[str, Recipe]
+
+    @field_validator("datasets")
+    @classmethod
+    def _dataset_names(cls, datasets: dict[str, str]) -> dict[str, str]:
+        return _check_names(datasets, {"quantize"})
+
+    @field_validator("sets")
+    @classmethod
+    def _set_names(cls, sets: dict[str, CalibrationSet]) -> dict[str, CalibrationSet]:
+        return _check_names(sets, {NO_SAMPLES})
+
+    @field_validator("recipes")
+    @classmethod
+    def _recipe_names(cls, recipes: dict[str, Recipe]) -> dict[str, Recipe]:
+        return _check_names(recipes, RESERVED_NAMES)
+
+
 class Params(Section):
     """The whole of params.yaml."""
 
@@ -184,25 +223,21 @@ class Params(Section):
     benchmark: BenchmarkParams
     gate: GateParams
     compute: ComputeParams
+    ablation: AblationParams | None = None
 
     @field_validator("recipes")
     @classmethod
     def _recipe_names(cls, recipes: dict[str, Recipe]) -> dict[str, Recipe]:
         if not recipes:
             raise ValueError("is empty; give at least one recipe")
-        for name in recipes:
-            _check_name(name, RESERVED_NAMES)
-        return recipes
+        return _check_names(recipes, RESERVED_NAMES)
 
     @model_validator(mode="after")
     def _known_sets(self) -> "Params":
-        sets = self.calibration.sets
-        for name, recipe in self.recipes.items():
-            if isinstance(recipe, AutoRoundRecipe) and recipe.calibration not in sets:
-                raise ValueError(
-                    f"recipes.{name}.calibration: {_quote(recipe.calibration)} is no set of "
-                    f"calibration.sets; known: {', '.join(sets) or 'none yet'}"
-                )
+        _check_sets(self.recipes, self.calibration.sets, "recipes", "calibration.sets")
+        if self.ablation:
+            sets = self.ablation.sets
+            _check_sets(self.ablation.recipes, sets, "ablation.recipes", "ablation.sets")
         return self
 
     def recipe(self, name: str) -> RtnRecipe | AutoRoundRecipe:
@@ -246,8 +281,9 @@ def _first_problem(error: ValidationError) -> str:
     problems = error.errors(include_url=False)
     first = problems[0]
     location = [str(part) for part in first["loc"]]
-    if location[0:1] == ["recipes"]:
-        del location[2:3]  # the method, by which a union names its member, is no key of the file
+    if "recipes" in location[:2]:
+        method = location.index("recipes") + 2
+        del location[method : method + 1]  # by which a union names its member: no key of the file
     key = ".".join(location)
     messages = {
         "extra_forbidden": "is an unknown key; remove it or mend its spelling",

@@ -11,3 +11,7 @@ METRICS = Path("metrics")  # <recipe>.json, and the folders below
 QUANTIZE_METRICS = METRICS / "quantize"
 SPEED_METRICS = METRICS / "speed"
 PLOTS = METRICS / "plots"
+# the ablation's own: not below METRICS, on which stages of the pipeline depend as a whole
+ABLATION_METRICS = Path("ablation/metrics")  # one file a recipe
+ABLATION_ORIGINALS = Path("artifacts/ablation/original")  # embeddings, one file a dataset
+ABLATION_WORK = Path("artifacts/ablation/work")  # one folder a running recipe

@@ -99,6 +99,14 @@ def spearman(first: Run, second: Run) -> float:
     return float(np.mean([_spearman(a, b) for a, b in rows]))
 
 
+def pearson(first: Run, second: Run) -> float:
+    """Return Pearson's correlation of all scores in two runs; 0 where one run has equal scores only."""
+    a, b = (run.scores.astype(np.float64).ravel() for run in (first, second))
+    a, b = a - a.mean(), b - b.mean()
+    norms = float(np.sqrt((a @ a) * (b @ b)))
+    return float(a @ b) / norms if norms > 0 else 0.0
+
+
 def _spearman(first: NDArray[np.float32], second: NDArray[np.float32]) -> float:
     a, b = (ranks - ranks.mean() for ranks in (_average_ranks(first), _average_ranks(second)))
     if not a.any() or not b.any():
@@ -175,7 +183,8 @@ def contrast(original: Floats, quantized: Floats) -> dict[str, float]:
 def compare(original: Run, quantized: Run, relevance: Relevance) -> dict[str, Any]:
     """Return every retrieval figure of two runs over the same queries and pages.
 
-    `measure` and `margins` by `contrast`; ``top1_agreement``, ``top5_overlap``, ``spearman``.
+    `measure` and `margins` by `contrast`; ``top1_agreement``, ``top5_overlap``, ``spearman``,
+    ``pearson``.
     """
     before, after = measure(original, relevance), measure(quantized, relevance)
     return {
@@ -184,4 +193,5 @@ def compare(original: Run, quantized: Run, relevance: Relevance) -> dict[str, An
         "top1_agreement": overlap(original, quantized, 1),
         "top5_overlap": overlap(original, quantized, 5),
         "spearman": spearman(original, quantized),
+        "pearson": pearson(original, quantized),
     }

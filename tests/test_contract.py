@@ -1,6 +1,7 @@
 """dvc.yaml, params.yaml, imports and README must tell the same story."""
 
 import ast
+import inspect
 import json
 import re
 import subprocess
@@ -10,6 +11,8 @@ from typing import Any
 
 import pytest
 from ruamel.yaml import YAML
+
+from stages import ablation
 
 STAGES = Path("stages")
 
@@ -22,6 +25,9 @@ PARAMS: dict[str, Any] = read_yaml("params.yaml")
 PIPELINE: dict[str, Any] = read_yaml("dvc.yaml")["stages"]
 BODIES: dict[str, dict[str, Any]] = {
     name: stage.get("do", stage) for name, stage in PIPELINE.items()
+}
+ABLATION: dict[str, dict[str, Any]] = {
+    name: stage["do"] for name, stage in read_yaml("ablation/dvc.yaml")["stages"].items()
 }
 
 
@@ -62,6 +68,38 @@ def test_deps_are_the_modules_that_the_stage_imports(name: str) -> None:
     assert listed == needed_modules(module)
 
 
+@pytest.mark.parametrize(
+    ("name", "function"),
+    [("original", ablation.embed_original), ("recipe", ablation.measure_recipe)],
+)
+def test_deps_of_the_ablation_are_the_modules_of_the_stages_that_it_runs(
+    name: str, function: Any
+) -> None:
+    run = re.findall(r'\.run\("(\w+)"', inspect.getsource(function))
+    assert run
+    needed = set().union(*(needed_modules(STAGES / f"{module}.py") for module in run))
+    listed = {Path(dep) for dep in ABLATION[name]["deps"] if dep.startswith("stages/")}
+    assert listed == needed | needed_modules(STAGES / "ablation.py")
+
+
+def test_the_ablation_writes_nothing_that_the_pipeline_depends_on() -> None:
+    outs = [
+        out if isinstance(out, str) else next(iter(out))
+        for body in ABLATION.values()
+        for out in body["outs"]
+    ]
+    depended = {dep for body in BODIES.values() for dep in body["deps"]}
+    assert outs
+    for out in outs:
+        assert not {str(part) for part in [Path(out), *Path(out).parents]} & depended
+    assert all(body["wdir"] == ".." for body in ABLATION.values())
+
+
+def test_the_ablation_depends_on_every_dataset_that_it_measures_on() -> None:
+    wanted = {f"${{ablation.datasets.{name}}}" for name in PARAMS["ablation"]["datasets"]}
+    assert wanted <= set(ABLATION["recipe"]["deps"])
+
+
 def test_imports_are_found_in_every_form(tmp_path: Path) -> None:
     code = "import stages.files\nfrom stages import paths\ndef f():\n    from stages.errors import run\n"
     (tmp_path / "m.py").write_text(code)
@@ -74,19 +112,30 @@ def test_imports_are_found_in_every_form(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", BODIES)
 def test_params_of_stages_exist(name: str) -> None:
     for key in BODIES[name].get("params", []):
-        value: Any = PARAMS
-        for part in key.replace("${key}", next(iter(PARAMS["recipes"]))).split("."):
-            assert part in value, f"{name}: {key}"
-            value = value[part]
+        assert_key(key.replace("${key}", next(iter(PARAMS["recipes"]))))
+
+
+def assert_key(key: str) -> None:
+    value: Any = PARAMS
+    for part in key.split("."):
+        assert part in value, key
+        value = value[part]
+
+
+@pytest.mark.parametrize(("name", "section"), [("original", "datasets"), ("recipe", "recipes")])
+def test_params_of_the_ablation_exist(name: str, section: str) -> None:
+    for key in ABLATION[name]["params"]:
+        assert_key(key.replace("${key}", next(iter(PARAMS["ablation"][section]))))
 
 
 def test_every_section_of_params_is_used() -> None:
-    used = {key.split(".")[0] for body in BODIES.values() for key in body.get("params", [])}
+    bodies = [*BODIES.values(), *ABLATION.values()]
+    used = {key.split(".")[0] for body in bodies for key in body.get("params", [])}
     assert used == PARAMS.keys()
 
 
 def test_every_stage_says_what_it_does() -> None:
-    assert all(body.get("desc") for body in BODIES.values())
+    assert all(body.get("desc") for body in [*BODIES.values(), *ABLATION.values()])
 
 
 def test_large_outs_lie_in_the_ignored_folder_and_metrics_in_git() -> None:
@@ -126,7 +175,8 @@ def test_requirements_are_pinned_and_name_no_address() -> None:
 
 
 def test_readme_shows_the_dag() -> None:
-    command = [sys.executable, "-m", "dvc", "dag", "--md"]
+    # gate comes after every other stage
+    command = [sys.executable, "-m", "dvc", "dag", "--md", "gate"]
     drawn = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert drawn.strip() in Path("README.md").read_text()
 

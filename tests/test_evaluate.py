@@ -286,7 +286,9 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A project folder with everything the stage reads for recipe `low`."""
     params = YAML(typ="safe", pure=True).load(PARAMS_FILE.read_text(encoding="utf-8"))
     params["evaluate"]["dataset"] = "data"
-    params["recipes"] = {"low": {"method": "rtn", "bits": 4, "group_size": 128, "sym": True}}
+    params["recipes"] = {
+        "low": {"method": "rtn", "calibration": "none", "bits": 4, "group_size": 128, "sym": True}
+    }
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["evaluate", "low"])
     with open("params.yaml", "w") as file:

@@ -119,6 +119,11 @@ def test_stale_parts_never_reach_the_result(tmp_path: Path) -> None:
     assert names(tmp_path) == ["out"]
 
 
+def test_the_place_of_a_result_is_made(tmp_path: Path) -> None:
+    publish_folder(fresh_folder(tmp_path / "work"), tmp_path / "new" / "out")
+    assert names(tmp_path / "new") == ["out"]
+
+
 def test_read_only_result_is_replaced(tmp_path: Path) -> None:
     """DVC links outs to its cache and takes away the right to write."""
     path = tmp_path / "out"

@@ -85,7 +85,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Check:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["gate"])
     (tmp_path / "metrics").mkdir()
-    recipe = {"method": "rtn", "bits": 4, "group_size": 128, "sym": True}
+    recipe = {"method": "rtn", "calibration": "none", "bits": 4, "group_size": 128, "sym": True}
 
     def check(limits: dict[str, float], metrics: dict[str, Any]) -> None:
         params.update(gate={**OFF, **limits}, recipes=dict.fromkeys(metrics, recipe))

@@ -104,7 +104,9 @@ def test_visual_tokens_lie_between_the_words_of_the_prompt(
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with params, two pages, two queries and random embeddings of original and "x"."""
     params: dict[str, Any] = YAML(typ="safe", pure=True).load(PARAMS_FILE.read_text())
-    params["recipes"] = {"x": {"method": "rtn", "bits": 4, "group_size": 128, "sym": True}}
+    params["recipes"] = {
+        "x": {"method": "rtn", "calibration": "none", "bits": 4, "group_size": 128, "sym": True}
+    }
     params["evaluate"]["dataset"] = "data"
     monkeypatch.chdir(tmp_path)
     with open("params.yaml", "w") as file:

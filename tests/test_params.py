@@ -82,6 +82,13 @@ gate:
   max_bytes: null
 compute:
   device: auto
+ablation:
+  datasets: {first: some/pages}
+  sets:
+    more: {queries: 8, pages: 9, passages: 0, seed: 1}
+  recipes:
+    more-w4: {method: "autoround", calibration: more, bits: 2, group_size: 64, "sym": true, iters: 9, seed: 8}
+    nothing: {method: "rtn", calibration: "none", bits: 8, group_size: 64, "sym": true}
 """
 RECIPES = GOOD[GOOD.index("recipes:") : GOOD.index("embed:")]
 TAKEN = ("demo_training", "model", "original", "plots", "quantize", "speed")
@@ -248,6 +255,10 @@ def test_files_saved_by_windows_load(tmp_path: Path, encode: object) -> None:
     assert load(tmp_path, encode(GOOD.encode())) == load(tmp_path, GOOD)
 
 
+def test_the_ablation_may_be_absent(tmp_path: Path) -> None:
+    assert load(tmp_path, GOOD[: GOOD.index("ablation:")]).ablation is None
+
+
 def test_params_cannot_be_changed(tmp_path: Path) -> None:
     params = load(tmp_path, GOOD)
     with pytest.raises(ValueError, match="frozen"):
@@ -279,6 +290,15 @@ BAD = [
     ("    iters: 50\n", "", "recipes.tuned.iters: ", "is missing"),
     ("    seed: 7\n", "", "recipes.tuned.seed: ", "is missing"),
     ("compute:\n  device: auto\n", "", "compute: ", "is missing"),
+    ("first: some/pages", "first: 3", "ablation.datasets.first: ", "3"),
+    ("{first: some/pages}", "{}", "ablation.datasets: ", "1 item"),
+    ("{first:", "{quantize:", "ablation.datasets: ", "'quantize' is taken"),
+    ("    more:", "    none:", "ablation.sets: ", "'none' is taken"),
+    ("queries: 8, pages: 9", "queries: 0, pages: 0", "ablation.sets.more: ", "all 0"),
+    ("calibration: more", "calibration: some", "ablation.recipes.more-w4.calibration: ", "no set of ablation"),
+    ("iters: 9", "iter: 9", "ablation.recipes.more-w4.iters: ", "is missing"),
+    ("bits: 8", "bits: 9", "ablation.recipes.nothing.bits: ", "(it is 9)"),
+    ("    nothing:", "    model:", "ablation.recipes: ", "'model' is taken"),
     (RECIPES, "", "recipes: ", "is missing"),
     ("    method: rtn\n", "", "recipes.plain: ", "lacks the key method"),
     # wrong kinds

@@ -13,6 +13,15 @@ from ruamel.yaml import YAML
 RECIPES = ("w4g128", "rtn-w4g128")
 CHAIN = ("quantize", "embed", "evaluate", "benchmark")
 PAGES = 12
+ABLATION = {
+    "rtn": {
+        "method": "rtn", "calibration": "none", "bits": 3, "group_size": 128, "sym": True
+    },
+    "text-seed1": {
+        "method": "autoround", "calibration": "text-seed1", "deepstack": False,
+        "bits": 3, "group_size": 128, "sym": True, "iters": 2, "seed": 1,
+    },
+}  # fmt: skip
 
 pytestmark = pytest.mark.e2e
 
@@ -28,7 +37,7 @@ def dvc(clone: Path, *args: str) -> subprocess.CompletedProcess[str]:
 
 def stale(clone: Path) -> set[str]:
     """Stages whose own deps or params changed, without what only follows from them."""
-    return set(json.loads(dvc(clone, "status", "--json").stdout or "{}"))
+    return set(json.loads(dvc(clone, "status", "--json", "dvc.yaml").stdout or "{}"))
 
 
 def change(clone: Path, *keys: str, value: object) -> None:
@@ -54,13 +63,16 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if Path(name).exists():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(name, folder / name)
-    small_dataset(folder / "demo/pages/evaluation")
+    for name in ("evaluation", "evaluation2"):
+        small_dataset(folder / "demo/pages" / name)
     for keys, value in {
         ("calibration", "sets", "mixed", "queries"): 2,
         ("calibration", "sets", "mixed", "pages"): 2,
         ("recipes", "w4g128", "iters"): 2,
         ("benchmark", "warmup"): 0,
         ("benchmark", "repeats"): 1,
+        ("ablation", "sets", "text-seed1", "passages"): 2,
+        ("ablation", "recipes"): ABLATION,
     }.items():
         change(folder, *keys, value=value)
     (folder / "dvc.lock").unlink(missing_ok=True)
@@ -157,6 +169,24 @@ def test_forced_quantization_gives_the_same_checkpoint(clone: Path) -> None:
     assert dvc(clone, "repro", "-f", "-s", "quantize@rtn-w4g128").returncode == 0
     assert "quantize@rtn-w4g128" not in stale(clone)
     assert "embed@rtn-w4g128" not in stale(clone)
+
+
+def test_the_ablation_runs_only_when_asked_and_touches_nothing_else(clone: Path) -> None:
+    assert not (clone / "ablation/metrics").exists()
+    before = stale(clone)
+    done = dvc(clone, "repro", "ablation/dvc.yaml")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert stale(clone) == before
+    for recipe in ABLATION:
+        made = json.loads((clone / f"ablation/metrics/{recipe}.json").read_text())
+        for dataset in ("evaluation", "evaluation2"):
+            assert made[dataset]["data"]["pages"] == PAGES
+            assert 0.8 < made[dataset]["pages"]["cosine"]["mean"] < 1
+        assert made["evaluation"]["pages"] != made["evaluation2"]["pages"]
+    assert made["quantize"]["calibration"]["passages"] == 2
+    assert not list((clone / "artifacts/ablation/work").iterdir())
+    assert not list(clone.glob("metrics/**/text-seed1*"))
+    assert "text-seed1" not in dvc(clone, "repro", "--dry").stdout
 
 
 def test_broken_limit_fails_by_name(clone: Path) -> None:

@@ -1,5 +1,6 @@
 import math
 from collections import defaultdict
+from typing import Any
 
 import numpy as np
 import pytest
@@ -157,6 +158,18 @@ def test_spearman_equals_the_correlation_of_average_ranks() -> None:
     assert retrieval.spearman(first, first) == pytest.approx(1)
 
 
+def test_pearson_is_over_all_scores_together() -> None:
+    def run_of(scores: Any) -> Run:
+        return Run(("a", "b"), ("x", "y", "z"), np.array(scores, dtype=np.float32))
+
+    first, second = run_of([[1, 2, 3], [7, 5, 9]]), run_of([[2, 1, 4], [6, 5, 9]])
+    expected = np.corrcoef(first.scores.ravel(), second.scores.ravel())[0, 1]
+    assert retrieval.pearson(first, second) == pytest.approx(expected, abs=1e-12)
+    assert retrieval.pearson(first, run_of(-3 * first.scores + 1)) == pytest.approx(-1)
+    flat = run_of(np.ones((2, 3)))
+    assert retrieval.pearson(first, flat) == retrieval.pearson(flat, flat) == 0
+
+
 def test_spearman_of_scores_that_are_all_equal() -> None:
     flat, steep = make_run({"q": {"a": 1, "b": 1}}), make_run({"q": {"a": 1, "b": 2}})
     falling = make_run({"q": {"a": 2, "b": 1}})
@@ -218,7 +231,7 @@ def test_compare_puts_each_figure_under_its_name() -> None:
     figures = retrieval.compare(BY_HAND, worse, JUDGED)
     assert set(figures) == {
         *("ndcg_at_5", "ndcg_at_10", "recall_at_1", "recall_at_5", "margin"),
-        *("top1_agreement", "top5_overlap", "spearman"),
+        *("top1_agreement", "top5_overlap", "spearman", "pearson"),
     }
     for name, values in retrieval.measure(worse, JUDGED).items():
         assert figures[name]["quantized"] == pytest.approx(values.mean())

@@ -65,7 +65,7 @@ def test_bars_keep_the_order_of_recipes() -> None:
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with params of the recipes "a" and "b", and summaries of "b" and a removed one."""
     params = YAML(typ="safe", pure=True).load(PARAMS_FILE.read_text())
-    recipe = {"method": "rtn", "bits": 4, "group_size": 128, "sym": True}
+    recipe = {"method": "rtn", "calibration": "none", "bits": 4, "group_size": 128, "sym": True}
     params["recipes"] = {"b": recipe, "a": recipe}
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["summary"])
