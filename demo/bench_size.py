@@ -195,7 +195,14 @@ def prepare_run(
     with (folder / "params.yaml").open("w", encoding="utf-8") as file:
         yaml.dump(params, file)
     bench.call(f"{name}-inspect", "-m", "stages.inspect_model", folder=folder)
-    bench.call(f"{name}-calibrate", "-m", "stages.calibrate", folder=folder)
+    # the same samples are made once
+    key = "-".join(f"{part}{value}" for part, value in sorted({**samples, **(model or {})}.items()))
+    made, ready = folder / "artifacts/calibration", bench.work / f"samples-{key or 'none'}"
+    if not ready.exists():
+        bench.call(f"{name}-calibrate", "-m", "stages.calibrate", folder=folder)
+        shutil.copytree(made, ready)
+    elif not made.exists():
+        shutil.copytree(ready, made)
     return folder
 
 
@@ -366,16 +373,22 @@ def tune(
     name: str,
     iters: int,
     samples: Mapping[str, int],
-    model: Mapping[str, Any] | None = None,
+    batch: int = 8,
 ) -> Result:
-    """AutoRound through the stage, with its arithmetic operations."""
-    recipe = {"method": "autoround", "calibration": "measured", "iters": iters, "seed": 42}
-    folder = prepare_run(bench, name, recipe, samples, model)
+    """AutoRound through the stage, eight samples a step, with its arithmetic operations.
+
+    `batch` of them go through a layer at once.
+    """
+    recipe = {
+        "method": "autoround", "calibration": "measured", "iters": iters, "seed": 42,
+        "batch_size": batch, "gradient_accumulate_steps": 8 // batch,
+    }  # fmt: skip
+    folder = prepare_run(bench, name, recipe, samples)
     result = quantize(bench, name, folder)
     shutil.rmtree(bench.checkpoint(name))  # disk
     config = read_config(bench)
     operations = tuning_operations(config, sample_tokens(folder), iters, samples_per_iter=8)
-    return {"iters": iters, **result, "operations": operations}
+    return {"iters": iters, "batch_size": batch, **result, "operations": operations}
 
 
 MIXED = {"queries": SAMPLES, "pages": SAMPLES}
@@ -400,10 +413,9 @@ STEPS: dict[str, dict[str, Callable[[Bench], Result]]] = {
         "tune-50": lambda bench: tune(bench, "tune-50", 50, MIXED),
         "tune-200": lambda bench: tune(bench, "tune-200", 200, MIXED),
         "tune-200-text": lambda bench: tune(bench, "tune-200-text", 200, {"passages": SAMPLES}),
-        # half the visual tokens: what a small card, or little time, can do with
-        "tune-50-small": lambda bench: tune(
-            bench, "tune-50-small", 50, MIXED, {"max_num_visual_tokens": 640}
-        ),
+        "tune-50-text": lambda bench: tune(bench, "tune-50-text", 50, {"passages": SAMPLES}),
+        # what a small card can do with
+        "tune-50-low": lambda bench: tune(bench, "tune-50-low", 50, MIXED, batch=1),
         "embed": step_embed,
         "embed-w4": step_embed_w4,
         "embed-12gb": step_embed_12gb,
