@@ -11,61 +11,29 @@ when the model is saved.
 import argparse
 import json
 import math
-import multiprocessing
 import os
-import pickle
 import platform
-import queue
-import random
 import sys
-import tempfile
 import time
 from collections import Counter, defaultdict, deque
-from dataclasses import asdict, dataclass, replace
-from multiprocessing.queues import Queue
-from multiprocessing.sharedctypes import Synchronized
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
+from demo.feed import Drawing, Replay, Stage
 from demo.network import PATCH, Retriever, Shape, initialise, published_config, save_published
 from demo.samples import CLASSES, SLOTS, Batch, Difficulty, PageMaker, find_fonts
 from demo.score import max_sim, ndcg
-from demo.text import Corpus, harvest, held_out
+from demo.text import harvest, held_out
 from demo.tokenizer import train_tokenizer
 
 HELD_OUT_FONTS = ("Carlito", "Caladea")
 MAX_LOG_SCALE = math.log(100.0)
-
-
-@dataclass(frozen=True)
-class Stage:
-    """Part of the training.
-
-    Attributes
-    ----------
-    until : float
-        Fraction of the training time at which the stage ends.
-    levels : tuple of Difficulty
-        What its pages look like; each batch takes one at random.
-    patches : int
-        Patches in a batch, which decides the number of pages.
-    queries : int
-        Queries a page; without any, only the vision tower is trained, to read.
-    remember : bool
-        Whether pages of the last batches are wrong answers too.
-    """
-
-    until: float
-    levels: tuple[Difficulty, ...]
-    patches: int
-    queries: int
-    remember: bool = False
 
 
 @dataclass(frozen=True)
@@ -256,116 +224,6 @@ class Losses(nn.Module):
         seen = target > 0
         right = ((logits.argmax(-1) == target) & seen).sum() / seen.sum().clamp(min=1)
         return {"read": functional.cross_entropy(logits, target, weight), "letters": right}
-
-
-def draw_forever(
-    pages: "Queue[tuple[int, Batch]]",
-    stage: "Synchronized[int]",
-    source: Path,
-    seed: int,
-    plan: tuple[Stage, ...],
-) -> None:
-    """Keep a queue full of batches of the current stage; runs in a process of its own.
-
-    ``source`` is a pickle of the corpus, the fonts and the tokenizer as text.  It is no argument
-    because one larger than a pipe's buffer makes each start wait for the process before it.
-    """
-    torch.set_num_threads(1)
-    corpus, fonts, tokenizer = pickle.loads(source.read_bytes())
-    maker = PageMaker(corpus, fonts, Tokenizer.from_str(tokenizer), seed)
-    rng = random.Random(seed)
-    while True:
-        number = stage.value
-        now = plan[number]
-        level = rng.choice(now.levels)
-        count = max(4, now.patches * PATCH * PATCH // (level.width * level.height))
-        pages.put((number, maker.batch(level, count, now.queries)))
-
-
-class Drawing:
-    """Processes that draw batches of the current stage into a queue.
-
-    Parameters
-    ----------
-    workers : int
-        How many processes.
-    source : tuple
-        Corpus, fonts and the tokenizer as text.
-    seed : int
-        Seed of the first process; the others take different ones.
-    plan : tuple of Stage
-        The curriculum.
-    stage : int
-        Where in it to begin.
-    """
-
-    def __init__(
-        self,
-        workers: int,
-        source: tuple[Corpus, list[str], str],
-        seed: int,
-        plan: tuple[Stage, ...],
-        stage: int,
-    ) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.pages: Queue[tuple[int, Batch]] = context.Queue(maxsize=max(8, 2 * workers))
-        self.stage: Synchronized[int] = context.Value("i", stage)
-        self._folder = tempfile.TemporaryDirectory()
-        file = Path(self._folder.name) / "source"
-        file.write_bytes(pickle.dumps(source))
-        self._processes = [
-            context.Process(
-                target=draw_forever,
-                args=(self.pages, self.stage, file, seed + 1000 * worker, plan),
-                daemon=True,
-            )
-            for worker in range(workers)
-        ]
-        for process in self._processes:
-            process.start()
-
-    def wait(self) -> None:
-        """Return when the first batch is there."""
-        while self.pages.empty():
-            time.sleep(0.1)
-            if not any(process.is_alive() for process in self._processes):
-                raise RuntimeError("no drawing process is running")
-
-
-class Replay:
-    """Gives every drawn batch up to ``uses`` times, some steps apart, as drawing costs time too.
-
-    Batches are kept on the device.
-    """
-
-    def __init__(
-        self, source: "Queue[tuple[int, Batch]]", uses: int, seed: int, device: str
-    ) -> None:
-        self.source = source
-        self.uses = uses
-        self.device = device
-        self.batches = 0
-        self.kept: list[tuple[int, int, Batch]] = []
-        self.rng = random.Random(seed)
-        self.drawn = 0
-
-    def next(self, stage: int) -> Batch:
-        """Return a batch: a new one if there is one or too few are kept, else one seen before."""
-        self.kept = [item for item in self.kept if item[0] == stage]
-        try:
-            number, drawn = self.source.get(block=len(self.kept) < 12, timeout=60)
-        except queue.Empty:
-            index = self.rng.randrange(len(self.kept))
-            number, left, batch = self.kept.pop(index)
-            if left > 1:
-                self.kept.append((number, left - 1, batch))
-            return batch
-        self.drawn += len(drawn.pages)
-        self.batches += 1
-        batch = replace(to_device(drawn, self.device), number=self.batches)
-        if self.uses > 1:
-            self.kept = [*self.kept[-47:], (number, self.uses - 1, batch)]
-        return batch
 
 
 def patch_filters(maker: PageMaker, level: Difficulty, count: int) -> Tensor:
@@ -612,6 +470,7 @@ def main() -> None:
             note()
             measured, last = spent, time.monotonic()
     note()
+    drawing.close()
 
 
 if __name__ == "__main__":
