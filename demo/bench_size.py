@@ -37,6 +37,7 @@ RESULTS = Path("metrics/size")
 WEIGHTS = "random, true shapes"
 PAGE_PIXELS = (1131, 1600)  # A4 at about 137 dpi: 1260 visual tokens
 SAMPLES = 16  # of each kind
+SAMPLES_PER_ITER = 8  # AutoRound's default
 GPU_PAGES = 32
 BUDGETS = [1280, 2560, 5120, 10240]
 CAP_GIB = 11.25  # what a card of 12 GiB leaves to torch beside the driver's own
@@ -344,7 +345,7 @@ def step_tune_block(bench: Bench) -> Result:
     seconds = state.stat().st_mtime - captured[0]
     by_token = seconds / (sum(tokens) * iters)
     layers = read_config(bench)["text_config"]["num_hidden_layers"]
-    hours = by_token * 200 * 8 * sum(tokens) / len(tokens) * layers / 3600
+    hours = by_token * 200 * SAMPLES_PER_ITER * sum(tokens) / len(tokens) * layers / 3600
     return {
         **figures(usage),
         "iters": iters,
@@ -363,19 +364,26 @@ def sample_tokens(folder: Path) -> list[int]:
 
 def tune(
     bench: Bench,
-    name: str,
     iters: int,
     samples: Mapping[str, int],
+    batch_size: int = SAMPLES_PER_ITER,
     model: Mapping[str, Any] | None = None,
+    name: str = "",
 ) -> Result:
-    """AutoRound through the stage, with its arithmetic operations."""
-    recipe = {"method": "autoround", "calibration": "measured", "iters": iters, "seed": 42}
+    """AutoRound through the stage, eight samples an iteration, with its arithmetic operations."""
+    name = name or f"tune-{iters}"
+    recipe = {
+        "method": "autoround", "calibration": "measured", "iters": iters, "seed": 42,
+        "batch_size": batch_size,
+        "gradient_accumulate_steps": SAMPLES_PER_ITER // batch_size,
+    }  # fmt: skip
     folder = prepare_run(bench, name, recipe, samples, model)
     result = quantize(bench, name, folder)
     shutil.rmtree(bench.checkpoint(name))  # disk
-    config = read_config(bench)
-    operations = tuning_operations(config, sample_tokens(folder), iters, samples_per_iter=8)
-    return {"iters": iters, **result, "operations": operations}
+    operations = tuning_operations(
+        read_config(bench), sample_tokens(folder), iters, SAMPLES_PER_ITER
+    )
+    return {"iters": iters, "batch_size": batch_size, **result, "operations": operations}
 
 
 MIXED = {"queries": SAMPLES, "pages": SAMPLES}
@@ -396,13 +404,16 @@ STEPS: dict[str, dict[str, Callable[[Bench], Result]]] = {
         "rates": lambda bench: bench.call("rates", "-m", "demo.size_steps", "peak_rates"),
         "floor": step_floor,
         "rtn": step_rtn,
-        "tune-0": lambda bench: tune(bench, "tune-0", 0, MIXED),
-        "tune-50": lambda bench: tune(bench, "tune-50", 50, MIXED),
-        "tune-200": lambda bench: tune(bench, "tune-200", 200, MIXED),
-        "tune-200-text": lambda bench: tune(bench, "tune-200-text", 200, {"passages": SAMPLES}),
-        # half the visual tokens: what a small card, or little time, can do with
-        "tune-50-small": lambda bench: tune(
-            bench, "tune-50-small", 50, MIXED, {"max_num_visual_tokens": 640}
+        "tune-0": lambda bench: tune(bench, 0, MIXED),
+        "tune-50": lambda bench: tune(bench, 50, MIXED),
+        "tune-200": lambda bench: tune(bench, 200, MIXED),
+        "tune-200-text": lambda bench: tune(
+            bench, 200, {"passages": 2 * SAMPLES}, name="tune-200-text"
+        ),
+        # for a small card: one sample in a forward, then also half the visual tokens
+        "tune-50-low": lambda bench: tune(bench, 50, MIXED, 1, name="tune-50-low"),
+        "tune-50-lower": lambda bench: tune(
+            bench, 50, MIXED, 1, {"max_num_visual_tokens": 640}, name="tune-50-lower"
         ),
         "embed": step_embed,
         "embed-w4": step_embed_w4,
