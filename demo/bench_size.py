@@ -196,7 +196,14 @@ def prepare_run(
     with (folder / "params.yaml").open("w", encoding="utf-8") as file:
         yaml.dump(params, file)
     bench.call(f"{name}-inspect", "-m", "stages.inspect_model", folder=folder)
-    bench.call(f"{name}-calibrate", "-m", "stages.calibrate", folder=folder)
+    # the same samples are made once
+    key = "-".join(f"{part}{value}" for part, value in sorted({**samples, **(model or {})}.items()))
+    made, ready = folder / "artifacts/calibration", bench.work / f"samples-{key or 'none'}"
+    if not ready.exists():
+        bench.call(f"{name}-calibrate", "-m", "stages.calibrate", folder=folder)
+        shutil.copytree(made, ready)
+    elif not made.exists():
+        shutil.copytree(ready, made)
     return folder
 
 
@@ -366,6 +373,7 @@ def tune(
     bench: Bench,
     iters: int,
     samples: Mapping[str, int],
+<<<<<<< HEAD
     batch_size: int = SAMPLES_PER_ITER,
     model: Mapping[str, Any] | None = None,
     name: str = "",
@@ -384,6 +392,24 @@ def tune(
         read_config(bench), sample_tokens(folder), iters, SAMPLES_PER_ITER
     )
     return {"iters": iters, "batch_size": batch_size, **result, "operations": operations}
+=======
+    batch: int = 8,
+) -> Result:
+    """AutoRound through the stage, eight samples a step, with its arithmetic operations.
+
+    `batch` of them go through a layer at once.
+    """
+    recipe = {
+        "method": "autoround", "calibration": "measured", "iters": iters, "seed": 42,
+        "batch_size": batch, "gradient_accumulate_steps": 8 // batch,
+    }  # fmt: skip
+    folder = prepare_run(bench, name, recipe, samples)
+    result = quantize(bench, name, folder)
+    shutil.rmtree(bench.checkpoint(name))  # disk
+    config = read_config(bench)
+    operations = tuning_operations(config, sample_tokens(folder), iters, samples_per_iter=8)
+    return {"iters": iters, "batch_size": batch, **result, "operations": operations}
+>>>>>>> main
 
 
 MIXED = {"queries": SAMPLES, "pages": SAMPLES}
@@ -404,6 +430,7 @@ STEPS: dict[str, dict[str, Callable[[Bench], Result]]] = {
         "rates": lambda bench: bench.call("rates", "-m", "demo.size_steps", "peak_rates"),
         "floor": step_floor,
         "rtn": step_rtn,
+<<<<<<< HEAD
         "tune-0": lambda bench: tune(bench, 0, MIXED),
         "tune-50": lambda bench: tune(bench, 50, MIXED),
         "tune-200": lambda bench: tune(bench, 200, MIXED),
@@ -415,6 +442,15 @@ STEPS: dict[str, dict[str, Callable[[Bench], Result]]] = {
         "tune-50-lower": lambda bench: tune(
             bench, 50, MIXED, 1, {"max_num_visual_tokens": 640}, name="tune-50-lower"
         ),
+=======
+        "tune-0": lambda bench: tune(bench, "tune-0", 0, MIXED),
+        "tune-50": lambda bench: tune(bench, "tune-50", 50, MIXED),
+        "tune-200": lambda bench: tune(bench, "tune-200", 200, MIXED),
+        "tune-200-text": lambda bench: tune(bench, "tune-200-text", 200, {"passages": SAMPLES}),
+        "tune-50-text": lambda bench: tune(bench, "tune-50-text", 50, {"passages": SAMPLES}),
+        # what a small card can do with
+        "tune-50-low": lambda bench: tune(bench, "tune-50-low", 50, MIXED, batch=1),
+>>>>>>> main
         "embed": step_embed,
         "embed-w4": step_embed_w4,
         "embed-12gb": step_embed_12gb,

@@ -131,11 +131,11 @@ def run_measured(
         Asked ten times a second; once true, the child is ended with SIGTERM.
     """
     start = time.monotonic()
-    with log.open("wb") as output:
+    with log.open("wb") as sink:
         child = subprocess.Popen(
             [str(word) for word in command],
             cwd=folder,
-            stdout=output,
+            stdout=sink,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             env={**os.environ, **(environment or {})},

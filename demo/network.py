@@ -37,15 +37,15 @@ class Shape:
 
     vocab: int = 2048
     hidden: int = 256
-    layers: int = 3
+    layers: int = 4
     heads: int = 4
     kv_heads: int = 2
     head_dim: int = 64
     intermediate: int = 512
     vision_hidden: int = 128
-    vision_depth: int = 4
+    vision_depth: int = 6
     vision_heads: int = 4
-    deepstack: tuple[int, ...] = (1, 2)
+    deepstack: tuple[int, ...] = (1, 3)
     embed_dim: int = 128
 
 
@@ -156,39 +156,46 @@ class Retriever(nn.Module):
         self.prefix = tokenizer.encode(PAGE_PREFIX).ids
         self.suffix = tokenizer.encode(PAGE_SUFFIX).ids
         self.pad = tokenizer.token_to_id(PAD)
+        for name, ids in (("prefix_ids", self.prefix), ("suffix_ids", self.suffix)):
+            self.register_buffer(name, torch.tensor(ids), persistent=False)
         self._grids: dict[tuple[int, int], tuple[Tensor, ...]] = {}
 
     def _grid(self, rows: int, columns: int, device: torch.device) -> tuple[Tensor, ...]:
         """Return what depends only on the patch grid: position taps and rotary tables."""
         if (rows, columns) not in self._grids:
-            visual, text = self.vlm.model.visual, self.vlm.model.language_model
-            thw = torch.tensor([[1, rows, columns]], device=device)
-            taps, weights = get_vision_interpolation_indices_and_weights(
-                thw,
-                num_grid_per_side=visual.num_grid_per_side,
-                mode=visual.interpolation_mode,
-                align_corners=visual.interpolation_align_corners,
-                spatial_merge_size=2,
-            )
-            empty = torch.zeros(1, device=device)
-            cos, sin = visual.rotary_pos_emb(empty, get_vision_position_ids(thw, 2))
-            ids = torch.tensor(
-                [
-                    [
-                        *self.prefix,
-                        *[self.published["image_token_id"]] * (rows * columns // 4),
-                        *self.suffix,
-                    ]
-                ],
-                device=device,
-            )
-            kinds = (ids == self.published["image_token_id"]).int()
-            # Annotated for the legacy tensor classes; any integer tensor serves.
-            rope_index: Any = self.vlm.model.get_rope_index
-            positions, _ = rope_index(ids, kinds, image_grid_thw=thw)
-            text_cos, text_sin = text.rotary_emb(empty, positions)
-            self._grids[rows, columns] = (taps, weights, cos, sin, text_cos, text_sin)
+            # Angles need all digits, whatever precision the layers run in.
+            with torch.no_grad(), torch.autocast(device.type, enabled=False):
+                self._grids[rows, columns] = self._tables(rows, columns, device)
         return self._grids[rows, columns]
+
+    def _tables(self, rows: int, columns: int, device: torch.device) -> tuple[Tensor, ...]:
+        visual, text = self.vlm.model.visual, self.vlm.model.language_model
+        thw = torch.tensor([[1, rows, columns]], device=device)
+        taps, weights = get_vision_interpolation_indices_and_weights(
+            thw,
+            num_grid_per_side=visual.num_grid_per_side,
+            mode=visual.interpolation_mode,
+            align_corners=visual.interpolation_align_corners,
+            spatial_merge_size=2,
+        )
+        empty = torch.zeros(1, device=device)
+        cos, sin = visual.rotary_pos_emb(empty, get_vision_position_ids(thw, 2))
+        ids = torch.tensor(
+            [
+                [
+                    *self.prefix,
+                    *[self.published["image_token_id"]] * (rows * columns // 4),
+                    *self.suffix,
+                ]
+            ],
+            device=device,
+        )
+        kinds = (ids == self.published["image_token_id"]).int()
+        # Annotated for the legacy tensor classes; any integer tensor serves.
+        rope_index: Any = self.vlm.model.get_rope_index
+        positions, _ = rope_index(ids, kinds, image_grid_thw=thw)
+        text_cos, text_sin = text.rotary_emb(empty, positions)
+        return taps, weights, cos, sin, text_cos, text_sin
 
     def vision(self, pixels: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
         """Run the vision tower.
@@ -257,9 +264,9 @@ class Retriever(nn.Module):
         batch, height, width = pixels.shape
         cells, deep, patches = self.vision(pixels)
         embed = self.vlm.model.language_model.embed_tokens
-        prefix = embed(torch.tensor(self.prefix, device=pixels.device)).expand(batch, -1, -1)
-        suffix = embed(torch.tensor(self.suffix, device=pixels.device)).expand(batch, -1, -1)
-        state = torch.cat([prefix, cells, suffix], dim=1)
+        prefix, suffix = embed(self.prefix_ids), embed(self.suffix_ids)
+        around = [part.expand(batch, -1, -1) for part in (prefix, suffix)]
+        state = torch.cat([around[0], cells, around[1]], dim=1)
         cos, sin = self._grid(height // PATCH, width // PATCH, pixels.device)[4:]
         return self._text(state, cos, sin, deep), patches
 

@@ -7,8 +7,7 @@ for every query token the cells of its page where those letters stand.
 import random
 import re
 import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -19,14 +18,14 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from demo.network import CELL, Shape
-from demo.sheet import Box, Chart, Pairs, Paragraph, Sheet, Style, Table, Title, Word
+from demo.sheet import Block, Box, Chart, Pairs, Paragraph, Sheet, Style, Table, Title, Word
 from demo.text import Corpus, made_up_word, number
 from demo.tokenizer import AUGMENTATION, PAD
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,:;-()/'\"$%&#=_+*?![]<>@"
 CLASSES = len(LETTERS) + 2  # blank, the letters, anything else
 SLOT_ROWS, SLOT_COLUMNS = 2, 4  # each patch of 16 x 16 pixels is read at 2 x 4 points
-LONGEST = 24
+LONGEST = 32
 SPELLING = Shape.embed_dim
 SLOTS = SLOT_ROWS * SLOT_COLUMNS
 _CLASS = {letter: index + 1 for index, letter in enumerate(LETTERS)}
@@ -54,6 +53,8 @@ class Difficulty:
         Page size in pixels, multiples of 32.
     plain : float
         Share of pages set in Pillow's built-in font.
+    twins : float
+        Share of pages that repeat the one before with other numbers and a few other words.
     """
 
     small: float
@@ -63,6 +64,7 @@ class Difficulty:
     width: int
     height: int
     plain: float = 0.25
+    twins: float = 0.0
 
 
 @dataclass
@@ -84,13 +86,22 @@ class Batch:
     tokens : Tensor
         ``[n, 2]`` query and position of the tokens whose letters stand on their page.
     here : Tensor
-        ``[n, cells]`` true where those letters stand on the query's own page.
+        ``[m, 2]`` token, and cell of all ``pages * cells`` where its letters stand on the query's
+        own page.
+    word : Tensor
+        ``[n]`` index of each token's word.
     same : Tensor
-        ``[n, pages * cells]`` true on every cell that touches the same word, on any page.
+        ``[m, 2]`` word, and cell of all ``pages * cells`` that it touches, on any page.
+    also : Tensor
+        ``[queries, pages]`` true on pages with all words of the query that its own page has.
     cell_spelling : Tensor
         ``[pages, cells, 128]`` spelling of what stands in each cell, zero in empty ones.
     token_spelling : Tensor
         ``[n, 128]`` spelling of the same tokens.
+    words : int
+        How many words ``word`` tells apart.
+    number : int
+        Tells drawn batches apart.
     """
 
     pages: Tensor
@@ -100,9 +111,13 @@ class Batch:
     owner: Tensor
     tokens: Tensor
     here: Tensor
+    word: Tensor
     same: Tensor
+    also: Tensor
     cell_spelling: Tensor
     token_spelling: Tensor
+    words: int
+    number: int = 0
 
 
 def find_fonts(folders: list[Path], held_out: tuple[str, ...]) -> tuple[list[str], list[str]]:
@@ -143,6 +158,7 @@ class PageMaker:
         self.fonts = fonts
         self.tokenizer = tokenizer
         self.rng = random.Random(seed)
+        self._drawn: tuple[Style, float, list[Block]] | None = None
 
     def _word(self) -> str:
         kind = self.rng.random()
@@ -189,20 +205,28 @@ class PageMaker:
         )
 
     def page(self, level: Difficulty) -> Sheet:
-        """Draw one page full of random blocks."""
+        """Draw one page full of random blocks, or a twin of the page before."""
         rng = self.rng
+        if self._drawn and rng.random() < level.twins:
+            return self._twin(level, *self._drawn)
         sheet = Sheet(level.width, level.height, self.style(level))
         if level.grid == 1:
             sheet.y += rng.uniform(-2, 10)
+        begin = sheet.y
+        blocks: list[Block] = []
+        block: Block
         if rng.random() < 0.6:
-            sheet.add(Title(self._name(rng.randint(1, 4))), whole=False)
+            block = Title(self._name(rng.randint(1, 4)))
+            blocks.append(block)
+            sheet.add(block, whole=False)
         misses = 0
         while misses < 3:
             kind = rng.random()
-            block: Paragraph | Pairs | Table | Chart | Box
             if kind < 0.5:
                 text = " ".join(self._text() for _ in range(rng.randint(1, 3)))
-                misses += not sheet.add(Paragraph(text, rng.random() < 0.1), whole=False)
+                block = Paragraph(text, rng.random() < 0.1)
+                blocks.append(block)
+                misses += not sheet.add(block, whole=False)
                 continue
             count = rng.randint(1, 5)
             if kind < 0.7:
@@ -226,8 +250,43 @@ class PageMaker:
                 )
             else:
                 block = Box(self._text())
+            blocks.append(block)
             misses += not sheet.add(block)
+        self._drawn = sheet.style, begin, blocks
         return sheet
+
+    def _twin(self, level: Difficulty, style: Style, begin: float, blocks: list[Block]) -> Sheet:
+        """Draw the same blocks in the same style with other numbers and a few other words."""
+        sheet = Sheet(level.width, level.height, style)
+        sheet.y = begin
+        for block in blocks:
+            sheet.add(self._varied(block), whole=not isinstance(block, Title | Paragraph))
+        return sheet
+
+    def _varied(self, block: Block) -> Block:
+        if isinstance(block, Paragraph | Box):
+            return replace(block, text=self._other(block.text))
+        if isinstance(block, Pairs):
+            return Pairs([(key, self._other(value)) for key, value in block.items])
+        if isinstance(block, Table):
+            rows = [[row[0], *(self._other(cell) for cell in row[1:])] for row in block.rows]
+            return replace(block, rows=rows)
+        if isinstance(block, Chart):
+            return replace(block, values=[self.rng.randint(1, 999) for _ in block.values])
+        return block
+
+    def _other(self, text: str) -> str:
+        """Return the text with most numbers and some words replaced."""
+        words = []
+        for word in text.split():
+            if any(letter.isdigit() for letter in word):
+                if self.rng.random() < 0.8:
+                    word = re.sub("[0-9]", lambda _: str(self.rng.randrange(10)), word)
+            elif len(word) > 3 and self.rng.random() < 0.06:
+                other = self._word()
+                word = other.title() if word.istitle() else other
+            words.append(word)
+        return " ".join(words)
 
     def _value(self) -> str:
         return number(self.rng) if self.rng.random() < 0.6 else self._name(self.rng.randint(1, 2))
@@ -235,17 +294,19 @@ class PageMaker:
     def query(self, sheet: Sheet) -> str:
         """Return a query about a page: some of its words, in or out of a template."""
         rng = self.rng
-        lines: dict[int, list[str]] = {}
-        for word in sheet.words:
-            lines.setdefault(word.line, []).append(word.text)
-        rows = [row for row in lines.values() if len(" ".join(row)) > 5] or list(lines.values())
+        lines = _lines(sheet.words)
+        rows = [row for row in lines if len(" ".join(row)) > 5] or lines
         kind = rng.random()
-        if kind < 0.55:
+        figures = [(row, i) for row in rows for i, word in enumerate(row) if _has_digit(word)]
+        if kind < 0.2 and figures:
+            row, place = rng.choice(figures)
+            text = " ".join(row[max(0, place - rng.randint(0, 3)) : place + rng.randint(1, 3)])
+        elif kind < 0.58:
             row = rng.choice(rows)
             begin = rng.randrange(max(1, len(row) - 2))
             text = " ".join(row[begin : begin + rng.randint(3, 8)])
         elif kind < 0.65:
-            text = " ".join(next(iter(lines.values())))
+            text = " ".join(lines[0])
         else:
             words = [word.text for word in sheet.words if len(word.text) > 3]
             words = words or [word.text for word in sheet.words]
@@ -267,6 +328,7 @@ class PageMaker:
     def batch(self, level: Difficulty, pages: int, queries: int) -> Batch:
         """Draw ``pages`` pages with ``queries`` queries each."""
         sheets: list[Sheet] = []
+        self._drawn = None
         while len(sheets) < pages:
             sheet = self.page(level)
             if len(sheet.words) >= 4:
@@ -289,6 +351,22 @@ TEMPLATES = (
     "{} in the table",
     "the {} of the report",
 )
+
+
+def _has_digit(word: str) -> bool:
+    return any(letter.isdigit() for letter in word)
+
+
+def _lines(words: list[Word]) -> list[list[str]]:
+    """Return the words of each line of a page; what stands side by side is one line."""
+    lines: list[list[str]] = []
+    top = bottom = -1.0
+    for word in words:
+        if not lines or not top < (word.top + word.bottom) / 2 < bottom:
+            lines.append([])
+            top, bottom = word.top, word.bottom
+        lines[-1].append(word.text)
+    return lines
 
 
 def _runs(text: str) -> list[tuple[str, int, int]]:
@@ -418,36 +496,46 @@ def assemble(
     longest = max((len(e.ids) for e in encoded), default=0) + AUGMENTATION
     ids = torch.full((len(asked), longest), pad)
     mask = torch.zeros(len(asked), longest, dtype=torch.bool)
-    tokens, here, words, spelt = [], [], [], []
-    touched: dict[str, NDArray[np.bool_]] = {}
+    tokens: list[tuple[int, int]] = []
+    here: list[tuple[int, int]] = []
+    same: list[tuple[int, int]] = []
+    words: list[int] = []
+    spelt: list[NDArray[np.float32]] = []
+    known: dict[str, int] = {}
+    also = torch.ones(len(asked), len(sheets), dtype=torch.bool)
     for query, ((page, text), encoding) in enumerate(zip(asked, encoded, strict=True)):
         ids[query, : len(encoding.ids)] = torch.tensor(encoding.ids)
         mask[query, : len(encoding.ids) + AUGMENTATION] = True
         runs = _runs(text)
+        for run in {run for run, _, _ in runs}:
+            holders = {p[0] for p in places.get(run, [])}
+            if page in holders:
+                row = torch.zeros(len(sheets), dtype=torch.bool)
+                row[list(holders)] = True
+                also[query] &= row
         for position, (start, stop) in enumerate(encoding.offsets):
             for run, begin, end in runs:
                 low, high = max(start, begin), min(stop, end)
                 own = [p for p in places.get(run, []) if p[0] == page] if low < high else []
                 if not own:
                     continue
-                row = np.zeros(cells, np.bool_)
-                for _, word, offset in own:
-                    row[
-                        _cells(
-                            word, offset + low - begin, offset + high - begin, columns, rows, False
-                        )
-                    ] = True
-                if not row.any():
+                spots = [
+                    (len(tokens), page * cells + cell)
+                    for _, word, offset in own
+                    for cell in _cells(
+                        word, offset + low - begin, offset + high - begin, columns, rows, False
+                    )
+                ]
+                if not spots:
                     continue
-                if run not in touched:
-                    all_cells = np.zeros(len(sheets) * cells, np.bool_)
+                if run not in known:
+                    known[run] = len(known)
                     for other, word, offset in places[run]:
                         near = _cells(word, offset, offset + len(run), columns, rows, True)
-                        all_cells[[other * cells + cell for cell in near]] = True
-                    touched[run] = all_cells
+                        same += [(known[run], other * cells + cell) for cell in near]
                 tokens.append((query, position))
-                here.append(row)
-                words.append(touched[run])
+                here += spots
+                words.append(known[run])
                 spelt.append(spelling(run, low - begin, high - begin))
                 break
     return Batch(
@@ -456,19 +544,16 @@ def assemble(
         ids=ids,
         mask=mask,
         owner=torch.tensor([page for page, _ in asked]),
-        tokens=torch.tensor(tokens),
-        here=torch.from_numpy(np.array(here, np.bool_).reshape(-1, cells)),
-        same=torch.from_numpy(np.array(words, np.bool_).reshape(-1, len(sheets) * cells)),
+        tokens=torch.tensor(tokens, dtype=torch.long).view(-1, 2),
+        here=torch.tensor(here, dtype=torch.long).view(-1, 2),
+        word=torch.tensor(words, dtype=torch.long),
+        same=torch.tensor(same, dtype=torch.long).view(-1, 2),
+        also=also,
         cell_spelling=torch.from_numpy(
             _cell_spelling(sheets, columns, rows)
             if asked
             else np.zeros((len(sheets), 0, SPELLING), np.float32)
         ),
         token_spelling=torch.from_numpy(np.array(spelt, np.float32).reshape(-1, SPELLING)),
+        words=len(known),
     )
-
-
-def stream(maker: PageMaker, level: Difficulty, pages: int, queries: int) -> Iterator[Batch]:
-    """Yield batches of one difficulty without end."""
-    while True:
-        yield maker.batch(level, pages, queries)

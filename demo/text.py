@@ -1,7 +1,7 @@
 """Words and sentences for training pages.
 
-The sentences come from the docstrings of the Python standard library that runs the program
-(PSF licence), read at run time, so no text is stored here.  Made-up words follow the letter
+The sentences come from the docstrings of a Python standard library (PSF licence), by default of
+the one that runs the program, read at run time, so no text is stored here.  Made-up words follow the letter
 statistics of those docstrings: they teach the model to read letters and not only known words.
 """
 
@@ -59,13 +59,15 @@ def _docstrings(root: Path) -> list[str]:
     return found
 
 
-def harvest(seed: int) -> Corpus:
+def harvest(seed: int, library: Path | None = None) -> Corpus:
     """Read the standard library's docstrings.
 
     Parameters
     ----------
     seed : int
         Decides which 3 % of the words are held out together with every sentence that uses one.
+    library : Path, optional
+        Folder of the standard library's modules; the running Python's by default.
 
     Returns
     -------
@@ -73,7 +75,7 @@ def harvest(seed: int) -> Corpus:
         Sentences, words, held-out words and the letter chain.
     """
     sentences: dict[str, None] = {}
-    for text in _docstrings(Path(sysconfig.get_path("stdlib"))):
+    for text in _docstrings(library or Path(sysconfig.get_path("stdlib"))):
         for paragraph in re.split(r"\n\s*\n", text):
             if ">>>" in paragraph:
                 continue

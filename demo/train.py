@@ -1,6 +1,6 @@
 """Train the demonstration retriever.
 
-``python -m demo.train --out DIR [--fonts DIR ...] [--minutes N] [--device cpu] [--seed S]``
+``python -m demo.train --out DIR [--fonts DIR ...] [--minutes N] [--device cuda] [--seed S]``
 
 Three losses share one forward pass over pages and queries: reading (which letter stands at each
 point of a patch), alignment (which cells show the letters of a query token) and retrieval (MaxSim
@@ -11,103 +11,94 @@ when the model is saved.
 import argparse
 import json
 import math
-import multiprocessing
 import os
 import platform
-import queue
-import random
 import sys
 import time
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from dataclasses import asdict, dataclass
-from multiprocessing.queues import Queue
-from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
+from demo.feed import Drawing, Replay, Stage
 from demo.network import PATCH, Retriever, Shape, initialise, published_config, save_published
 from demo.samples import CLASSES, SLOTS, Batch, Difficulty, PageMaker, find_fonts
 from demo.score import max_sim, ndcg
-from demo.text import Corpus, harvest, held_out
+from demo.text import harvest, held_out
 from demo.tokenizer import train_tokenizer
 
 HELD_OUT_FONTS = ("Carlito", "Caladea")
-EARLIER = 12  # batches whose pages are kept as wrong answers
 MAX_LOG_SCALE = math.log(100.0)
 
 
 @dataclass(frozen=True)
-class Stage:
-    """Part of the training.
+class Preset:
+    """Settings that depend on the machine.
 
     Attributes
     ----------
-    until : float
-        Fraction of the training time at which the stage ends.
-    levels : tuple of Difficulty
-        What its pages look like; each batch takes one at random.
-    patches : int
-        Patches in a batch, which decides the number of pages.
-    queries : int
-        Queries a page; without any, only the vision tower is trained, to read.
+    stages : tuple of Stage
+        The curriculum.
+    rate : float
+        Peak learning rate.
+    uses : int
+        How often a drawn batch is used at most.
+    remember : int
+        About how many pages of the last batches are kept as wrong answers.
     """
-
-    until: float
-    levels: tuple[Difficulty, ...]
-    patches: int
-    queries: int
-
-
-@dataclass(frozen=True)
-class Preset:
-    """Settings that depend on the machine: the stages and the peak learning rate."""
 
     stages: tuple[Stage, ...]
     rate: float
+    uses: int
+    remember: int
 
 
 SMALL = 256, 128
 MEDIUM = 256, 256
 LARGE = ((448, 576), (512, 384), (640, 448), (384, 512))
+LARGEST = 672, 864
 
 
 def mixed(small: float, large: float, plain: float) -> tuple[Difficulty, ...]:
-    """Return medium pages and, half as often, pages of the large sizes."""
-    sizes = (*[MEDIUM] * 8, *LARGE)
-    return tuple(Difficulty(small, large, 999, 1, *size, plain) for size in sizes)
+    """Return medium pages and, three times as often, larger ones; some pages have twins."""
+    sizes = (*[MEDIUM] * 3, *LARGE * 2, LARGEST)
+    return tuple(Difficulty(small, large, 999, 1, *size, plain, 0.25) for size in sizes)
 
 
 def stages(patches: int) -> tuple[Stage, ...]:
     """Return the curriculum for batches of about so many patches."""
     return (
         # Lines on a grid of patches and few fonts: letters are first seen at few offsets.
-        Stage(0.06, (Difficulty(14, 18, 4, 16, *SMALL),), patches, 0),
-        Stage(0.16, (Difficulty(12, 19, 16, 1, *SMALL),), patches, 0),
+        Stage(0.05, (Difficulty(14, 18, 4, 16, *SMALL),), patches, 0),
+        Stage(0.13, (Difficulty(12, 19, 16, 1, *SMALL),), patches, 0),
         Stage(
-            0.45,
+            0.35,
             (Difficulty(12, 20, 30, 1, *SMALL), Difficulty(11, 20, 30, 1, *MEDIUM)),
             patches,
             2,
         ),
-        Stage(0.53, mixed(11, 20, 0.25), patches, 3),
+        Stage(0.6, mixed(10.5, 20, 0.25), patches, 3, True),
         # Half of the pages in the built-in font: the demonstration's own pages are set in it.
-        Stage(1.0, mixed(12, 18, 0.5), patches, 3),
+        Stage(1.0, mixed(10, 18, 0.5), patches, 3, True),
     )
 
 
-PRESETS = {"cpu": Preset(stages(3072), 2e-3), "cuda": Preset(stages(65536), 1e-3)}
+PRESETS = {
+    "cpu": Preset(stages(3072), 2e-3, 3, 96),
+    "cuda": Preset(stages(49152), 1.5e-3, 6, 512),
+}
 
 
 class Muon(torch.optim.Optimizer):
     """Momentum whose update is made orthogonal, for the weight matrices of the blocks.
 
     The update is scaled so that its size matches AdamW's; one learning rate serves both.
+    Matrices of one shape are updated together.
     """
 
     def __init__(self, params: list[nn.Parameter], lr: float, decay: float) -> None:
@@ -117,28 +108,31 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Update every parameter once."""
         for group in self.param_groups:
+            shapes: dict[torch.Size, list[Tensor]] = defaultdict(list)
             for weight in group["params"]:
-                if weight.grad is None:
-                    continue
-                state = self.state[weight]
+                if weight.grad is not None:
+                    shapes[weight.shape].append(weight)
+            for shape, weights in shapes.items():
+                gradient = torch.stack([weight.grad for weight in weights])  # type: ignore[misc]
+                state = self.state[weights[0]]
                 if not state:
-                    state["momentum"] = torch.zeros_like(weight)
-                momentum = state["momentum"].mul_(0.95).add_(weight.grad)
-                update = orthogonal(weight.grad + 0.95 * momentum)
-                size = 0.2 * max(weight.shape) ** 0.5
-                weight.mul_(1 - group["lr"] * group["decay"])
-                weight.add_(update, alpha=-group["lr"] * size)
+                    state["momentum"] = torch.zeros_like(gradient)
+                momentum = state["momentum"].mul_(0.95).add_(gradient)
+                update = orthogonal(gradient + 0.95 * momentum)
+                size = 0.2 * max(shape) ** 0.5
+                torch._foreach_mul_(weights, 1 - group["lr"] * group["decay"])
+                torch._foreach_add_(weights, list(update), alpha=-group["lr"] * size)
 
 
-def orthogonal(matrix: Tensor) -> Tensor:
-    """Return the nearest matrix with singular values near 1, by Newton-Schulz iteration."""
-    flip = matrix.shape[0] > matrix.shape[1]
-    x: Tensor = matrix.T if flip else matrix
-    x = x / (x.norm() + 1e-7)
+def orthogonal(matrices: Tensor) -> Tensor:
+    """Return the nearest matrices with singular values near 1, by Newton-Schulz iteration."""
+    flip = matrices.shape[-2] > matrices.shape[-1]
+    x: Tensor = matrices.mT if flip else matrices
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for a, b, c in ((3.4445, -4.7750, 2.0315),) * 5:
-        gram = x @ x.T
+        gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.T if flip else x
+    return x.mT if flip else x
 
 
 class Losses(nn.Module):
@@ -152,62 +146,75 @@ class Losses(nn.Module):
         weight = torch.ones(CLASSES)
         weight[0] = 0.05  # most of a page is blank
         self.register_buffer("weight", weight, persistent=False)
-        self.earlier: deque[Tensor] = deque(maxlen=EARLIER)
+        self.earlier: deque[tuple[int, Tensor]] = deque()
 
-    def forward(self, model: Retriever, batch: Batch, remember: bool) -> dict[str, Tensor]:
+    def forward(self, model: Retriever, batch: Batch, remember: int) -> dict[str, Tensor]:
         """Return the losses ``read``, ``align``, ``rank`` and ``spell``, and rates of success.
 
         ``letters`` is the share of letters read right, ``hits`` the share of query tokens whose
-        best cell of the whole batch shows their letters on their page, ``shown`` the mean cosine
-        of cells to their spelling.  With ``remember`` the pages of the last batches are wrong
-        answers too: a batch of large pages alone holds few.
+        best cell of the whole batch shows their letters on their page, ``top`` the share of
+        queries that find their page, ``shown`` the mean cosine of cells to their spelling.  About
+        ``remember`` pages of the last batches are wrong answers too: a batch of large pages alone
+        holds few.
         """
         pixels = batch.pages.float() / 127.5 - 1
         if not len(batch.ids):
             return self._reading(model.vision(pixels)[2], batch)
         pages, patches = model.pages(pixels)
         queries = model.queries(batch.ids)
-        scales = self.log_scales.clamp(max=MAX_LOG_SCALE).exp()
-        sims = torch.einsum("qsd,ptd->qspt", queries, pages)
+        # Near-duplicates differ by less than bfloat16 can tell.
+        with torch.autocast(pages.device.type, enabled=False):
+            found = self._finding(model, batch, pages.float(), queries.float(), remember)
+        return {**self._reading(patches, batch), **found}
 
-        begin, cells = len(model.prefix), batch.here.shape[1]
-        count = len(batch.tokens)
-        token = sims[batch.tokens[:, 0], batch.tokens[:, 1], :, begin : begin + cells]
-        own = functional.one_hot(batch.owner[batch.tokens[:, 0]], len(pages)).bool()
-        right = (own[:, :, None] & batch.here[:, None, :]).view(count, -1)
+    def _finding(
+        self, model: Retriever, batch: Batch, pages: Tensor, queries: Tensor, remember: int
+    ) -> dict[str, Tensor]:
+        scales = self.log_scales.clamp(max=MAX_LOG_SCALE).exp()
+        begin, cells = len(model.prefix), batch.cell_spelling.shape[1]
+        shown = pages[:, begin : begin + cells]
+        asked = queries[batch.tokens[:, 0], batch.tokens[:, 1]]
+        scaled = asked @ shown.reshape(-1, shown.shape[-1]).T * scales[0]
+        right = torch.zeros_like(scaled, dtype=torch.bool)
+        right[batch.here[:, 0], batch.here[:, 1]] = True
+        same = scaled.new_zeros(batch.words, scaled.shape[1], dtype=torch.bool)
+        same[batch.same[:, 0], batch.same[:, 1]] = True
         # Another copy of the same word is neither right nor wrong.
-        allowed = right | ~batch.same
-        scaled = (token * scales[0]).reshape(count, -1)
+        allowed = right | ~same[batch.word]
         low = torch.finfo(scaled.dtype).min
         every = scaled.masked_fill(~allowed, low)
         align = (every.logsumexp(1) - scaled.masked_fill(~right, low).logsumexp(1)).mean()
         hits = right.gather(1, every.argmax(1, keepdim=True)).float().mean()
 
-        best = sims.amax(-1) * batch.mask[:, :, None]
-        score = best.sum(1) / batch.mask.sum(1)[:, None] * scales[1]
+        size = batch.mask.sum(1)[:, None] / scales[1]
+        score = max_sim(queries, batch.mask, pages) / size
         mine = functional.one_hot(batch.owner, len(pages)).bool()
-        by_page = score.log_softmax(0)[mine].mean()
+        # Nor is another page with all words of the query.
+        score = score.masked_fill(batch.also & ~mine, low)
+        by_page = score.log_softmax(0).gather(1, batch.owner[:, None]).mean()
         if remember:
-            more = [max_sim(queries, batch.mask, part) for part in self.earlier]
-            self.earlier.append(pages.detach())
-            wrong = [part / batch.mask.sum(1)[:, None] * scales[1] for part in more]
+            # A batch seen again must not meet its own pages as wrong answers.
+            others = [part for number, part in self.earlier if number != batch.number]
+            wrong = [max_sim(queries, batch.mask, part) / size for part in others]
             score = torch.cat([score, *wrong], dim=1)
+            self.earlier.append((batch.number, pages.detach()))
+            while sum(len(part) for _, part in self.earlier) > remember + len(pages):
+                self.earlier.popleft()
         rank = 0.5 * (functional.cross_entropy(score, batch.owner) - by_page)
-        shown = functional.cosine_similarity(
-            pages[:, begin : begin + cells], batch.cell_spelling, dim=-1
-        )
-        asked = functional.cosine_similarity(
-            queries[batch.tokens[:, 0], batch.tokens[:, 1]], batch.token_spelling, dim=-1
-        )
+        top = (score.argmax(1) == batch.owner).float().mean()
+        cosine = functional.cosine_similarity(shown, batch.cell_spelling, dim=-1)
         written = batch.cell_spelling.any(-1)
-        spell = 2.0 - shown[written].mean() - asked.mean()
+        close = (cosine * written).sum() / written.sum().clamp(min=1)
+        spell = (
+            2.0 - close - functional.cosine_similarity(asked, batch.token_spelling, dim=-1).mean()
+        )
         return {
-            **self._reading(patches, batch),
             "align": align,
             "rank": rank,
             "spell": spell,
             "hits": hits,
-            "shown": shown[written].mean().detach(),
+            "top": top,
+            "shown": close.detach(),
         }
 
     def _reading(self, patches: Tensor, batch: Batch) -> dict[str, Tensor]:
@@ -215,54 +222,8 @@ class Losses(nn.Module):
         target = batch.letters.view(-1).long()
         weight: Tensor = self.weight  # type: ignore[assignment]
         seen = target > 0
-        right = (logits.argmax(-1) == target)[seen].float().mean()
+        right = ((logits.argmax(-1) == target) & seen).sum() / seen.sum().clamp(min=1)
         return {"read": functional.cross_entropy(logits, target, weight), "letters": right}
-
-
-def draw_forever(
-    pages: "Queue[tuple[int, Batch]]",
-    stage: "Synchronized[int]",
-    makers: tuple[Corpus, list[str], str, int],
-    plan: tuple[Stage, ...],
-) -> None:
-    """Keep a queue full of batches of the current stage; runs in a process of its own."""
-    torch.set_num_threads(1)
-    corpus, fonts, tokenizer, seed = makers
-    maker = PageMaker(corpus, fonts, Tokenizer.from_str(tokenizer), seed)
-    rng = random.Random(seed)
-    while True:
-        number = stage.value
-        now = plan[number]
-        level = rng.choice(now.levels)
-        count = max(4, now.patches * PATCH * PATCH // (level.width * level.height))
-        pages.put((number, maker.batch(level, count, now.queries)))
-
-
-class Replay:
-    """Gives every drawn batch ``uses`` times, some steps apart, as drawing costs time too."""
-
-    def __init__(self, source: "Queue[tuple[int, Batch]]", uses: int, seed: int) -> None:
-        self.source = source
-        self.uses = uses
-        self.kept: list[tuple[int, int, Batch]] = []
-        self.rng = random.Random(seed)
-        self.drawn = 0
-
-    def next(self, stage: int) -> Batch:
-        """Return a batch: a new one if there is one or too few are kept, else one seen before."""
-        self.kept = [item for item in self.kept if item[0] == stage]
-        try:
-            number, batch = self.source.get(block=len(self.kept) < 12)
-        except queue.Empty:
-            index = self.rng.randrange(len(self.kept))
-            number, left, batch = self.kept.pop(index)
-            if left > 1:
-                self.kept.append((number, left - 1, batch))
-            return batch
-        self.drawn += len(batch.pages)
-        if self.uses > 1:
-            self.kept = [*self.kept[-64:], (number, self.uses - 1, batch)]
-        return batch
 
 
 def patch_filters(maker: PageMaker, level: Difficulty, count: int) -> Tensor:
@@ -301,7 +262,11 @@ def measure(model: Retriever, batches: list[Batch]) -> dict[str, float]:
         before += len(batch.pages)
     model.train()
     relevant = functional.one_hot(torch.cat(owners), before).bool()
-    return {**ndcg(torch.cat(scores), relevant), "pages": before, "queries": len(relevant)}
+    return {
+        **ndcg(torch.cat(scores).cpu(), relevant.cpu()),
+        "pages": before,
+        "queries": len(relevant),
+    }
 
 
 def rate(done: float) -> float:
@@ -327,13 +292,24 @@ def build_optimisers(model: Retriever, losses: Losses, peak: float) -> list[torc
             rest.append(weight)
     # Six equal copies of a patch filter add up, so each takes a sixth of the step.
     groups = [{"params": rest, "lr": peak}, {"params": patch, "lr": peak / 6}]
-    adam = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.98), weight_decay=0.01)
+    fused = rest[0].is_cuda
+    adam = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.98), weight_decay=0.01, fused=fused)
     return [Muon(matrices, 2 * peak, 0.01), adam]
+
+
+def machine(device: str) -> str:
+    """Say what trains, as the log has it."""
+    cores = f"{os.cpu_count()} CPU cores"
+    return cores if device == "cpu" else f"1 {torch.cuda.get_device_name()}, {cores}"
 
 
 def to_device(batch: Batch, device: str) -> Batch:
     """Return the batch on a device."""
-    return Batch(**{key: value.to(device) for key, value in vars(batch).items()})
+    moved: dict[str, Any] = {
+        name: value.to(device) if isinstance(value, Tensor) else value
+        for name, value in vars(batch).items()
+    }
+    return Batch(**moved)
 
 
 def main() -> None:
@@ -341,6 +317,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--out", type=Path, required=True, help="folder of the saved model")
     parser.add_argument("--log", type=Path, help="JSON file for the course of the training")
+    parser.add_argument("--library", type=Path, help="standard library to take the text from")
+    parser.add_argument("--workers", type=int, help="drawing processes; two cores stay free")
     parser.add_argument("--fonts", type=Path, nargs="*", default=[], help="folders with fonts")
     parser.add_argument("--device", choices=sorted(PRESETS), default="cpu")
     parser.add_argument("--minutes", type=float, default=90.0)
@@ -351,8 +329,9 @@ def main() -> None:
     options = parser.parse_args()
 
     torch.manual_seed(options.seed)
+    torch.set_float32_matmul_precision("high")
     preset, device = PRESETS[options.device], options.device
-    corpus = harvest(options.seed)
+    corpus = harvest(options.seed, options.library)
     tokenizer = train_tokenizer(corpus, Shape().vocab, options.seed)
     fonts, other_fonts = find_fonts(options.fonts, HELD_OUT_FONTS)
     maker = PageMaker(corpus, fonts, tokenizer, options.seed + 1)
@@ -371,12 +350,15 @@ def main() -> None:
         name: [to_device(unseen.batch(level, pages, 2), device) for _ in range(repeats)]
         for name, (level, pages, repeats) in sizes.items()
     }
+    workers = options.workers or max(1, (os.cpu_count() or 1) - 2)
     log: dict[str, Any] = {
         "seed": options.seed,
-        "machine": f"{os.cpu_count()} CPU cores" if device == "cpu" else "1 GPU",
+        "machine": machine(device),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "minutes": options.minutes,
+        "workers": workers,
+        "preset": {"patches": preset.stages[0].patches, "rate": preset.rate, "uses": preset.uses},
         "fonts": len(fonts),
         "held_out_fonts": len(other_fonts),
         "shape": asdict(Shape()),
@@ -397,19 +379,15 @@ def main() -> None:
             optimiser.load_state_dict(state)
         log, step, spent, seen, drawn = (kept[k] for k in ("log", "step", "spent", "seen", "drawn"))
 
-    context = multiprocessing.get_context("spawn")
-    pages: Queue[tuple[int, Batch]] = context.Queue(maxsize=8)
-    current: Synchronized[int] = context.Value("i", 0)
     total = options.minutes * 60
     stage = next(i for i, s in enumerate(preset.stages) if spent / total < s.until)
-    current.value = stage
-    source = (corpus, fonts, tokenizer.to_str(), options.seed + 100 + step)
-    context.Process(
-        target=draw_forever, args=(pages, current, source, preset.stages), daemon=True
-    ).start()
-    replay = Replay(pages, 3, options.seed)
-    sums: dict[str, float] = defaultdict(float)
+    source = (corpus, fonts, tokenizer.to_str())
+    drawing = Drawing(workers, source, options.seed + 100 + step, preset.stages, stage)
+    replay = Replay(drawing.pages, preset.uses, options.seed, device)
+    sums: dict[str, Tensor] = {}
+    counts: Counter[str] = Counter()
     bar = tqdm(total=round(total), initial=round(spent), unit="s", disable=not sys.stderr.isatty())
+    drawing.wait()
     last = time.monotonic()
     measured = spent
 
@@ -418,6 +396,7 @@ def main() -> None:
         log["held_out"].append({"step": step, "seconds": round(spent), **result})
         log.update(wall_seconds=round(spent), page_views=seen, pages_drawn=drawn + replay.drawn)
         print(json.dumps(log["held_out"][-1]), flush=True)
+        save_published(model, tokenizer, options.out)
         if options.log:
             options.log.write_text(json.dumps(log, indent=1) + "\n", "utf-8")
         if options.checkpoint:
@@ -433,23 +412,26 @@ def main() -> None:
             }
             torch.save(state, options.checkpoint)
 
+    if not step:
+        note()
+        last = time.monotonic()
     while spent < total:
         done = spent / total
         stage = next(i for i, s in enumerate(preset.stages) if done < s.until)
-        current.value = stage
-        batch = to_device(replay.next(stage), device)
+        drawing.stage.value = stage
+        batch = replay.next(stage)
         for optimiser in optimisers:
             for group in optimiser.param_groups:
                 group.setdefault("peak", group["lr"])
                 group["lr"] = group["peak"] * rate(done)
             optimiser.zero_grad()
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-            parts = losses(model, batch, stage == len(preset.stages) - 1)
+            parts = losses(model, batch, preset.remember * preset.stages[stage].remember)
         reading = 1.5 if done < 0.7 else 0.5
         loss = reading * parts["read"]
         if "align" in parts:
-            # Fixed spelling vectors bring both towers together; without them ranking gets worse.
-            common = 3.0 * min(1.0, (1.2 - done) / 0.4)
+            # Fixed spelling vectors bring both towers together; they matter less and less.
+            common = 3.0 * min(1.0, (1.1 - done) / 0.5)
             loss = loss + parts["align"] + parts["rank"] + common * parts["spell"]
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 5.0)
@@ -458,25 +440,37 @@ def main() -> None:
         step += 1
         seen += len(batch.pages)
         for name, value in parts.items():
-            sums[name] += float(value.detach())
+            # Added up on the device: reading a number there would wait for it.
+            sums[name] = sums.get(name, torch.zeros((), device=device)) + value.detach()
+            counts[name] += 1
         now = time.monotonic()
         spent += now - last
         bar.update(round(spent) - bar.n)
         last = now
         if step % options.every == 0:
-            line = {name: round(value / options.every, 4) for name, value in sums.items()}
-            entry = {"step": step, "seconds": round(spent), "stage": stage, "views": seen, **line}
+            line = {name: round(float(value) / counts[name], 4) for name, value in sums.items()}
+            if not all(math.isfinite(value) for value in line.values()):
+                raise ArithmeticError(f"training broke at step {step}: {line}")
+            entry = {
+                "step": step,
+                "seconds": round(spent),
+                "stage": stage,
+                "views": seen,
+                "drawn": drawn + replay.drawn,
+                **line,
+            }
             log["steps"].append(entry)
             if bar.disable:
                 print(json.dumps(entry), flush=True)
             else:
                 bar.set_postfix(line)
             sums.clear()
+            counts.clear()
         if spent - measured > 60 * options.measure_minutes:
             note()
             measured, last = spent, time.monotonic()
     note()
-    save_published(model, tokenizer, options.out)
+    drawing.close()
 
 
 if __name__ == "__main__":

@@ -110,7 +110,7 @@ def pack(codes: torch.Tensor, scales: torch.Tensor, bits: int) -> dict[str, torc
         [groups, out_features * bits / 32] and ``scales`` float16 [groups, out_features].
     """
     zero = 2 ** (bits - 1)
-    zeros = torch.full((1, scales.shape[0]), zero - 1, dtype=torch.uint8)
+    zeros = torch.full((1, scales.shape[0]), zero - 1, dtype=torch.uint8, device=scales.device)
     return {
         # a sum beyond 255 wraps to what is meant
         "qweight": _pack_rows(codes.view(torch.uint8) + zero, bits).T.contiguous(),

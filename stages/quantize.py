@@ -133,8 +133,9 @@ def pack_block(
     source: Path,
     stored: dict[str, TensorInfo],
     bits: int,
+    device: torch.device,
 ) -> Iterator[Made]:
-    """Pack the linears of a decoder layer that AutoRound has rounded.
+    """Pack the linears of a decoder layer that AutoRound has rounded, on `device`.
 
     Raises
     ------
@@ -143,11 +144,11 @@ def pack_block(
     """
     for name in names:
         module: Any = block.get_submodule(name.removeprefix(prefix))
-        scales = module.scale.detach().cpu().to(torch.float16).view(module.weight.shape[0], -1)
-        codes, gap = restore_codes(module.weight.detach().cpu(), scales, bits)
+        scales = module.scale.detach().to(device, torch.float16).view(module.weight.shape[0], -1)
+        codes, gap = restore_codes(module.weight.detach().to(device), scales, bits)
         if not gap < 0.4:  # a 16-bit weight is a rounded multiple; NaN is none
             raise PipelineError(f"quantize: {name} came back from AutoRound without whole codes")
-        weight = read_tensor(source, stored[f"{name}.weight"])
+        weight = read_tensor(source, stored[f"{name}.weight"]).to(device)
         yield name, pack(codes, scales, bits), relative_error(weight, codes, scales)
 
 
@@ -205,7 +206,9 @@ def tune_linears(
         prefix = f"{BLOCKS}.{index}."
         check_quantized(block, index, {name.removeprefix(prefix) for name in names})
         errors = {}
-        for name, parts, error in pack_block(block, prefix, names, source, stored, recipe.bits):
+        for name, parts, error in pack_block(
+            block, prefix, names, source, stored, recipe.bits, device
+        ):
             write_parts(file, name, parts)
             errors[name] = error
         scratch.keep(files, {"sha256": block_digest(file, names), "errors": errors})

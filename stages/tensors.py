@@ -133,7 +133,7 @@ class TensorFile:
         if tensor.dtype != DTYPES[dtype] or tuple(tensor.shape) != shape:
             raise ValueError(f"{name}: {tensor.dtype} {list(tensor.shape)} is not as announced")
         self._write(
-            self._data + start, tensor.contiguous().view(torch.uint8).numpy().data.cast("B")
+            self._data + start, tensor.cpu().contiguous().view(torch.uint8).numpy().data.cast("B")
         )
 
     def _write(self, place: int, data: memoryview | bytes) -> None:

@@ -173,7 +173,12 @@ def tune_block(
         library_logger.addFilter(_Quiet())
     options: dict[str, Any] = {}
     if recipe.iters:
-        options = {"gradient_accumulate_steps": recipe.gradient_accumulate_steps, "lr": recipe.lr}
+        options = {
+            "gradient_accumulate_steps": recipe.gradient_accumulate_steps,
+            "lr": recipe.lr,
+            # "best" would compare sums over different samples: a step that drew short ones wins
+            "not_use_best_mse": True,
+        }
     rounder = AutoRound(
         Holder(block),
         tokenizer="",  # only there to be looked at
