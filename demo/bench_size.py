@@ -160,7 +160,6 @@ def prepare_run(
     name: str,
     recipe: Mapping[str, Any],
     samples: Mapping[str, int],
-    model: Mapping[str, Any] | None = None,
 ) -> Path:
     """Return a working folder with a params.yaml of one recipe, whose model is inspected.
 
@@ -174,8 +173,6 @@ def prepare_run(
         Its values beside bits, group size and symmetry.
     samples
         Its calibration set; empty for none.
-    model
-        Values to replace in section ``model``.
     """
     calibration, _ = prepare_data(bench)
     folder = bench.work / recipe_folder(name)
@@ -184,7 +181,7 @@ def prepare_run(
     (folder / "demo").symlink_to(ROOT / "demo")
     yaml = YAML(typ="safe", pure=True)
     params = yaml.load((ROOT / "params.yaml").read_text(encoding="utf-8"))
-    params["model"] |= {"source": str(bench.model.absolute()), "revision": None, **(model or {})}
+    params["model"] |= {"source": str(bench.model.absolute()), "revision": None}
     params["calibration"]["dataset"] = str(calibration.absolute())
     params["calibration"]["sets"] = {"measured": {"queries": 1, "pages": 0, "passages": 0}}
     if samples:
@@ -197,7 +194,7 @@ def prepare_run(
         yaml.dump(params, file)
     bench.call(f"{name}-inspect", "-m", "stages.inspect_model", folder=folder)
     # the same samples are made once
-    key = "-".join(f"{part}{value}" for part, value in sorted({**samples, **(model or {})}.items()))
+    key = "-".join(f"{part}{value}" for part, value in sorted(samples.items()))
     made, ready = folder / "artifacts/calibration", bench.work / f"samples-{key or 'none'}"
     if not ready.exists():
         bench.call(f"{name}-calibrate", "-m", "stages.calibrate", folder=folder)
@@ -371,28 +368,9 @@ def sample_tokens(folder: Path) -> list[int]:
 
 def tune(
     bench: Bench,
+    name: str,
     iters: int,
     samples: Mapping[str, int],
-<<<<<<< HEAD
-    batch_size: int = SAMPLES_PER_ITER,
-    model: Mapping[str, Any] | None = None,
-    name: str = "",
-) -> Result:
-    """AutoRound through the stage, eight samples an iteration, with its arithmetic operations."""
-    name = name or f"tune-{iters}"
-    recipe = {
-        "method": "autoround", "calibration": "measured", "iters": iters, "seed": 42,
-        "batch_size": batch_size,
-        "gradient_accumulate_steps": SAMPLES_PER_ITER // batch_size,
-    }  # fmt: skip
-    folder = prepare_run(bench, name, recipe, samples, model)
-    result = quantize(bench, name, folder)
-    shutil.rmtree(bench.checkpoint(name))  # disk
-    operations = tuning_operations(
-        read_config(bench), sample_tokens(folder), iters, SAMPLES_PER_ITER
-    )
-    return {"iters": iters, "batch_size": batch_size, **result, "operations": operations}
-=======
     batch: int = 8,
 ) -> Result:
     """AutoRound through the stage, eight samples a step, with its arithmetic operations.
@@ -409,7 +387,6 @@ def tune(
     config = read_config(bench)
     operations = tuning_operations(config, sample_tokens(folder), iters, samples_per_iter=8)
     return {"iters": iters, "batch_size": batch, **result, "operations": operations}
->>>>>>> main
 
 
 MIXED = {"queries": SAMPLES, "pages": SAMPLES}
@@ -430,19 +407,6 @@ STEPS: dict[str, dict[str, Callable[[Bench], Result]]] = {
         "rates": lambda bench: bench.call("rates", "-m", "demo.size_steps", "peak_rates"),
         "floor": step_floor,
         "rtn": step_rtn,
-<<<<<<< HEAD
-        "tune-0": lambda bench: tune(bench, 0, MIXED),
-        "tune-50": lambda bench: tune(bench, 50, MIXED),
-        "tune-200": lambda bench: tune(bench, 200, MIXED),
-        "tune-200-text": lambda bench: tune(
-            bench, 200, {"passages": 2 * SAMPLES}, name="tune-200-text"
-        ),
-        # for a small card: one sample in a forward, then also half the visual tokens
-        "tune-50-low": lambda bench: tune(bench, 50, MIXED, 1, name="tune-50-low"),
-        "tune-50-lower": lambda bench: tune(
-            bench, 50, MIXED, 1, {"max_num_visual_tokens": 640}, name="tune-50-lower"
-        ),
-=======
         "tune-0": lambda bench: tune(bench, "tune-0", 0, MIXED),
         "tune-50": lambda bench: tune(bench, "tune-50", 50, MIXED),
         "tune-200": lambda bench: tune(bench, "tune-200", 200, MIXED),
@@ -450,7 +414,6 @@ STEPS: dict[str, dict[str, Callable[[Bench], Result]]] = {
         "tune-50-text": lambda bench: tune(bench, "tune-50-text", 50, {"passages": SAMPLES}),
         # what a small card can do with
         "tune-50-low": lambda bench: tune(bench, "tune-50-low", 50, MIXED, batch=1),
->>>>>>> main
         "embed": step_embed,
         "embed-w4": step_embed_w4,
         "embed-12gb": step_embed_12gb,
