@@ -37,6 +37,7 @@ RESULTS = Path("metrics/size")
 WEIGHTS = "random, true shapes"
 PAGE_PIXELS = (1131, 1600)  # A4 at about 137 dpi: 1260 visual tokens
 SAMPLES = 16  # of each kind
+SAMPLES_PER_ITER = 8  # AutoRound's default
 GPU_PAGES = 32
 BUDGETS = [1280, 2560, 5120, 10240]
 CAP_GIB = 11.25  # what a card of 12 GiB leaves to torch beside the driver's own
@@ -159,7 +160,6 @@ def prepare_run(
     name: str,
     recipe: Mapping[str, Any],
     samples: Mapping[str, int],
-    model: Mapping[str, Any] | None = None,
 ) -> Path:
     """Return a working folder with a params.yaml of one recipe, whose model is inspected.
 
@@ -173,8 +173,6 @@ def prepare_run(
         Its values beside bits, group size and symmetry.
     samples
         Its calibration set; empty for none.
-    model
-        Values to replace in section ``model``.
     """
     calibration, _ = prepare_data(bench)
     folder = bench.work / recipe_folder(name)
@@ -183,7 +181,7 @@ def prepare_run(
     (folder / "demo").symlink_to(ROOT / "demo")
     yaml = YAML(typ="safe", pure=True)
     params = yaml.load((ROOT / "params.yaml").read_text(encoding="utf-8"))
-    params["model"] |= {"source": str(bench.model.absolute()), "revision": None, **(model or {})}
+    params["model"] |= {"source": str(bench.model.absolute()), "revision": None}
     params["calibration"]["dataset"] = str(calibration.absolute())
     params["calibration"]["sets"] = {"measured": {"queries": 1, "pages": 0, "passages": 0}}
     if samples:
@@ -196,7 +194,7 @@ def prepare_run(
         yaml.dump(params, file)
     bench.call(f"{name}-inspect", "-m", "stages.inspect_model", folder=folder)
     # the same samples are made once
-    key = "-".join(f"{part}{value}" for part, value in sorted({**samples, **(model or {})}.items()))
+    key = "-".join(f"{part}{value}" for part, value in sorted(samples.items()))
     made, ready = folder / "artifacts/calibration", bench.work / f"samples-{key or 'none'}"
     if not ready.exists():
         bench.call(f"{name}-calibrate", "-m", "stages.calibrate", folder=folder)
@@ -351,7 +349,7 @@ def step_tune_block(bench: Bench) -> Result:
     seconds = state.stat().st_mtime - captured[0]
     by_token = seconds / (sum(tokens) * iters)
     layers = read_config(bench)["text_config"]["num_hidden_layers"]
-    hours = by_token * 200 * 8 * sum(tokens) / len(tokens) * layers / 3600
+    hours = by_token * 200 * SAMPLES_PER_ITER * sum(tokens) / len(tokens) * layers / 3600
     return {
         **figures(usage),
         "iters": iters,

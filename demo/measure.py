@@ -37,7 +37,7 @@ class Usage:
     status
         Exit status, negative for a signal.
     output
-        Last lines of stdout and stderr together.
+        Last lines of stdout and stderr together, ``RESULT`` lines left out.
     result
         The fields of the ``RESULT`` lines that it printed.
     """
@@ -131,11 +131,11 @@ def run_measured(
         Asked ten times a second; once true, the child is ended with SIGTERM.
     """
     start = time.monotonic()
-    with log.open("wb") as output:
+    with log.open("wb") as sink:
         child = subprocess.Popen(
             [str(word) for word in command],
             cwd=folder,
-            stdout=output,
+            stdout=sink,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             env={**os.environ, **(environment or {})},
@@ -152,12 +152,15 @@ def run_measured(
             child.kill()
             sampler.stop()
     seconds = time.monotonic() - start
-    lines = log.read_text(errors="replace").splitlines()
     result: dict[str, Any] = {}
-    for line in lines:
+    others = []
+    for line in log.read_text(errors="replace").splitlines():
         if line.startswith(RESULT):
             result |= json.loads(line.removeprefix(RESULT))
-    return Usage(seconds, sampler.own, sampler.resident, status, "\n".join(lines[-20:]), result)
+        else:
+            others.append(line)
+    output = "\n".join(others[-20:])
+    return Usage(seconds, sampler.own, sampler.resident, status, output, result)
 
 
 def machine(gpu: bool) -> dict[str, Any]:

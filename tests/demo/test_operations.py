@@ -41,7 +41,7 @@ def test_a_query_as_torch_counts_it(model: ColQwen3) -> None:
     inputs = load_processor(DEMO, 1280).process_texts(["total of the year " * 30])
     tokens = inputs["input_ids"].shape[1]
     # torch counts all pairs of tokens, half of which the causal mask leaves out
-    masked = 2 * tokens**2 * 4 * 64 * 3
+    masked = 2 * tokens**2 * 4 * 64 * CONFIG["text_config"]["num_hidden_layers"]
     assert text_operations(CONFIG, tokens) + masked == pytest.approx(
         counted(model, inputs), rel=0.002
     )
@@ -50,7 +50,7 @@ def test_a_query_as_torch_counts_it(model: ColQwen3) -> None:
 def test_a_page_as_torch_counts_it(model: ColQwen3) -> None:
     inputs = load_processor(DEMO, 1280).process_images([Image.new("RGB", (512, 384), "white")])
     tokens = inputs["input_ids"].shape[1]
-    masked = 2 * tokens**2 * 4 * 64 * 3
+    masked = 2 * tokens**2 * 4 * 64 * CONFIG["text_config"]["num_hidden_layers"]
     assert page_operations(CONFIG, tokens, tokens - 11) + masked == pytest.approx(
         counted(model, inputs), rel=0.002
     )
