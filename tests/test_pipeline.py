@@ -69,6 +69,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("calibration", "sets", "mixed", "queries"): 2,
         ("calibration", "sets", "mixed", "pages"): 2,
         ("recipes", "w4g128", "iters"): 2,
+        ("recipes", "w4g128", "lr"): 0.005,
         ("benchmark", "warmup"): 0,
         ("benchmark", "repeats"): 1,
         ("ablation", "sets", "text-seed1", "passages"): 2,
