@@ -19,7 +19,7 @@ ABLATION = {
     },
     "text-seed1": {
         "method": "autoround", "calibration": "text-seed1", "deepstack": False,
-        "bits": 3, "group_size": 128, "sym": True, "iters": 2, "seed": 1,
+        "bits": 3, "group_size": 128, "sym": True, "iters": 2, "lr": 0.005, "seed": 1,
     },
 }  # fmt: skip
 
@@ -76,8 +76,10 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("ablation", "recipes"): ABLATION,
     }.items():
         change(folder, *keys, value=value)
-    (folder / "dvc.lock").unlink(missing_ok=True)
-    shutil.rmtree(folder / "metrics", ignore_errors=True)
+    for path in ("dvc.lock", "ablation/dvc.lock"):
+        (folder / path).unlink(missing_ok=True)
+    for path in ("metrics", "ablation/metrics"):
+        shutil.rmtree(folder / path, ignore_errors=True)
     for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "clone"]):
         identity = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
         subprocess.run(["git", *identity, *command], cwd=folder, check=True)
