@@ -7,6 +7,7 @@ size. Its output in full precision and its output once quantized, both from Auto
 next layer's inputs; they are kept on disk, so that a killed run goes on where it stopped.
 """
 
+import gc
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -267,6 +268,8 @@ def tune_blocks(
         scratch.keep({INPUTS: digest_file(path)})
     inputs = _read_samples(path)
     front = front.to("meta")  # only its classes and config are needed from here
+    # AutoRound collects garbage many times a layer; what is loaded by now need not be looked at
+    gc.freeze()
     start = len(scratch.steps)
     quantized: Hidden | None
     if start:
