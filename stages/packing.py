@@ -142,7 +142,8 @@ def _unpack_rows(words: torch.Tensor, bits: int) -> torch.Tensor:
         unpacked: torch.Tensor = unpack_bitstream(words, bits, dim=1)
         return unpacked.to(torch.int16)
     whole = words.contiguous().view(torch.uint8)
-    values = torch.empty(len(words), whole.shape[1] * 8 // bits, dtype=torch.int16)
+    size = (len(words), whole.shape[1] * 8 // bits)
+    values = torch.empty(size, dtype=torch.int16, device=words.device)
     for place in range(8 // bits):
         values[:, place :: 8 // bits] = (whole >> (place * bits)) & (2**bits - 1)
     return values

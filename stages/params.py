@@ -166,10 +166,16 @@ class EvaluateParams(Section):
     dataset: str = Field(min_length=1)
 
 
+BatchSize = Annotated[int, Field(ge=1, le=64)]
+
+
 class BenchmarkParams(Section):
     """How latency is measured."""
 
     dtype: Literal["float32", "bfloat16"]
+    query_tokens: int = Field(gt=10)  # ten of them are the augmentation tokens
+    query_batches: list[BatchSize] = Field(min_length=1)
+    page_batches: list[BatchSize] = Field(min_length=1)
     warmup: int = Field(ge=0)
     repeats: int = Field(ge=1)
 

@@ -101,14 +101,16 @@ def headline(result: Result) -> dict[str, str]:
         "Weight files: reduction": f"{size['reduction_percent']:.1f} %",
     }
     for kind in ("query", "page"):
-        times = result.speed[kind]
-        figures[f"Latency of one {kind}: original → quantized"] = (
+        batches = result.speed[kind]["batches"]
+        least = min(batches, key=int)
+        times = batches[least]["best"]
+        figures[f"Latency, {kind}, batch {least}: original → quantized"] = (
             f"{times['original_ms']:.1f} → {times['quantized_ms']:.1f} ms"
             f" (speed-up {times['speedup']:.2f})"
         )
     figures["Latency measured on"] = (
         f"{setting['device']}, threads: {setting['threads']}, "
-        f"{setting['original_dtype']} → {setting['quantized_dtype']}, torch {setting['torch']}"
+        f"{setting['dtype']}, kernel: {setting['kernel']}, torch {setting['torch']}"
     )
     figures["Gate"] = "; ".join(result.breaches) or "within every limit"
     return figures

@@ -1,4 +1,4 @@
-"""The stopwatch of the benchmark; no test depends on how fast anything is."""
+"""The arithmetic around the stopwatch; no test depends on how fast anything is."""
 
 import time
 
@@ -7,12 +7,38 @@ import torch
 
 from stages import benchmark
 
+CPU = torch.device("cpu")
 
-def test_median_leaves_the_warmup_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    # two clock readings a call: the calls last 9, 8, 1, 2 and 30 seconds
-    readings = iter([0, 9, 10, 18, 20, 21, 30, 32, 40, 70])
-    monkeypatch.setattr(time, "perf_counter", lambda: next(readings))
-    calls: list[int] = []
-    found = benchmark.median_ms(lambda: calls.append(1), torch.device("cpu"), warmup=2, repeats=3)
-    assert found == 2000
-    assert len(calls) == 5
+
+def test_median_leaves_the_warmup_out_and_takes_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    # two clock readings a call; the first work takes 9, 8, 1, 2, 30 seconds, the second 5 each time
+    first, now, readings = iter([9, 8, 1, 2, 30]), 0, []
+    for taken in first:
+        for length in (taken, 5):
+            readings += [now, now + length]
+            now += length + 1
+    clock = iter(readings)
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    calls: list[str] = []
+    works = [lambda: calls.append("first"), lambda: calls.append("second")]
+    assert benchmark.median_ms(works, CPU, warmup=2, repeats=3) == [2000, 5000]
+    assert calls == ["first", "second"] * 5
+
+
+def test_rows_keep_the_augmentation_tokens() -> None:
+    ids = [torch.arange(13), torch.arange(100, 130)]
+    rows = benchmark.query_rows(ids, tokens=16, count=3)
+    suffixes = [list(range(3, 13)), list(range(120, 130)), list(range(3, 13))]
+    texts = [[0, 1, 2, 0, 1, 2], [100, 101, 102, 103, 104, 105], [0, 1, 2, 0, 1, 2]]
+    assert [row.tolist() for row in rows] == [a + b for a, b in zip(texts, suffixes, strict=True)]
+
+
+def test_best_takes_each_models_own_fastest_mode() -> None:
+    found = benchmark.compare_times({"eager": [40.0, 80.0], "graphs": [8.0, 4.0]}, items=2)
+    assert found["eager"] == {"original_ms": 40, "quantized_ms": 80, "speedup": 0.5}
+    assert found["graphs"]["speedup"] == 2
+    found = benchmark.compare_times({"eager": [6.0, 8.0], "graphs": [8.0, 4.0]}, items=2)
+    assert found["best"] == {
+        "original_ms": 6, "quantized_ms": 4, "speedup": 1.5,
+        "original_per_second": 333.33, "quantized_per_second": 500,
+    }  # fmt: skip

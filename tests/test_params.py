@@ -73,6 +73,9 @@ evaluate:
   dataset: some/evaluation
 benchmark:
   dtype: bfloat16
+  query_tokens: 26
+  query_batches: [1, 8]
+  page_batches: [1]
   warmup: 0
   repeats: 10
 gate:
@@ -366,6 +369,9 @@ BAD = [
     ("batch: 1281", "batch: -1", "embed.visual_tokens_per_batch: ", "-1"),
     ("dtype: float32", "dtype: float16", "embed.dtype: ", "'float16'"),
     ("dtype: bfloat16", "dtype: int8", "benchmark.dtype: ", "'int8'"),
+    ("query_tokens: 26", "query_tokens: 10", "benchmark.query_tokens: ", "10"),
+    ("query_batches: [1, 8]", "query_batches: []", "benchmark.query_batches: ", "[]"),
+    ("page_batches: [1]", "page_batches: [65]", "benchmark.page_batches.0: ", "65"),
     ("warmup: 0", "warmup: -1", "benchmark.warmup: ", "-1"),
     ("repeats: 10", "repeats: 0", "benchmark.repeats: ", "0"),
     ("min_query_cosine: 0.95", "min_query_cosine: 95", "gate.min_query_cosine: ", "95"),

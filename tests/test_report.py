@@ -49,11 +49,11 @@ def made_up(page: float = 0.9812) -> dict[str, Any]:
 
 
 SPEED: dict[str, Any] = {
-    "query": {"original_ms": 10.25, "quantized_ms": 124.26, "speedup": 0.08},
-    "page": {"original_ms": 200.02, "quantized_ms": 846.45, "speedup": 0.24},
+    "query": {"batches": {"1": {"best": {"original_ms": 10.25, "quantized_ms": 124.26, "speedup": 0.08}}}},
+    "page": {"batches": {"1": {"best": {"original_ms": 200.02, "quantized_ms": 846.45, "speedup": 0.24}}}},
     "setting": {
-        "device": "Abacus 9000", "threads": 3, "original_dtype": "float32",
-        "quantized_dtype": "float16", "torch": "2.13.0",
+        "device": "Abacus 9000", "threads": 3, "dtype": "float32", "kernel": "dense",
+        "torch": "2.13.0",
     },
 }  # fmt: skip
 LAYERS = [{"layer": f"{block}.mlp.up_proj", "error": 0.1} for block in range(2)]
@@ -66,7 +66,7 @@ FIGURES = (
     "-0.089 (-0.133 … +0.044)", "0.857", "0.701 → 0.602", "73.8 %", "-0.250 (-0.305 … -0.207)",
     "10,790,224 → 7,304,168 bytes", "32.3 %", "10.2 → 124.3 ms (speed-up 0.08)",
     "200.0 → 846.5 ms (speed-up 0.24)",
-    "Abacus 9000, threads: 3, float32 → float16, torch 2.13.0",
+    "Abacus 9000, threads: 3, float32, kernel: dense, torch 2.13.0",
 )  # fmt: skip
 
 

@@ -1,0 +1,390 @@
+"""The serving runtime: queries and pages in, one unit vector a token out.
+
+The arithmetic is that of `ColQwen3`, in a form that a GPU runs with few launches: linears that
+read the same input are one, what lies between linears is compiled, queries are padded to a few
+sizes and each size is recorded once as a CUDA graph, so that the processor only says "go".
+"""
+
+import contextlib
+import functools
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbedding
+
+from stages.colqwen3.configuration import ColQwen3Config
+from stages.colqwen3.loading import as_pipeline_error, load_processor, quantization_config
+from stages.colqwen3.processing import ColQwen3Processor
+from stages.colqwen3.serving.decoder import Decoder
+from stages.colqwen3.serving.fused import PLAIN, Operations, choose_operations
+from stages.colqwen3.serving.recording import Recording, Work, agree, record
+from stages.colqwen3.serving.vision import Grid, Places, Tower
+from stages.colqwen3.serving.weights import TEXT, Weights, build_decoder, build_tower
+from stages.files import read_json
+
+logger = logging.getLogger(__name__)
+
+Mode = Literal["eager", "compiled", "graphs"]
+
+TOKEN_STEP = 4  # queries are padded to a multiple
+BATCHES = (1, 2, 4, 8, 16, 32, 64)  # and batches to one of these
+MOST_TOKENS = 6000  # in a recorded forward; beyond, launches cost nothing beside the arithmetic
+RECORDED_PAGES = 16  # sizes of page batches that are kept recorded
+LONG = 256  # tokens from which cuDNN's attention is the faster one
+
+
+@dataclass(frozen=True)
+class PageBatch:
+    """The pages of a batch, on the device.
+
+    Attributes
+    ----------
+    ids
+        Integers [pages, tokens], padded on the right.
+    pixels
+        [patches, channels x temporal patch x patch x patch].
+    places
+        What their sizes determine in the vision tower.
+    visual
+        Places of the visual tokens among all pages x tokens.
+    cos, sin
+        [pages x tokens, head_dim].
+    """
+
+    ids: torch.Tensor
+    pixels: torch.Tensor
+    places: Places
+    visual: torch.Tensor
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+
+class Runtime:
+    """A ColQwen3 ready to serve; made by `load_runtime`. It is for one thread.
+
+    Attributes
+    ----------
+    device, dtype
+        Where and in what it computes.
+    kernel
+        What computes the quantized linears, one of `stages.colqwen3.serving.linears.KERNELS`.
+    mode
+        ``graphs``, ``compiled`` or ``eager``.
+    """
+
+    def __init__(
+        self,
+        config: ColQwen3Config,
+        processor: ColQwen3Processor,
+        weights: Weights,
+        device: torch.device,
+        dtype: torch.dtype,
+        mode: Mode,
+    ) -> None:
+        self._config, self._processor = config, processor
+        self._decoder: Decoder = build_decoder(weights, config)
+        self._tower: Tower = build_tower(weights, config)
+        self._embeddings = weights.tensor(f"{TEXT}.embed_tokens.weight")
+        self._rotary = Qwen3VLTextRotaryEmbedding(config.text_config)
+        self._recorded_queries: dict[tuple[int, int], Recording] = {}
+        self._recorded_pages: OrderedDict[Any, Recording | None] = OrderedDict()
+        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self._pad: int = processor.tokenizer.pad_token_id
+        self.device, self.dtype, self.kernel = device, dtype, weights.kernel
+        self.mode: Mode
+        self._operations: Operations
+        self.use(mode)
+
+    def use(self, mode: Mode) -> None:
+        """Compute in another mode from here on.
+
+        What is compiled is compared with plain torch once; when it does not agree, a warning says
+        so and plain torch is used.
+        """
+        self.mode, self._operations = mode, PLAIN
+        if mode == "eager":
+            return
+        trial = [torch.arange(24)]
+        with torch.inference_mode():
+            wanted = self._unrecorded_queries(trial)
+            self._operations = choose_operations(self.device)
+            if self._operations is PLAIN or agree(self._unrecorded_queries(trial), wanted):
+                return
+        logger.warning("compiled kernels are wrong on this GPU: plain torch is used, and slower")
+        self._operations = PLAIN
+
+    # ---- Queries -------------------------------------------------------------------------------
+
+    def embed_queries(self, texts: Sequence[str]) -> list[torch.Tensor]:
+        """Embed queries, or passages of text.
+
+        Returns
+        -------
+        list
+            Float32 [tokens, embed_dim] on the runtime's device for each text.
+        """
+        made: list[torch.Tensor] = []
+        for start in range(0, len(texts), BATCHES[-1]):
+            rows = self.token_ids(self._processor.process_texts(texts[start : start + BATCHES[-1]]))
+            vectors = self.run_queries(rows)
+            made += [vectors[i, : len(row)] for i, row in enumerate(rows)]
+        return made
+
+    def token_ids(self, inputs: Any) -> list[torch.Tensor]:
+        """Return the token ids of each row of a processor's batch, without padding."""
+        masks = inputs["attention_mask"].bool()
+        return [ids[mask] for ids, mask in zip(inputs["input_ids"], masks, strict=True)]
+
+    @torch.inference_mode()
+    def run_queries(self, rows: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Embed rows of token ids without images, at most 64.
+
+        Returns
+        -------
+        torch.Tensor
+            Float32 [at least len(rows), at least the longest row, embed_dim].
+        """
+        longest = max(map(len, rows))
+        tokens = -(-longest // TOKEN_STEP) * TOKEN_STEP
+        batch = next(size for size in BATCHES if size >= len(rows))
+        if not self._records(batch * tokens):
+            return self._unrecorded_queries(rows)
+        ids = self._padded(rows, batch, tokens)
+        recording = self._recorded_queries.get((batch, tokens))
+        if recording is None:
+            work = functools.partial(self._queries, *self._text_places(tokens))
+            recording = self._record(work, ids.to(self.device))
+            if recording is None:
+                return self._unrecorded_queries(rows)
+            self._recorded_queries[batch, tokens] = recording
+        return recording.replay(ids)
+
+    def _unrecorded_queries(self, rows: Sequence[torch.Tensor]) -> torch.Tensor:
+        tokens = max(map(len, rows))
+        ids = self._padded(rows, len(rows), tokens)
+        return self._queries(*self._text_places(tokens), ids.to(self.device))
+
+    def _records(self, tokens: int) -> bool:
+        return self.mode == "graphs" and self.device.type == "cuda" and tokens <= MOST_TOKENS
+
+    def _padded(self, rows: Sequence[torch.Tensor], batch: int, tokens: int) -> torch.Tensor:
+        ids = torch.full((batch, tokens), self._pad)
+        for place, row in zip(ids, rows, strict=False):
+            place[: len(row)] = row
+        return ids
+
+    def _queries(self, cos: torch.Tensor, sin: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        batch, tokens = ids.shape
+        cos, sin = cos.repeat(batch, 1), sin.repeat(batch, 1)
+        with _attention(tokens):
+            hidden = functional.embedding(ids, self._embeddings)
+            return self._decoder.run(hidden, cos, sin, self._operations)
+
+    @functools.lru_cache(maxsize=64)  # noqa: B019 - a runtime lives as long as its process
+    def _text_places(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._cos_sin(torch.arange(tokens).expand(3, -1))
+
+    def _cos_sin(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return cosine and sine [tokens, head_dim] of positions [3, tokens]."""
+        cos, sin = self._rotary(torch.empty(0, dtype=self.dtype), positions.unsqueeze(1))
+        return cos[0].to(self.device), sin[0].to(self.device)
+
+    def _record(self, work: Work, inputs: torch.Tensor) -> Recording | None:
+        """Record `work`; if that fails, warn, and record nothing any more."""
+        try:
+            return record(work, inputs, self._pool)
+        except RuntimeError as error:
+            reason = (str(error).splitlines() or [repr(error)])[0]
+            logger.warning("CUDA graphs do not work here (%s): serving is slower", reason)
+            self.mode = "compiled"
+            return None
+
+    # ---- Pages ---------------------------------------------------------------------------------
+
+    def embed_pages(self, pages: Sequence[Image.Image]) -> list[torch.Tensor]:
+        """Embed page images, all in one batch.
+
+        Returns
+        -------
+        list
+            Float32 [tokens, embed_dim] on the runtime's device for each page.
+
+        Raises
+        ------
+        ValueError
+            If a page is more than 200 times as long as wide.
+        """
+        inputs = self._processor.process_images(pages)
+        vectors = self.run_pages(inputs)
+        rows = self.token_ids(inputs)
+        return [vectors[i, : len(row)] for i, row in enumerate(rows)]
+
+    @torch.inference_mode()
+    def run_pages(self, inputs: Any) -> torch.Tensor:
+        """Embed the pages of one batch of the processor.
+
+        Returns
+        -------
+        torch.Tensor
+            Float32 [pages, tokens of the longest, embed_dim].
+        """
+        grids: list[Grid] = [(t, h, w) for t, h, w in inputs["image_grid_thw"].tolist()]
+        batch = self._page_batch(inputs, grids)
+        if not self._records(batch.ids.numel()):
+            return self._pages(batch, batch.pixels)
+        # the prompt of a page is always the same, so its grid says all but the pixels
+        key = tuple(grids)
+        recording = self._recorded_pages.get(key)
+        if recording is None and key in self._recorded_pages:  # the second batch of this kind
+            recording = self._record(functools.partial(self._pages, batch), batch.pixels)
+        self._recorded_pages[key] = recording
+        self._recorded_pages.move_to_end(key)
+        if len(self._recorded_pages) > RECORDED_PAGES:
+            self._recorded_pages.popitem(last=False)
+        return recording.replay(batch.pixels) if recording else self._pages(batch, batch.pixels)
+
+    def _page_batch(self, inputs: Any, grids: Sequence[Grid]) -> PageBatch:
+        rows = self.token_ids(inputs)
+        tokens = max(map(len, rows))
+        ids = self._padded(rows, len(rows), tokens)
+        places = [
+            self._page_places(row, grid, tokens) for row, grid in zip(rows, grids, strict=True)
+        ]
+        cos, sin = (torch.cat(part) for part in zip(*places, strict=True))
+        visual = (ids.flatten() == self._config.image_token_id).nonzero().flatten()
+        return PageBatch(
+            ids.to(self.device),
+            inputs["pixel_values"].to(self.device, self.dtype),
+            self._tower.places(grids),
+            visual.to(self.device),
+            cos,
+            sin,
+        )
+
+    def _pages(self, batch: PageBatch, pixels: torch.Tensor) -> torch.Tensor:
+        with _attention(batch.ids.shape[1]):
+            made, features = self._tower.run(pixels, batch.places, self._operations)
+            hidden = functional.embedding(batch.ids, self._embeddings)
+            hidden.view(-1, hidden.shape[-1]).index_copy_(0, batch.visual, made)
+            return self._decoder.run(
+                hidden, batch.cos, batch.sin, self._operations, (batch.visual, features)
+            )
+
+    def _page_places(
+        self, row: torch.Tensor, grid: Grid, tokens: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        start = int((row == self._config.image_token_id).nonzero()[0])
+        return self._grid_places(grid, start, len(row), tokens)
+
+    @functools.lru_cache(maxsize=64)  # noqa: B019 - a runtime lives as long as its process
+    def _grid_places(
+        self, grid: Grid, start: int, length: int, tokens: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        positions = page_positions(grid, self._tower.merge, start, length)
+        return self._cos_sin(functional.pad(positions, (0, tokens - length)))
+
+
+def page_positions(grid: Grid, merge: int, start: int, length: int) -> torch.Tensor:
+    """Return the M-RoPE positions of a page and the prompt around it.
+
+    Text counts up in all three; a visual token is `start` plus its frame, row and column; the text
+    after a page goes on behind its longer side (Qwen2-VL, arXiv:2409.12191).
+
+    Parameters
+    ----------
+    grid
+        Frames, patch rows, patch columns.
+    merge
+        Patches a side of a visual token.
+    start
+        Text tokens before the first visual one.
+    length
+        Of the whole prompt, visual tokens included.
+
+    Returns
+    -------
+    torch.Tensor
+        Integers [3, length].
+    """
+    frames, rows, columns = grid[0], grid[1] // merge, grid[2] // merge
+    visual = torch.cartesian_prod(*map(torch.arange, (frames, rows, columns))).T + start
+    after = torch.arange(length - start - visual.shape[1]) + start + max(rows, columns)
+    return torch.cat([torch.arange(start).expand(3, -1), visual, after.expand(3, -1)], 1)
+
+
+@contextlib.contextmanager
+def _attention(tokens: int) -> Iterator[None]:
+    """Prefer the attention that is the faster one for sequences of this length."""
+    long = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
+    order = long if tokens >= LONG else long[::-1]
+    with sdpa_kernel([*order, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH], set_priority=True):
+        yield
+
+
+def load_runtime(
+    folder: Path | str,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    mode: Mode = "graphs",
+    max_num_visual_tokens: int = 1280,
+) -> Runtime:
+    """Load a ColQwen3 folder, original or made by this pipeline, ready to serve.
+
+    Weights go to the device tensor by tensor; 4-bit ones stay so when a kernel for them is
+    installed and agrees with their dequantized values, which is tried once here. Where something
+    is missing, a warning says what, and what it costs.
+
+    Parameters
+    ----------
+    folder
+        The model.
+    device
+        Default: the GPU when there is one.
+    dtype
+        Of the arithmetic. Default: bfloat16 on a GPU, else whichever of float32 and bfloat16 this
+        processor multiplies faster.
+    mode
+        ``graphs``: compiled, and a CUDA graph for each size of query batch; ``compiled``;
+        ``eager``. The last two are for comparison.
+    max_num_visual_tokens
+        A page is shrunk until it has at most so many.
+
+    Raises
+    ------
+    PipelineError
+        If the folder is damaged or no ColQwen3.
+    """
+    folder = Path(folder)
+    quantization = quantization_config(folder)
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    chosen = dtype or (torch.bfloat16 if place.type == "cuda" else faster_dtype())
+    processor = load_processor(folder, max_num_visual_tokens)
+    with as_pipeline_error(folder), torch.device("cpu"):
+        config = ColQwen3Config.from_dict(read_json(folder / "config.json", "fetch it again"))
+        weights = Weights(folder, place, chosen, quantization)
+        return Runtime(config, processor, weights, place, chosen, mode)
+
+
+def faster_dtype(features: int = 2048, tokens: int = 26) -> torch.dtype:
+    """Return float32 or bfloat16, whichever a query's linear takes less time in on this CPU."""
+    taken = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        x, weight = (
+            torch.ones(tokens, features, dtype=dtype),
+            torch.ones(features, features, dtype=dtype),
+        )
+        functional.linear(x, weight)
+        start = time.perf_counter()
+        for _ in range(5):
+            functional.linear(x, weight)
+        taken[dtype] = time.perf_counter() - start
+    return min(taken, key=taken.__getitem__)

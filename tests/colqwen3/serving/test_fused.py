@@ -1,0 +1,76 @@
+"""The functions between linears against the modules of transformers that they stand for."""
+
+import shutil
+
+import pytest
+import torch
+from transformers.models.qwen3_vl.modeling_qwen3_vl import (
+    Qwen3VLTextRMSNorm,
+    apply_rotary_pos_emb,
+    apply_rotary_pos_emb_vision,
+)
+
+from stages.colqwen3.serving import fused
+
+
+def angles(tokens: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    half = torch.rand(tokens, size // 2) * 6
+    both = torch.cat((half, half), -1)
+    return both.cos(), both.sin()
+
+
+def norm(size: int) -> Qwen3VLTextRMSNorm:
+    made = Qwen3VLTextRMSNorm(size, eps=1e-6)
+    made.weight.data = torch.rand(size)
+    return made
+
+
+@torch.no_grad()
+def test_norms() -> None:
+    x, change, module = torch.randn(5, 32), torch.randn(5, 32), norm(32)
+    total, normed = fused.add_rms_norm(x, change, module.weight, 1e-6)
+    assert torch.equal(total, x + change)
+    assert torch.equal(normed, module(x + change))
+    layer = torch.nn.LayerNorm(32, eps=1e-6)
+    layer.weight.data, layer.bias.data = torch.rand(32), torch.rand(32)
+    found = fused.add_layer_norm(x, change, layer.weight, layer.bias)
+    assert torch.equal(found[1], layer(x + change))
+
+
+@torch.no_grad()
+def test_heads_are_normed_and_rotated() -> None:
+    heads, key_heads, tokens, size = 4, 2, 6, 16
+    qkv, (cos, sin) = torch.randn(tokens, heads + 2 * key_heads, size), angles(tokens, size)
+    q_norm, k_norm = norm(size), norm(size)
+    q = q_norm(qkv[:, :heads]).transpose(0, 1)[None]
+    k = k_norm(qkv[:, heads : heads + key_heads]).transpose(0, 1)[None]
+    wanted = apply_rotary_pos_emb(q, k, cos[None], sin[None])
+    found = fused.rotate_heads(qkv, q_norm.weight, k_norm.weight, cos, sin, heads, 1e-6)
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs[0].transpose(0, 1))
+
+
+def test_vision_heads_are_rotated() -> None:
+    qkv, (cos, sin) = torch.randn(6, 3, 4, 16), angles(6, 16)
+    wanted = apply_rotary_pos_emb_vision(qkv[:, 0], qkv[:, 1], cos, sin)
+    for ours, theirs in zip(fused.rotate_vision(qkv, cos, sin), wanted, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_gate_is_silu_of_the_first_half() -> None:
+    found = fused.gate(torch.tensor([[1.0, -2.0, 3.0, 4.0]]))
+    wanted = torch.tensor([[3 / (1 + 2.718281828**-1), -8 / (1 + 2.718281828**2)]])
+    torch.testing.assert_close(found, wanted)
+
+
+def test_a_cpu_compiles_nothing() -> None:
+    assert fused.choose_operations(torch.device("cpu")) is fused.PLAIN
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_once_for_any_number_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
+    made = fused._compile(fused.gate)
+    for tokens in (26, 104, 5):
+        x = torch.randn(tokens, 8)
+        torch.testing.assert_close(made(x), fused.gate(x))

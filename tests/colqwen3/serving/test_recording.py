@@ -1,0 +1,33 @@
+"""What counts as agreement, and, where there is a GPU, recordings that replay on other inputs."""
+
+import pytest
+import torch
+
+from stages.colqwen3.serving.recording import agree, record
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+
+
+def unit(*values: float) -> torch.Tensor:
+    return torch.nn.functional.normalize(torch.tensor([values], dtype=torch.float32), dim=-1)
+
+
+def test_rounding_agrees_and_other_directions_do_not() -> None:
+    assert agree(unit(1, 2, 3), unit(1, 2, 3.01))
+    assert not agree(unit(1, 2, 3), unit(3, 2, 1))
+    assert not agree(torch.cat([unit(1, 0), unit(0, 1)]), torch.cat([unit(1, 0), unit(1, 0)]))
+    assert not agree(unit(1, 2) * torch.nan, unit(1, 2))
+
+
+@needs_gpu
+def test_a_recording_replays_on_other_inputs() -> None:
+    weight = torch.randn(8, 8, device="cuda")
+
+    def work(x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.normalize(x @ weight, dim=-1)
+
+    recording = record(work, torch.randn(4, 8, device="cuda"), torch.cuda.graph_pool_handle())
+    first, second = torch.randn(4, 8, device="cuda"), torch.randn(4, 8, device="cuda")
+    kept = recording.replay(first)
+    recording.replay(second)
+    assert torch.equal(kept, work(first)), "what was returned must not change with the next replay"

@@ -1,0 +1,152 @@
+"""The serving runtime against golden embeddings of the publisher's code, and of transformers."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from stages.colqwen3.loading import load_model
+from stages.colqwen3.serving import Runtime, load_runtime
+from stages.colqwen3.serving.runtime import page_positions
+from stages.embed import embed
+from stages.errors import PipelineError
+from stages.files import read_json
+from stages.inspect_model import inspect_folder
+from stages.packing import pack, round_to_nearest
+from stages.params import RtnRecipe
+from stages.quantize import write_configs
+
+GOLDEN = Path("tests/golden")
+META = json.loads((GOLDEN / "golden_meta.json").read_text())
+EMBEDDINGS = load_file(GOLDEN / "golden.safetensors")
+QUERIES: dict[str, str] = json.loads((GOLDEN / "inputs/queries.json").read_text())
+PAGES = sorted(path.stem for path in (GOLDEN / "inputs/pages").glob("*.png"))
+RTN = RtnRecipe(method="rtn", calibration="none", bits=4, group_size=32, sym=True)
+CPU = torch.device("cpu")
+
+
+def page(stem: str) -> Image.Image:
+    return Image.open(GOLDEN / "inputs/pages" / f"{stem}.png")
+
+
+@pytest.fixture(scope="module")
+def runtime() -> Runtime:
+    return load_runtime(GOLDEN / "model", CPU, torch.float32)
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a checkpoint of the golden model, each linear rounded by itself."""
+    folder: Path = tmp_path_factory.mktemp("quantized")
+    linears = inspect_folder(GOLDEN / "model")[0]["linears"]
+    tensors = {}
+    for shard in (GOLDEN / "model").glob("*.safetensors"):
+        for name, tensor in load_file(shard).items():
+            module = name.removesuffix(".weight")
+            if module not in linears:
+                tensors[name] = tensor
+                continue
+            packed = pack(*round_to_nearest(tensor, RTN.bits, RTN.group_size), RTN.bits)
+            tensors |= {f"{module}.{part}": value for part, value in packed.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    write_configs(GOLDEN / "model", folder, RTN)
+    return folder
+
+
+def test_queries_equal_golden_alone_and_together(runtime: Runtime) -> None:
+    together = runtime.embed_queries(list(QUERIES.values()))
+    for (name, text), vectors in zip(QUERIES.items(), together, strict=True):
+        wanted = EMBEDDINGS[f"query/{name}"]
+        torch.testing.assert_close(vectors, wanted, atol=1e-5, rtol=0)
+        torch.testing.assert_close(runtime.embed_queries([text])[0], wanted, atol=1e-5, rtol=0)
+
+
+def test_pages_equal_golden_alone_and_together(runtime: Runtime) -> None:
+    together = runtime.embed_pages([page(stem) for stem in PAGES])
+    assert len({len(vectors) for vectors in together}) > 1, "the batch must need padding"
+    for stem, vectors in zip(PAGES, together, strict=True):
+        rows = META["pages"][stem].get("rows")
+        for found in (vectors, runtime.embed_pages([page(stem)])[0]):
+            kept = found if rows is None else found[rows]
+            torch.testing.assert_close(kept, EMBEDDINGS[f"page/{stem}"], atol=1e-5, rtol=0)
+
+
+def test_more_texts_than_one_batch_keep_their_order(runtime: Runtime) -> None:
+    texts = [f"question number {number}" for number in range(70)]
+    made = runtime.embed_queries(texts)
+    for place in (0, 63, 64, 69):
+        alone = runtime.embed_queries([texts[place]])[0]
+        torch.testing.assert_close(made[place], alone, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_quantized_equals_transformers(quantized: Path, dtype: torch.dtype) -> None:
+    runtime = load_runtime(quantized, CPU, dtype)
+    model = load_model(quantized, dtype, CPU)
+    processor = runtime._processor
+    images = [page(stem) for stem in PAGES[:3]]
+    pairs = [
+        (runtime.embed_queries([text]), embed(model, processor.process_texts([text])))
+        for text in QUERIES.values()
+    ]
+    pairs.append((runtime.embed_pages(images), embed(model, processor.process_images(images))))
+    # two orders of the same 16-bit arithmetic agree no better
+    least = 0.99999 if dtype == torch.float32 else 0.998
+    for found, wanted in pairs:
+        for ours, theirs in zip(found, wanted, strict=True):
+            assert ours.shape == theirs.shape
+            assert torch.cosine_similarity(ours, theirs, dim=-1).min() > least
+
+
+def test_positions_are_those_of_transformers() -> None:
+    model = load_model(GOLDEN / "model", torch.float32, CPU).vlm.model
+    for grid, start, after in (((1, 6, 4), 3, 5), ((1, 2, 8), 1, 2), ((1, 4, 4), 4, 7)):
+        visual = grid[1] * grid[2] // 4
+        types = torch.tensor([[0] * start + [1] * visual + [0] * after])
+        wanted, _ = model.get_rope_index(
+            torch.zeros_like(types), types, image_grid_thw=torch.tensor([grid])
+        )
+        found = page_positions(grid, 2, start, types.shape[1])
+        assert torch.equal(found, wanted[:, 0])
+
+
+def damaged(folder: Path, tmp_path: Path, name: str, value: float | None) -> Path:
+    copy = Path(shutil.copytree(folder, tmp_path / "damaged"))
+    tensors = load_file(copy / "model.safetensors")
+    if value is None:
+        del tensors[name]
+    else:
+        tensors[name].view(-1)[0] = value
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("vlm.model.language_model.layers.1.mlp.down_proj.qweight", None, "lacks the tensor"),
+        ("vlm.model.language_model.norm.weight", None, "lacks the tensor"),
+        ("vlm.model.visual.blocks.0.norm1.bias", float("nan"), "holds NaN or infinite"),
+        ("vlm.model.language_model.layers.0.mlp.up_proj.scales", float("inf"), "holds NaN or inf"),
+    ],
+)
+def test_damaged_folders_are_one_line(
+    quantized: Path, tmp_path: Path, name: str, value: float | None, message: str
+) -> None:
+    folder = damaged(quantized, tmp_path, name, value)
+    with pytest.raises(PipelineError, match=message) as caught:
+        load_runtime(folder, CPU, torch.float32)
+    assert name in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_other_models_are_refused(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(GOLDEN / "model", tmp_path / "model"))
+    config = read_json(folder / "config.json", "")
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "qwen3_vl"}))
+    with pytest.raises(PipelineError, match="model_type is 'qwen3_vl'"):
+        load_runtime(folder, CPU)

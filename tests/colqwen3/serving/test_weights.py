@@ -1,0 +1,40 @@
+"""Linears of one input made one, and what a folder may not lack."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from stages.colqwen3.serving.weights import Weights
+from stages.errors import PipelineError
+
+GOLDEN, CPU, F32 = Path("tests/golden/model"), torch.device("cpu"), torch.float32
+ATTENTION = "vlm.model.language_model.layers.1.self_attn"
+
+
+def stored() -> dict[str, torch.Tensor]:
+    return {k: v for shard in GOLDEN.glob("*.safetensors") for k, v in load_file(shard).items()}
+
+
+def test_merged_linears_give_their_outputs_in_a_row() -> None:
+    names = [f"{ATTENTION}.{part}_proj" for part in "qkv"]
+    x, tensors = torch.randn(3, 128), stored()
+    found = Weights(GOLDEN, CPU, F32, None).merged(*names)(x)
+    wanted = torch.cat([x @ tensors[f"{name}.weight"].float().T for name in names], 1)
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_legacy_names_are_found(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    shutil.copyfile(GOLDEN / "config.json", folder / "config.json")
+    legacy = {name.removeprefix("vlm."): value for name, value in stored().items()}
+    legacy["lm_head.weight"] = torch.zeros(2, 2)
+    save_file(legacy, folder / "model.safetensors")
+    weights = Weights(folder, CPU, F32, None)
+    name = "vlm.model.language_model.norm.weight"
+    assert torch.equal(weights.tensor(name), stored()[name].float())
+    with pytest.raises(PipelineError, match=r"lacks the tensor vlm\.lm_head\.weight"):
+        weights.tensor("vlm.lm_head.weight")
