@@ -40,6 +40,10 @@ SAMPLES = 16  # of each kind
 SAMPLES_PER_ITER = 8  # AutoRound's default
 GPU_PAGES = 32
 BUDGETS = [1280, 2560, 5120, 10240]
+SPEED = {
+    "dtype": "bfloat16", "repeats": 20,
+    "query_tokens": 26, "query_batches": [1, 8, 64], "page_batches": [1, 4, 16],
+}  # fmt: skip
 CAP_GIB = 11.25  # what a card of 12 GiB leaves to torch beside the driver's own
 LOW_LAYERS = 4
 RTN, AUTOROUND = "rtn-w4g128", "w4g128"
@@ -144,16 +148,18 @@ def draw_pages(source: Path, count: int, folder: Path) -> None:
 
 
 def prepare_data(bench: Bench) -> tuple[Path, Path]:
-    """Return a calibration dataset and a folder of pages to embed, drawn when they are missing."""
-    calibration, pages = bench.work / "calibration", bench.work / "pages"
+    """Return datasets to tune on and to embed, their pages drawn when they are missing."""
+    calibration, evaluation = bench.work / "calibration", bench.work / "evaluation"
     if not (calibration / "queries.jsonl").exists():
         demo = ROOT / "demo/pages/calibration"
         draw_pages(demo / "corpus", SAMPLES, calibration / "corpus")
         for name in ("texts.jsonl", "queries.jsonl"):
             shutil.copyfile(demo / name, calibration / name)
-    if not pages.exists():
-        draw_pages(ROOT / "demo/pages/evaluation/corpus", GPU_PAGES, pages)
-    return calibration, pages
+    if not (evaluation / "queries.jsonl").exists():
+        demo = ROOT / "demo/pages/evaluation"
+        draw_pages(demo / "corpus", GPU_PAGES, evaluation / "corpus")
+        shutil.copyfile(demo / "queries.jsonl", evaluation / "queries.jsonl")
+    return calibration, evaluation
 
 
 def prepare_run(
@@ -175,7 +181,7 @@ def prepare_run(
     samples
         Its calibration set; empty for none.
     """
-    calibration, _ = prepare_data(bench)
+    calibration, evaluation = prepare_data(bench)
     folder = bench.work / recipe_folder(name)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -190,6 +196,8 @@ def prepare_run(
     weights = {"bits": 4, "group_size": 128, "sym": True}
     params["recipes"] = {name: {**weights, **recipe}}
     params["embed"] |= {"dtype": "bfloat16", "queries_per_batch": 16}
+    params["evaluate"]["dataset"] = str(evaluation.absolute())
+    params["benchmark"] |= SPEED
     params["compute"]["device"] = bench.device
     with (folder / "params.yaml").open("w", encoding="utf-8") as file:
         yaml.dump(params, file)
@@ -292,10 +300,10 @@ def embed(bench: Bench, name: str, model: Path, cap: float = 0) -> Result:
     folder = bench.work / recipe_folder(RTN)
     if not folder.exists():
         prepare_run(bench, RTN, {"method": "rtn", "calibration": "none"}, {})
-    _, large = prepare_data(bench)
+    _, evaluation = prepare_data(bench)
     gpu = bench.device == "cuda"
     # bfloat16 is slow on a CPU that lacks it: one page of the demo, small, must do
-    pages = large if gpu else ROOT / "demo/pages/evaluation/corpus"
+    pages = (evaluation if gpu else ROOT / "demo/pages/evaluation") / "corpus"
     return bench.call(
         name, "-m", "demo.size_steps", "embed",
         "--model", model.absolute(),
@@ -317,6 +325,13 @@ def step_embed(bench: Bench) -> Result:
 def step_embed_w4(bench: Bench) -> Result:
     """Embed with the 4-bit checkpoint, dequantized as stage ``embed`` does."""
     return embed(bench, "embed-w4", bench.checkpoint(RTN))
+
+
+def step_speed(bench: Bench) -> Result:
+    """Serve the original and the 4-bit checkpoint in turns, as stage ``benchmark`` does."""
+    folder = bench.work / recipe_folder(RTN)
+    result = bench.stage("speed", folder, "stages.benchmark", RTN)
+    return {**result, **read_json(folder / f"metrics/speed/{RTN}.json", "run it again")}
 
 
 def step_embed_12gb(bench: Bench) -> Result:
@@ -434,6 +449,7 @@ STEPS: dict[str, dict[str, Callable[[Bench], Result]]] = {
         "embed": step_embed,
         "embed-w4": step_embed_w4,
         "embed-12gb": step_embed_12gb,
+        "speed": step_speed,
     },
 }
 
