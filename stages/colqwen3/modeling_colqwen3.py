@@ -14,7 +14,7 @@ from torch import nn
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel, Qwen3VLPreTrainedModel
 from transformers.utils import ModelOutput
 
-from .configuration import ColQwen3Config
+from .configuration_colqwen3 import ColQwen3Config
 
 # as in stages/layout.py, which this module cannot import: it travels with checkpoints
 LEGACY_KEY_MAPPING = {
