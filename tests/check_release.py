@@ -1,6 +1,6 @@
 """Check a released folder in clean virtual environments, one for each supported transformers line.
 
-    python -m tests.check_release artifacts/release/w4g128 [--versions 4.57.6 5.24.0]
+    PYTHONPATH=. python tests/check_release.py artifacts/release/w4g128 [--versions 4.57.6 5.24.0]
 
 Each environment holds transformers, torch, auto-round and pillow with what they bring, and nothing
 else. There `probe_release.py` embeds queries and pages from the folder; here this project's own
@@ -88,7 +88,9 @@ def make_environment(folder: Path, version: str) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tests.check_release", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="PYTHONPATH=. python tests/check_release.py", description=__doc__
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--versions", nargs="+", default=VERSIONS)
     parser.add_argument("--environments", type=Path, help="keep them here, and use what is there")

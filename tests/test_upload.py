@@ -3,6 +3,7 @@
 import shlex
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,12 @@ from stages import upload
 from stages.errors import PipelineError, run
 from stages.upload import upload_command
 
+DryRun = Callable[..., str]
 TOKEN = "hf_" + "secret" * 5
 
 
 @pytest.fixture
-def dry_run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
+def dry_run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> DryRun:
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("the network was asked for")
 
@@ -32,7 +34,7 @@ def dry_run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
     return call
 
 
-def test_lists_every_file_and_the_sum(released: Path, dry_run) -> None:
+def test_lists_every_file_and_the_sum(released: Path, dry_run: DryRun) -> None:
     said = dry_run(released)
     sizes = {path.name: path.stat().st_size for path in released.iterdir()}
     for name, size in sizes.items():
@@ -43,7 +45,7 @@ def test_lists_every_file_and_the_sum(released: Path, dry_run) -> None:
     assert set(command[7::2]) == sizes.keys()
 
 
-def test_a_changed_folder_is_refused(released: Path, tmp_path: Path, dry_run) -> None:
+def test_a_changed_folder_is_refused(released: Path, tmp_path: Path, dry_run: DryRun) -> None:
     folder = Path(shutil.copytree(released, tmp_path / "released"))
     (folder / "token.txt").write_text("left here by mistake")
     with pytest.raises(SystemExit):

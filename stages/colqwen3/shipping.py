@@ -1,5 +1,6 @@
 """The files that let others load a checkpoint: its model code, and what sentence-transformers asks."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,9 @@ def ship_code(folder: Path) -> None:
 
     for kind in (ColQwen3Config, ColQwen3, ColQwen3Processor):
         kind.register_for_auto_class()
+    # from_dict moves fields of nested configs where transformers 5 keeps them: give it a copy
     model_config = ColQwen3Config.from_dict(
-        {key: value for key, value in config.items() if key != "quantization_config"}
+        {k: copy.deepcopy(v) for k, v in config.items() if k != "quantization_config"}
     )
     custom_object_save(model_config, folder, config)
     with torch.device("meta"):  # only its class matters
