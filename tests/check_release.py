@@ -17,6 +17,7 @@ import sys
 import tempfile
 import venv
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -59,7 +60,7 @@ def worst_cosine(found: Vectors, wanted: Vectors) -> float:
     return worst
 
 
-def probe(python: Path, folder: Path, inputs: Path, work: Path) -> tuple[dict[str, str], Vectors]:
+def probe(python: Path, folder: Path, inputs: Path, work: Path) -> tuple[dict[str, Any], Vectors]:
     """Run the probe in another process, from which nothing of this project can be imported."""
     out = work / "probe.safetensors"
     env = {

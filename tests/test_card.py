@@ -30,11 +30,11 @@ FACTS: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def card(released: Path) -> ModelCard:
+def card(released: Path) -> Any:
     return ModelCard.load(released / "README.md")
 
 
-def test_metadata_survive_the_librarys_own_reading(card: ModelCard) -> None:
+def test_metadata_survive_the_librarys_own_reading(card: Any) -> None:
     data = card.data
     assert (data.base_model, data.base_model_relation) == ("demo/model", "quantized")
     assert (data.license, data.library_name) == ("apache-2.0", "transformers")
@@ -48,7 +48,7 @@ def test_metadata_survive_the_librarys_own_reading(card: ModelCard) -> None:
     assert all("demo/pages/evaluation" in result.dataset_name for result in data.eval_results)
 
 
-def test_figures_are_those_of_the_metrics_and_say_of_what(card: ModelCard) -> None:
+def test_figures_are_those_of_the_metrics_and_say_of_what(card: Any) -> None:
     ndcg = METRICS["retrieval"]["ndcg_at_5"]
     for figure in (
         f"| nDCG@5 | {ndcg['original']:.4f} | {ndcg['quantized']:.4f} ",
@@ -63,24 +63,19 @@ def test_figures_are_those_of_the_metrics_and_say_of_what(card: ModelCard) -> No
     assert not re.search(r"None|\{\{|\{%", card.content)
 
 
-@pytest.mark.parametrize("number", [0, 1])
-def test_code_of_the_card_runs_as_it_is_printed(
-    released: Path, tmp_path: Path, number: int
-) -> None:
+def test_code_of_the_card_runs_as_it_is_printed(released: Path, tmp_path: Path) -> None:
     code = re.findall(r"```python\n(.*?)```", (released / "README.md").read_text(), re.DOTALL)
     assert len(code) == 2
     kept = {key: value for key, value in os.environ.items() if key in ("PATH", "OMP_NUM_THREADS")}
     done = subprocess.run(
-        [sys.executable, "-c", code[number]],
+        [sys.executable, "-c", "\n".join(code)],
         cwd=released, env={**kept, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    scores = [float(score) for score in re.findall(r"\d+\.\d+", done.stdout)]
-    if number == 0:  # each query finds its page
-        assert scores[0] > scores[1] and scores[2] < scores[3]
-    else:
-        assert len(scores) == 1
+    first, second, third, fourth, alone = map(float, re.findall(r"\d+\.\d+", done.stdout))
+    assert first > second and third < fourth  # each query finds its page
+    assert 0 < alone < first  # a blank page
 
 
 def test_licence_language_and_tags_come_from_the_source(tmp_path: Path) -> None:
@@ -90,11 +85,11 @@ def test_licence_language_and_tags_come_from_the_source(tmp_path: Path) -> None:
         "language": "de",
         "tags": ["x", "colqwen3"],
     }
-    data = card_data(source, FACTS)
+    data: Any = card_data(source, FACTS)
     assert (data.license, data.license_name, data.language) == ("other", "mine", "de")
     assert data.tags.count("colqwen3") == 1
     assert {"x", "3-bit"} <= set(data.tags)
-    silent = card_data({"tags": "no list"}, FACTS)
+    silent: Any = card_data({"tags": "no list"}, FACTS)
     assert silent.license == "unknown"
     assert read_source_card(tmp_path) == {}
 
