@@ -2,8 +2,8 @@
 
     PYTHONPATH=. python tests/check_release.py artifacts/release/w4g128 [--versions 4.57.6 5.24.0]
 
-Each environment holds transformers, torch, auto-round and pillow with what they bring, and nothing
-else. There `probe_release.py` embeds queries and pages from the folder; here this project's own
+Each environment holds transformers, torch and pillow, the library that owns the folder's format,
+and what they bring. There `probe_release.py` embeds queries and pages from the folder; here this project's own
 loaders do the same. It fails when a token differs by more than `LEAST` in cosine. It takes
 minutes and a package index, so it is no part of the tests; they do the same with the transformers that
 is installed.
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import venv
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,18 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from stages.provenance import METADATA
+
 PROBE = Path(__file__).with_name("probe_release.py")
 INPUTS = Path(__file__).with_name("golden") / "inputs"
 VERSIONS = ("4.57.6", "5.24.0")
-PACKAGES = ("torch==2.13.0", "auto-round==0.16.1", "pillow==13.0.0")
+PACKAGES = ("torch==2.13.0", "pillow==13.0.0")
+OWNERS = {
+    "auto_round": ("auto-round==0.16.1",),
+    "auto_gptq": ("optimum", "gptqmodel", "accelerate"),
+    "llm_compressor": ("compressed-tensors", "accelerate"),
+}
+"""Format of the weights -> the packages that read it."""
 LEAST = 0.99999
 
 Vectors = dict[str, torch.Tensor]
@@ -79,11 +88,11 @@ def probe(python: Path, folder: Path, inputs: Path, work: Path) -> tuple[dict[st
     return json.loads(done.stdout.strip().splitlines()[-1]), load_file(out)
 
 
-def make_environment(folder: Path, version: str) -> Path:
+def make_environment(folder: Path, version: str, owners: Iterable[str]) -> Path:
     """Return the interpreter of a new environment with one version of transformers."""
     venv.create(folder, with_pip=True)
     python = folder / "bin" / "python"
-    wanted = [f"transformers=={version}", *PACKAGES]
+    wanted = [f"transformers=={version}", *PACKAGES, *owners]
     subprocess.run([str(python), "-m", "pip", "install", "--quiet", *wanted], check=True)
     return python
 
@@ -95,19 +104,26 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--versions", nargs="+", default=VERSIONS)
     parser.add_argument("--environments", type=Path, help="keep them here, and use what is there")
+    parser.add_argument(
+        "--reference",
+        type=Path,
+        help="checkpoint of the recipe, for formats that our own loaders do not read",
+    )
     args = parser.parse_args()
+    kind = json.loads((args.folder / METADATA).read_text(encoding="utf-8"))["format"]
+    reference = args.reference or args.folder
     wanted = {
-        "packed": own_embeddings(args.folder, INPUTS, packed=True),
-        "dense": own_embeddings(args.folder, INPUTS, packed=False),
+        "packed": own_embeddings(reference, INPUTS, packed=True),
+        "dense": own_embeddings(reference, INPUTS, packed=False),
     }
     failed = False
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
         for version in args.versions:
-            home = (args.environments or work) / f"transformers-{version}"
+            home = (args.environments or work) / f"transformers-{version}-{kind}"
             python = home / "bin" / "python"
             if not python.exists():
-                python = make_environment(home, version)
+                python = make_environment(home, version, OWNERS[kind])
             facts, found = probe(python, args.folder, INPUTS, work)
             worst = {key: worst_cosine(found, each) for key, each in wanted.items()}
             tokens = sum(len(vectors) for vectors in found.values())

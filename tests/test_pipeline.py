@@ -134,6 +134,12 @@ def test_second_run_does_nothing(clone: Path) -> None:
     assert (clone / "dvc.lock").read_bytes() == before
 
 
+def test_forced_release_gives_the_same_folder(clone: Path) -> None:
+    before = (clone / "dvc.lock").read_bytes()
+    assert dvc(clone, "repro", "-f", "-s", "release@rtn-w4g128").returncode == 0
+    assert (clone / "dvc.lock").read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("keys", "value", "wanted"),
     [
@@ -172,12 +178,6 @@ def test_forced_quantization_gives_the_same_checkpoint(clone: Path) -> None:
     assert dvc(clone, "repro", "-f", "-s", "quantize@rtn-w4g128").returncode == 0
     assert "quantize@rtn-w4g128" not in stale(clone)
     assert "embed@rtn-w4g128" not in stale(clone)
-
-
-def test_forced_release_gives_the_same_folder(clone: Path) -> None:
-    before = (clone / "dvc.lock").read_bytes()
-    assert dvc(clone, "repro", "-f", "-s", "release@rtn-w4g128").returncode == 0
-    assert (clone / "dvc.lock").read_bytes() == before
 
 
 def test_a_release_is_got_by_name_and_verifies(clone: Path) -> None:
