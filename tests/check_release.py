@@ -69,7 +69,9 @@ def worst_cosine(found: Vectors, wanted: Vectors) -> float:
     return worst
 
 
-def probe(python: Path, folder: Path, inputs: Path, work: Path) -> tuple[dict[str, Any], Vectors]:
+def probe(
+    python: Path, folder: Path, inputs: Path, work: Path, *dtype: str
+) -> tuple[dict[str, Any], Vectors]:
     """Run the probe in another process, from which nothing of this project can be imported."""
     out = work / "probe.safetensors"
     env = {
@@ -78,7 +80,14 @@ def probe(python: Path, folder: Path, inputs: Path, work: Path) -> tuple[dict[st
         if key in ("PATH", "HOME", "OMP_NUM_THREADS", "LD_LIBRARY_PATH")
     }
     env |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(work / "hf"), "TOKENIZERS_PARALLELISM": "false"}
-    command = [str(python), str(PROBE), str(folder.resolve()), str(inputs.resolve()), str(out)]
+    command = [
+        str(python),
+        str(PROBE),
+        str(folder.resolve()),
+        str(inputs.resolve()),
+        str(out),
+        *dtype,
+    ]
     with tempfile.TemporaryDirectory() as elsewhere:
         # -P: not even the probe's own folder
         command.insert(1, "-P")
@@ -124,7 +133,9 @@ def main() -> None:
             python = home / "bin" / "python"
             if not python.exists():
                 python = make_environment(home, version, OWNERS[kind])
-            facts, found = probe(python, args.folder, INPUTS, work)
+            # other formats' libraries take the config's bfloat16, whose own noise is 0.0006
+            dtype = () if kind == "auto_round" else ("float32",)
+            facts, found = probe(python, args.folder, INPUTS, work, *dtype)
             worst = {key: worst_cosine(found, each) for key, each in wanted.items()}
             tokens = sum(len(vectors) for vectors in found.values())
             print(f"{facts}: {tokens} tokens, least cosine to our own loaders {worst}", flush=True)

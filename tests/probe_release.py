@@ -1,9 +1,9 @@
 """Embed with transformers and a released folder alone, as someone else would; keep the embeddings.
 
-    python probe_release.py FOLDER INPUTS OUT.safetensors
+    python probe_release.py FOLDER INPUTS OUT.safetensors [DTYPE]
 
-INPUTS holds queries.json (id -> text) and pages/*.png. It runs under any supported version of
-transformers, and must not find this project's own package.
+INPUTS holds queries.json (id -> text) and pages/*.png; without DTYPE the folder decides. It runs
+under any supported version of transformers, and must not find this project's own package.
 """
 
 import importlib.util
@@ -22,7 +22,8 @@ def main() -> None:
     folder, inputs, out = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
     if importlib.util.find_spec("stages"):
         sys.exit("error: this project's package can be imported; run elsewhere")
-    model = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
+    dtype = {"dtype": getattr(torch, sys.argv[4])} if len(sys.argv) > 4 else {}
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True, **dtype).eval()
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     queries = json.loads((inputs / "queries.json").read_text(encoding="utf-8"))
     made = {f"query/{key}": processor.process_texts([text]) for key, text in queries.items()}
