@@ -99,6 +99,7 @@ def describe_making(
         "format_version": FORMAT_VERSION,
         "source": {
             "repo": shown_path(params.model.source),
+            "on_hub": not Path(params.model.source).expanduser().is_dir(),
             "revision": params.model.revision,
             "manifest_sha256": digest_file(MANIFEST),
             "license": source_card.get("license"),
@@ -125,14 +126,16 @@ def card_facts(
     recipe, params = making["recipe"], making["params"]
     values, data = recipe["values"], metrics["data"]
     libraries = {"auto-round", "torch", "transformers"} & making["libraries"].keys()
-    dataset = params["evaluate"]["dataset"]
+    dataset, source = params["evaluate"]["dataset"], Path(making["source"]["repo"])
+    on_hub = making["source"]["on_hub"]
     vision_too = values.get("linears") == "all"
     return {
         "recipe": recipe["name"],
         "metrics": metrics,
         "metadata": METADATA,
-        "title": f"{Path(making['source']['repo']).name}-{recipe['name']}",
-        "base_model": making["source"]["repo"],
+        "title": f"{source.name if on_hub else '-'.join(source.parts)}-{recipe['name']}",
+        "base_model": str(source),
+        "on_hub": on_hub,
         "revision": making["source"]["revision"],
         "parameters": f"{model['total']['parameters']:,}",
         "bits": values["bits"],

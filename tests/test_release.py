@@ -10,7 +10,9 @@ import torch
 from check_release import LEAST, own_embeddings, probe, worst_cosine
 from PIL import Image
 
+from stages.colqwen3.loading import load_packed, load_processor
 from stages.colqwen3.scoring import max_sim
+from stages.mteb_model import ColQwen3Encoder
 from stages.release import copy_checkpoint, copy_licences
 
 PAGES = sorted(Path("demo/pages/evaluation/corpus").iterdir())[:2]
@@ -38,6 +40,16 @@ def test_others_get_the_same_embeddings(released: Path, inputs: Path, tmp_path: 
     # our loaders run no code of the folder
     for packed in (True, False):
         assert worst_cosine(found, own_embeddings(released, inputs, packed)) >= LEAST
+
+
+def test_our_own_loaders_run_no_code_of_the_folder(released: Path, tmp_path: Path) -> None:
+    folder, canary = Path(shutil.copytree(released, tmp_path / "copy")), tmp_path / "canary"
+    for path in folder.glob("*.py"):
+        path.write_text(f"open({str(canary)!r}, 'w').close()\n")
+    load_processor(folder, 64)
+    load_packed(folder, torch.float32, torch.device("cpu"))
+    ColQwen3Encoder("name", source=str(folder))  # mteb's way in
+    assert not canary.exists()
 
 
 def test_sentence_transformers_agree(released: Path, inputs: Path) -> None:
