@@ -19,7 +19,7 @@ from stages.card import (
     write_card,
 )
 from stages.checkpoint import model_files, weight_files
-from stages.errors import run
+from stages.errors import PipelineError, run
 from stages.files import fresh_folder, publish_folder, read_json, write_json
 from stages.formats import export_weights
 from stages.manifest import find_inspected_model, read_manifest
@@ -177,6 +177,11 @@ def main() -> None:
             METRICS / "model.json",
         )
     )
+    if not {"recipe", "libraries"} <= quantized.keys():
+        raise PipelineError(
+            f"{QUANTIZE_METRICS / name}.json: does not say how the checkpoint was made; "
+            f"run `dvc repro quantize@{name}`"
+        )
     source_card = read_source_card(source)
     partial = fresh_folder(RELEASES / name)
     kind = quantized["recipe"]["values"]["format"]
