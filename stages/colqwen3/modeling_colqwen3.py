@@ -78,12 +78,15 @@ class ColQwen3(Qwen3VLPreTrainedModel):  # type: ignore[misc]
 
         In float16 they move a token by 0.0003 in cosine.
         """
-        rotary = [module for module in self.modules() if hasattr(module, "inv_freq")]
-        before = [module.inv_freq for module in rotary]
+        kept = [
+            (module, name, buffer)
+            for module in self.modules()
+            for name, buffer in module.named_buffers(recurse=False)
+            if name.endswith("inv_freq") and not buffer.is_meta
+        ]
         super()._apply(fn, recurse)
-        for module, frequencies in zip(rotary, before, strict=True):
-            if not frequencies.is_meta:
-                module.inv_freq = frequencies.to(module.inv_freq.device)
+        for module, name, buffer in kept:
+            setattr(module, name, buffer.to(getattr(module, name).device))
         return self
 
     def get_input_embeddings(self) -> nn.Module:
