@@ -182,7 +182,8 @@ def test_forced_quantization_gives_the_same_checkpoint(clone: Path) -> None:
 
 def test_a_release_is_got_by_name_and_verifies(clone: Path) -> None:
     git = ["git", "-c", "user.name=test", "-c", "user.email=test@localhost"]
-    for command in (["add", "-A"], ["commit", "-qm", "results"], ["tag", "w4g128@v1.0.0"]):
+    tag = ["tag", "-a", "w4g128@v1.0.0", "-m", "as `gto register` makes it"]
+    for command in (["add", "-A"], ["commit", "-qm", "results"], tag):
         subprocess.run([*git, *command], cwd=clone, check=True)
     got = dvc(clone, "artifacts", "get", ".", "w4g128", "-o", "got")
     assert got.returncode == 0, got.stderr
