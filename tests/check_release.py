@@ -29,11 +29,11 @@ from stages.provenance import METADATA
 PROBE = Path(__file__).with_name("probe_release.py")
 INPUTS = Path(__file__).with_name("golden") / "inputs"
 VERSIONS = ("4.57.6", "5.24.0")
-PACKAGES = ("torch==2.13.0", "pillow==13.0.0")
+PACKAGES = ("pillow==13.0.0",)
 OWNERS = {
-    "auto_round": ("auto-round==0.16.1",),
-    "auto_gptq": ("optimum", "gptqmodel", "accelerate"),
-    "llm_compressor": ("compressed-tensors", "accelerate"),
+    "auto_round": ("torch==2.13.0", "auto-round==0.16.1"),
+    "auto_gptq": ("torch==2.14.1", "optimum==2.3.0", "gptqmodel==7.7.0", "accelerate"),
+    "llm_compressor": ("torch==2.13.0", "compressed-tensors==0.20.0", "accelerate"),
 }
 """Format of the weights -> the packages that read it."""
 LEAST = 0.99999
