@@ -3,6 +3,7 @@
 # make test    all tests, the pipeline in a temporary clone included
 # make report  all results in artifacts/report/index.html, a file that opens offline
 # make lint    ruff and mypy
+# make check-release   the released folders in clean environments with transformers 4.57 and 5: minutes
 # make bench-size   time and memory at true size (4B, random weights) on this CPU: 10 minutes, 40 GB
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ INSTALLED := $(VENV)/.installed
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup repro report test lint bench-size
+.PHONY: setup repro report test lint check-release bench-size
 .DELETE_ON_ERROR:
 
 setup: $(INSTALLED)
@@ -42,6 +43,11 @@ lint: setup
 	ruff check .
 	ruff format --check .
 	mypy
+
+check-release: setup
+	for folder in artifacts/release/*; do \
+		PYTHONPATH=. python tests/check_release.py "$$folder" --environments .venv/release || exit 1; \
+	done
 
 bench-size: setup
 	python -m demo.bench_size

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from stages.colqwen3.processing import AUGMENTATION_TOKENS
+from stages.colqwen3.processing_colqwen3 import AUGMENTATION_TOKENS
 from stages.compute import DTYPES, choose_device
 from stages.dataset import read_queries
 from stages.errors import run

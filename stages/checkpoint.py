@@ -62,7 +62,15 @@ def find_model(source: str, revision: str | None, trust_remote_code: bool = Fals
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = ["*.json", "*.txt", "*.jinja", "*.safetensors", "LICENSE*"]
+    patterns = [
+        "*.json",
+        "*.txt",
+        "*.jinja",
+        "*.safetensors",
+        "LICEN[SC]E*",
+        "NOTICE*",
+        "README.md",
+    ]
     if trust_remote_code:
         patterns.append("*.py")
     try:

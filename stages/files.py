@@ -9,15 +9,20 @@ from typing import Any
 from stages.errors import PipelineError
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` as sorted, indented JSON of finite numbers, by rename.
+def dump_json(value: Any) -> str:
+    """Return `value` as sorted, indented JSON of finite numbers.
 
     Raises
     ------
     ValueError
         If a number is NaN or infinite: such JSON is invalid and shows in every diff.
     """
-    text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n"
+    return json.dumps(value, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write what `dump_json` makes of `value`, by rename."""
+    text = dump_json(value)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")

@@ -7,8 +7,8 @@ from typing import Any
 
 from stages.errors import PipelineError, run
 from stages.files import read_json
-from stages.params import GateParams, load_params
-from stages.paths import METRICS
+from stages.params import GateParams, Params, load_params
+from stages.paths import METRICS, QUANTIZE_METRICS
 
 logger = logging.getLogger(__name__)
 
@@ -64,10 +64,38 @@ def check_recipe(recipe: str, gate: GateParams) -> list[str]:
         raise PipelineError(f"{path}: lacks a figure of the gate ({error}); {mend}") from None
 
 
+def check_fallback(recipe: str, params: Params) -> list[str]:
+    """Warn of a recipe whose fallback ran; return a breach if that one's values changed since.
+
+    DVC cannot know of those values: the recipe's own stage depends on its own parameters.
+
+    Raises
+    ------
+    PipelineError
+        If the file is damaged.
+    """
+    path, mend = QUANTIZE_METRICS / f"{recipe}.json", f"run `dvc repro quantize@{recipe}`"
+    # where it is missing, `evaluate` has failed already
+    made = read_json(path, mend).get("recipe", {}) if path.exists() else {}
+    if "instead_of" not in made:
+        return []
+    logger.warning(
+        "recipe %s failed (%s); %s ran instead of it", recipe, made["because"], made["ran"]
+    )
+    now = params.recipes.get(made["ran"])
+    if now is not None and now.model_dump() == made["values"]:
+        return []
+    return [
+        f"{path}: made by the fallback {made['ran']}, which changed since; "
+        f"run `dvc repro -f quantize@{recipe}`"
+    ]
+
+
 def main() -> None:
     """Check every recipe; print every breach, and exit with status 1 if there is one."""
     params = load_params()
     breaches = [line for recipe in params.recipes for line in check_recipe(recipe, params.gate)]
+    breaches += [line for recipe in params.recipes for line in check_fallback(recipe, params)]
     for line in breaches:
         print(f"error: {line}", file=sys.stderr)
     if breaches:

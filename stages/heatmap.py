@@ -86,7 +86,7 @@ def visual_tokens(processor: Any, page: Image.Image) -> tuple[NDArray[np.bool_],
     The processor itself lays the page out: its visual tokens are those that carry the id of the
     image placeholder, in row-major order of the grid of patches merged 2 x 2.
     """
-    from stages.colqwen3.processing import IMAGE_TOKEN
+    from stages.colqwen3.processing_colqwen3 import IMAGE_TOKEN
 
     inputs = processor.process_images([page])
     placeholder = processor.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)

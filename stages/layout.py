@@ -13,6 +13,8 @@ MODEL_TYPE = "colqwen3"
 ARCHITECTURE = "ColQwen3"
 BLOCKS = "vlm.model.language_model.layers"
 """The module list whose linears are quantized."""
+VISION = "vlm.model.visual"
+"""The vision tower, whose linears an experiment quantizes too."""
 LEGACY_KEY_MAPPING = {
     r"^model\.language_model\.": "vlm.model.language_model.",
     r"^model\.visual\.": "vlm.model.visual.",
@@ -98,6 +100,19 @@ def linears(config: Mapping[str, Any]) -> dict[str, Shape]:
     }
 
 
+def all_linears(config: Mapping[str, Any]) -> dict[str, Shape]:
+    """Return the linears of language model and vision tower, as `linears` does.
+
+    The projection is not among them: the model reads the dtype of its weight.
+    """
+    found = linears(config)
+    for name, shape in _vision(config["vision_config"]).items():
+        module = name.removesuffix(".weight")
+        if module != name and len(shape) == 2 and not module.endswith(".pos_embed"):
+            found[module] = (shape[0], shape[1])
+    return found
+
+
 def tensors(config: Mapping[str, Any]) -> dict[str, Shape]:
     """Return every tensor of the checkpoint, published name -> shape.
 
@@ -142,7 +157,7 @@ def _vision(vision: Mapping[str, Any]) -> dict[str, Shape]:
     depth, deepstack = _size(vision, "depth", MAX_LAYERS), vision["deepstack_visual_indexes"]
     if not all(type(index) is int and 0 <= index < depth for index in deepstack):
         raise ValueError(f"deepstack_visual_indexes names layers beyond the {depth} of depth")
-    prefix = "vlm.model.visual"
+    prefix = VISION
     shapes: dict[str, Shape] = {
         f"{prefix}.pos_embed.weight": (_size(vision, "num_position_embeddings"), hidden)
     }

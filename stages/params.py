@@ -26,6 +26,13 @@ NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 MAX_QUOTED = 80
 NO_SAMPLES = "none"  # the calibration set of rounding to nearest: it sees no data
 # metrics/<recipe>.json and artifacts/.../<recipe> lie beside files of these names
+Format = Literal["auto_round", "auto_gptq", "llm_compressor"]
+IMPOSSIBLE_FORMATS = {
+    "auto_awq": "AutoAWQ loads only model classes that it knows, and ColQwen3 is none of them",
+    "gguf": "llama.cpp's converter knows no ColQwen3, and its files have no place for the projection",
+    "mlx": "MLX loads only model classes that it knows, and ColQwen3 is none of them",
+}
+"""Formats that other tools write for other models -> why they cannot hold this one."""
 RESERVED_NAMES = {"demo_training", "model", "original", "plots", "quantize", "speed", "summary"}
 
 
@@ -62,6 +69,24 @@ def _check_sets(
             raise ValueError(
                 f"{path}.{name}.calibration: {_quote(recipe.calibration)} is no set of {place}; "
                 f"known: {', '.join(sets) or 'none yet'}"
+            )
+
+
+def _check_fallbacks(recipes: Mapping[str, "Recipe"]) -> None:
+    """Refuse a fallback that does not exist, or that needs more than the recipe's own stage has."""
+    for name, recipe in recipes.items():
+        if recipe.fallback is None:
+            continue
+        other = recipes.get(recipe.fallback)
+        if other is None or recipe.fallback == name:
+            known = ", ".join(key for key in recipes if key != name) or "none"
+            raise ValueError(
+                f"recipes.{name}.fallback: {_quote(recipe.fallback)} is no other recipe; known: {known}"
+            )
+        if other.calibration not in (NO_SAMPLES, recipe.calibration):
+            raise ValueError(
+                f"recipes.{name}.fallback: {recipe.fallback} is tuned on {other.calibration}, "
+                f"which this recipe does not wait for; name one of the same set, or of method rtn"
             )
 
 
@@ -117,6 +142,24 @@ class WeightFormat(Section):
     bits: Annotated[Literal[2, 3, 4, 8], Integer]
     group_size: Annotated[Literal[32, 64, 128], Integer]
     sym: bool
+    format: Format = "auto_round"
+    fallback: str | None = None
+
+    @field_validator("format", mode="before")
+    @classmethod
+    def _possible_format(cls, value: object) -> object:
+        if isinstance(value, str) and value in IMPOSSIBLE_FORMATS:
+            raise ValueError(f"cannot be {value}: {IMPOSSIBLE_FORMATS[value]}")
+        return value
+
+    @model_validator(mode="after")
+    def _format_takes_bits(self) -> "WeightFormat":
+        if self.format == "llm_compressor" and self.bits not in (4, 8):
+            raise ValueError(
+                f"format llm_compressor takes 4 or 8 bits, not {self.bits}: the kernels that read "
+                "its packed weights know no others"
+            )
+        return self
 
     @field_validator("sym")
     @classmethod
@@ -134,6 +177,16 @@ class RtnRecipe(WeightFormat):
 
     method: Literal["rtn"]
     calibration: Literal["none"]  # said in the file, because dvc.yaml makes a path of it
+    linears: Literal["text", "all"] = "text"
+
+    @model_validator(mode="after")
+    def _format_takes_linears(self) -> "RtnRecipe":
+        if self.linears == "all" and self.format == "auto_gptq":
+            raise ValueError(
+                "linears all cannot be written as auto_gptq: that format names one list of blocks, "
+                "and the vision tower is a second one"
+            )
+        return self
 
 
 class AutoRoundRecipe(WeightFormat):
@@ -241,6 +294,7 @@ class Params(Section):
     @model_validator(mode="after")
     def _known_sets(self) -> "Params":
         _check_sets(self.recipes, self.calibration.sets, "recipes", "calibration.sets")
+        _check_fallbacks(self.recipes)
         if self.ablation:
             sets = self.ablation.sets
             _check_sets(self.ablation.recipes, sets, "ablation.recipes", "ablation.sets")

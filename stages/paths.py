@@ -6,6 +6,7 @@ MANIFEST = Path("artifacts/manifest.json")
 CALIBRATION = Path("artifacts/calibration")  # one folder a set of samples
 CHECKPOINTS = Path("artifacts/checkpoints")  # one folder a recipe
 SCRATCH = Path("artifacts/scratch")  # unfinished work, one folder a recipe; nothing in it is an out
+RELEASES = Path("artifacts/release")  # one folder a recipe, for others
 EMBEDDINGS = Path("artifacts/embeddings")  # one file a recipe, and that of the original
 METRICS = Path("metrics")  # <recipe>.json, and the folders below
 QUANTIZE_METRICS = METRICS / "quantize"

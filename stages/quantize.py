@@ -10,6 +10,7 @@ import argparse
 import hashlib
 import logging
 import math
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,12 +22,12 @@ import torch
 
 from stages.checkpoint import DTYPE_BYTES, INDEX, SINGLE, TensorInfo, read_headers, weight_files
 from stages.compute import choose_device, make_deterministic
-from stages.errors import PipelineError, run
+from stages.errors import PipelineError, disk_is_full, run
 from stages.files import publish_folder, read_json, write_json
-from stages.layout import BLOCKS, component, is_unused, published_name
+from stages.layout import BLOCKS, VISION, all_linears, component, is_unused, published_name
 from stages.manifest import find_inspected_model, read_manifest
 from stages.packing import PARTS, pack, relative_error, restore_codes, round_to_nearest
-from stages.params import AutoRoundRecipe, RtnRecipe, load_params
+from stages.params import AutoRoundRecipe, Params, RtnRecipe, load_params
 from stages.paths import CALIBRATION, CHECKPOINTS, PLOTS, QUANTIZE_METRICS, SCRATCH
 from stages.progress import Progress
 from stages.samples import read_samples
@@ -44,6 +45,8 @@ Made = tuple[str, dict[str, torch.Tensor], float]
 
 LIBRARIES = ("auto-round", "torch", "transformers", "safetensors", "numpy")
 MEND = "run `dvc repro -f`"
+FOLDERS = re.compile(r"(?<![\w.])/(?:[^/\s:]+/)+")
+"""The folders of an absolute path: metrics must not tell of the machine."""
 
 
 def check_group_size(name: str, group_size: int, linears: Linears) -> None:
@@ -281,12 +284,13 @@ def write_configs(source: Path, target: Path, recipe: Recipe) -> None:
     are not copied and ``auto_map``, which names them, is dropped: nothing in the result runs code
     from the source.
     """
+    vision_too = isinstance(recipe, RtnRecipe) and recipe.linears == "all"
     config = read_json(source / "config.json", MEND)
     config["quantization_config"] = {
         "quant_method": "auto-round",
         "packing_format": "auto_round:auto_gptq",
         "data_type": "int",
-        "block_name_to_quantize": BLOCKS,
+        "block_name_to_quantize": f"{BLOCKS},{VISION}" if vision_too else BLOCKS,
         "autoround_version": version("auto-round"),
         **recipe.model_dump(include={"bits", "group_size", "sym", "iters", "lr", "seed"}),
     }
@@ -321,9 +325,10 @@ def check_checkpoint(folder: Path, source: Path, linears: Linears, recipe: Recip
             raise PipelineError(f"{folder}: {name} is not planned for quantization, but changed")
 
 
-def _layer_order(name: str) -> tuple[int, str]:
-    number, _, module = name.removeprefix(BLOCKS + ".").partition(".")
-    return int(number), module
+def _layer_order(name: str) -> tuple[bool, int, str]:
+    inside = name.startswith(f"{BLOCKS}.")
+    number, _, module = name.removeprefix(f"{BLOCKS}.").partition(".")
+    return (False, int(number), module) if inside else (True, 0, name)
 
 
 def count_bytes(folder: Path) -> dict[str, Any]:
@@ -362,7 +367,7 @@ def determinants(
     code = Path(__file__).parent
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     return {
-        "recipe": recipe.model_dump(),
+        "recipe": recipe.model_dump(exclude={"format", "fallback"}),
         "source": manifest["files"],
         "calibration": digest_files(calibration, calibration.iterdir()),
         "code": digest_files(code, code.rglob("*.py")),
@@ -371,31 +376,82 @@ def determinants(
     }
 
 
-def main() -> None:
-    """Make artifacts/checkpoints/<recipe> and its metrics."""
-    parser = argparse.ArgumentParser(prog="python -m stages.quantize", description=__doc__)
-    parser.add_argument("recipe", help="name of a recipe in params.yaml")
-    name = parser.parse_args().recipe
+class RecipeFailedError(Exception):
+    """A recipe failed at its work, by its own doing: what its ``fallback`` is for."""
 
-    params = load_params()
-    recipe = params.recipe(name)
-    manifest = read_manifest()
-    source = find_inspected_model(params.model, manifest)
-    linears = manifest["linears"]
+
+def planned_linears(name: str, recipe: Recipe, manifest: dict[str, Any]) -> Linears:
+    """Return the linears that a recipe quantizes.
+
+    Raises
+    ------
+    PipelineError
+        If the recipe's group size does not fit one of them.
+    """
+    linears: Linears = manifest["linears"]
+    if isinstance(recipe, RtnRecipe) and recipe.linears == "all":
+        linears = {key: list(shape) for key, shape in all_linears(manifest["config"]).items()}
     check_group_size(name, recipe.group_size, linears)
+    return linears
+
+
+def quantize(
+    name: str,
+    ran: str,
+    params: Params,
+    manifest: dict[str, Any],
+    source: Path,
+    reason: str | None = None,
+) -> None:
+    """Make artifacts/checkpoints/<name> and its metrics by the recipe called `ran`.
+
+    Parameters
+    ----------
+    name
+        The recipe whose stage this is.
+    ran
+        The same, or its fallback.
+    params, manifest, source
+        Of the pipeline.
+    reason
+        Why the recipe itself failed, where `ran` is its fallback.
+
+    Raises
+    ------
+    PipelineError
+        If inputs are missing or damaged, or another process makes the same recipe.
+    RecipeFailedError
+        If the recipe itself cannot be done: out of memory, samples lost, weights not finite, or a
+        result that is not as planned.
+    """
+    recipe = params.recipe(ran)
+    linears = planned_linears(ran, recipe, manifest)
     device = choose_device(params.compute.device)
-    make_deterministic()
     calibration = CALIBRATION / recipe.calibration
     origins, samples = read_samples(calibration)
-    with Scratch(
-        SCRATCH / name, work_key(determinants(recipe, manifest, calibration, device))
-    ) as scratch:
-        partial, errors = make_checkpoint(source, linears, recipe, samples, device, scratch)
-        check_checkpoint(partial, source, linears, recipe)
+    found = determinants(recipe, manifest, calibration, device)
+    # a failed recipe keeps its work: mended, it goes on there
+    work = SCRATCH / (name if ran == name else f"{name}.fallback")
+    with Scratch(work, work_key(found)) as scratch:
+        try:
+            partial, errors = make_checkpoint(source, linears, recipe, samples, device, scratch)
+            check_checkpoint(partial, source, linears, recipe)
+        except Exception as error:
+            if disk_is_full(error):
+                raise
+            raise RecipeFailedError(str(error)) from error
         metrics = {
+            "recipe": {
+                "ran": ran,
+                "values": recipe.model_dump(),
+                **({"instead_of": name, "because": reason} if reason else {}),
+            },
+            "libraries": found["versions"],
             "bytes": count_bytes(partial),
             "linears": {"planned": len(linears), "quantized": len(errors)},
             "calibration": {
+                "set": recipe.calibration,
+                "sha256": found["calibration"],
                 "samples": len(samples),
                 "queries": sum(origin.kind == "query" for origin in origins),
                 "pages": sum(origin.kind == "page" for origin in origins),
@@ -415,6 +471,33 @@ def main() -> None:
         write_json(PLOTS / name / "layers.json", layers)
         publish_folder(partial, CHECKPOINTS / name)
         scratch.remove()
+
+
+def main() -> None:
+    """Make artifacts/checkpoints/<recipe> and its metrics."""
+    parser = argparse.ArgumentParser(prog="python -m stages.quantize", description=__doc__)
+    parser.add_argument("recipe", help="name of a recipe in params.yaml")
+    name = parser.parse_args().recipe
+
+    params = load_params()
+    fallback = params.recipe(name).fallback
+    manifest = read_manifest()
+    source = find_inspected_model(params.model, manifest)
+    if fallback:  # a mistake in it shows now, not after hours
+        planned_linears(fallback, params.recipe(fallback), manifest)
+    make_deterministic()
+    try:
+        quantize(name, name, params, manifest, source)
+    except RecipeFailedError as error:
+        cause = error.__cause__ or error
+        if fallback is None:
+            raise cause from None
+        reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+        reason = FOLDERS.sub("", reason)
+        logger.warning(
+            "recipe %s failed (%s); %s, its fallback, runs instead", name, reason, fallback
+        )
+        quantize(name, fallback, params, manifest, source, reason)
 
 
 if __name__ == "__main__":

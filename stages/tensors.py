@@ -22,9 +22,10 @@ DTYPES = {
     "F16": torch.float16,
     "F32": torch.float32,
     "I32": torch.int32,
+    "I64": torch.int64,
 }
 # safetensors lays wide types first, and sorts by name within a type
-ORDER = ("F32", "I32", "BF16", "F16")
+ORDER = ("I64", "F32", "I32", "BF16", "F16")
 CHUNK = 16 << 20
 
 Spec = tuple[str, tuple[int, ...]]

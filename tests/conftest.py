@@ -1,8 +1,48 @@
 """What several test modules share."""
 
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
+
+RECIPE = "rtn-w4g128"
+
+
+def run_stage(folder: Path, module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a stage in a process of its own, with `folder` as the root of the repository."""
+    return subprocess.run(
+        [sys.executable, "-m", f"stages.{module}", *arguments],
+        cwd=folder, env={**os.environ, "PYTHONPATH": str(Path.cwd())},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a root with the demo model quantized by `RECIPE` and released; not to be changed."""
+    folder = tmp_path_factory.mktemp("workspace")
+    shutil.copyfile("params.yaml", folder / "params.yaml")
+    shutil.copytree("demo/model", folder / "demo/model")
+    for name in (f"metrics/{RECIPE}.json", f"metrics/speed/{RECIPE}.json"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(name, folder / name)
+    samples = folder / "artifacts/calibration/none"
+    samples.mkdir(parents=True)
+    (samples / "index.json").write_text('{"samples": []}')
+    for stage in (["inspect_model"], ["quantize", RECIPE], ["release", RECIPE]):
+        done = run_stage(folder, *stage)
+        assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="session")
+def released(workspace: Path) -> Path:
+    """Return the released folder; not to be changed."""
+    return workspace / "artifacts/release" / RECIPE
 
 
 @pytest.fixture

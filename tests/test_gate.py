@@ -10,7 +10,7 @@ from ruamel.yaml import YAML
 from stages import gate
 from stages.errors import run
 from stages.gate import find_breaches
-from stages.params import PARAMS_FILE, GateParams
+from stages.params import PARAMS_FILE, GateParams, RtnRecipe
 
 Check = Callable[[dict[str, float], dict[str, Any]], None]
 OFF = {
@@ -129,3 +129,23 @@ def test_metrics_that_lack_a_figure_fail_in_one_line(
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("error: metrics/x.json: ")
     assert "dvc repro evaluate@x" in line
+
+
+def test_a_fallback_is_warned_of_and_must_be_the_current_one(
+    project: Check, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = RtnRecipe(
+        method="rtn", calibration="none", bits=4, group_size=128, sym=True
+    ).model_dump()
+    made = {"ran": "b", "instead_of": "a", "because": "no memory", "values": values}
+    path = Path("metrics/quantize/a.json")
+    path.parent.mkdir()
+    path.write_text(json.dumps({"recipe": made}))
+    project({}, {"a": made_up(), "b": made_up()})
+    assert "recipe a failed (no memory); b ran instead" in caplog.text
+    path.write_text(json.dumps({"recipe": {**made, "values": {**values, "bits": 8}}}))
+    with pytest.raises(SystemExit):
+        project({}, {"a": made_up(), "b": made_up()})
+    assert "made by the fallback b, which changed since; run `dvc repro -f quantize@a`" in (
+        capsys.readouterr().err
+    )

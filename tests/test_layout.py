@@ -12,7 +12,8 @@ import torch
 from auto_round_extension.torch.qlinear_torch_zp import QuantLinear
 
 from stages import layout
-from stages.colqwen3 import ColQwen3, ColQwen3Config, modeling
+from stages.colqwen3 import ColQwen3, ColQwen3Config
+from stages.colqwen3 import modeling_colqwen3 as modeling
 
 Config = dict[str, Any]
 GOLDEN: Config = json.loads(Path("tests/golden/model/config.json").read_text())

@@ -512,3 +512,39 @@ def test_revisions_are_commits(tmp_path: Path, revision: str) -> None:
 )
 def test_seeds_fit_the_generators(tmp_path: Path, old: str, key: str) -> None:
     assert refusal(tmp_path, edit(old, f"seed: {2**64}")).startswith(f"{key}.seed: ")
+
+
+# ---- Formats and fallbacks ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["auto_awq", "gguf", "mlx"])
+def test_a_format_that_cannot_hold_the_model_is_refused_with_the_reason(
+    tmp_path: Path, name: str
+) -> None:
+    said = refusal(tmp_path, edit("    bits: 3\n", f"    bits: 3\n    format: {name}\n"))
+    assert said.startswith(f"recipes.plain.format: cannot be {name}: ")
+    assert "ColQwen3" in said
+
+
+@pytest.mark.parametrize(
+    ("keys", "reason"),
+    [
+        ("format: llm_compressor", "takes 4 or 8 bits, not 3"),
+        ("format: auto_gptq\n    linears: all", "linears all cannot be written as auto_gptq"),
+        ("format: fp8", "'auto_round', 'auto_gptq' or 'llm_compressor'"),
+        ("fallback: tuned", "is tuned on"),
+        ("fallback: plain", "is no other recipe; known: tuned"),
+        ("fallback: other", "is no other recipe; known: tuned"),
+    ],
+)
+def test_impossible_formats_and_fallbacks_are_refused(
+    tmp_path: Path, keys: str, reason: str
+) -> None:
+    assert reason in refusal(tmp_path, edit("    bits: 3\n", f"    bits: 3\n    {keys}\n"))
+
+
+def test_formats_and_fallbacks_arrive(tmp_path: Path) -> None:
+    text = edit("    bits: 3\n", "    bits: 4\n    format: llm_compressor\n")
+    recipes = load(tmp_path, text.replace("    lr: 0.005\n", "    fallback: plain\n")).recipes
+    assert (recipes["plain"].format, recipes["plain"].fallback) == ("llm_compressor", None)
+    assert (recipes["tuned"].format, recipes["tuned"].fallback) == ("auto_round", "plain")

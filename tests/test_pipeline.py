@@ -134,6 +134,12 @@ def test_second_run_does_nothing(clone: Path) -> None:
     assert (clone / "dvc.lock").read_bytes() == before
 
 
+def test_forced_release_gives_the_same_folder(clone: Path) -> None:
+    before = (clone / "dvc.lock").read_bytes()
+    assert dvc(clone, "repro", "-f", "-s", "release@rtn-w4g128").returncode == 0
+    assert (clone / "dvc.lock").read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("keys", "value", "wanted"),
     [
@@ -172,6 +178,22 @@ def test_forced_quantization_gives_the_same_checkpoint(clone: Path) -> None:
     assert dvc(clone, "repro", "-f", "-s", "quantize@rtn-w4g128").returncode == 0
     assert "quantize@rtn-w4g128" not in stale(clone)
     assert "embed@rtn-w4g128" not in stale(clone)
+
+
+def test_a_release_is_got_by_name_and_verifies(clone: Path) -> None:
+    git = ["git", "-c", "user.name=test", "-c", "user.email=test@localhost"]
+    tag = ["tag", "-a", "w4g128@v1.0.0", "-m", "as `gto register` makes it"]
+    for command in (["add", "-A"], ["commit", "-qm", "results"], tag):
+        subprocess.run([*git, *command], cwd=clone, check=True)
+    got = dvc(clone, "artifacts", "get", ".", "w4g128", "-o", "got")
+    assert got.returncode == 0, got.stderr
+    verified = subprocess.run(
+        [sys.executable, "-m", "stages.verify", "got"], cwd=clone, capture_output=True, text=True
+    )
+    assert verified.returncode == 0, verified.stderr
+    metadata = json.loads((clone / "got/quantization_metadata.json").read_text())
+    assert len(metadata["pipeline"]["commit"]) == 40
+    shutil.rmtree(clone / "got")
 
 
 def test_the_ablation_runs_only_when_asked_and_touches_nothing_else(clone: Path) -> None:

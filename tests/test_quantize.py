@@ -1,8 +1,10 @@
 """Quantization against rounding recomputed by hand from the source weights."""
 
+import errno
 import hashlib
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,15 +13,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from ruamel.yaml import YAML
 from safetensors.torch import load_file, save_file
 
 from stages import quantize
 from stages.checkpoint import SINGLE, read_headers
-from stages.colqwen3.loading import load_model, load_processor
-from stages.errors import PipelineError
+from stages.colqwen3.loading import load_model, load_packed, load_processor
+from stages.errors import PipelineError, run
+from stages.files import write_json
 from stages.inspect_model import inspect_folder
 from stages.layout import BLOCKS
 from stages.params import AutoRoundRecipe, RtnRecipe
+from stages.paths import MANIFEST as MANIFEST_FILE
 from stages.scratch import Scratch
 from stages.tuning import Sample, check_quantized
 from tests.golden.variants import Variant, write_variant
@@ -47,6 +52,11 @@ def samples() -> list[Sample]:
     texts = [dict(processor.process_texts([text])) for text in ("net value", "index share")]
     image = Image.linear_gradient("L").resize((128, 192))
     return [*texts, dict(processor.process_images([image]))]
+
+
+def samples_of(folder: Path) -> Sample:
+    image = Image.linear_gradient("L").resize((128, 192))
+    return dict(load_processor(folder, 64).process_images([image]))
 
 
 def run_quantize(
@@ -346,3 +356,100 @@ def test_other_formats_round_to_the_nearest_step(
     assert (error <= step / 2 * 1.001).numpy()[inside].all()
     total = sum(quantize.count_bytes(folder)["components"].values())
     assert total == METRICS["expected_bytes"][f"w{bits}g{group_size}"]
+
+
+FALLBACK = {"method": "rtn", "calibration": "none", "bits": 4, "group_size": 32, "sym": True}
+
+
+@pytest.fixture
+def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, Any]], None]:
+    """The stage of a recipe called ``primary``, on the golden model or, with all linears, the demo's."""
+    yaml = YAML(typ="safe", pure=True)
+    params = yaml.load(Path("params.yaml").read_text())
+    golden, demo = str(GOLDEN.resolve()), str(Path("demo/model").resolve())
+    params["calibration"]["sets"] = {}
+    params.pop("ablation")
+    write_json(tmp_path / "artifacts/calibration/none/index.json", {"samples": []})
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["quantize", "primary"])
+
+    def run_stage(recipe: dict[str, Any]) -> None:
+        params["model"]["source"] = demo if recipe.get("linears") else golden
+        write_json(MANIFEST_FILE, inspect_folder(Path(params["model"]["source"]))[0])
+        params["recipes"] = {"primary": recipe, "plain": FALLBACK}
+        with Path("params.yaml").open("w") as file:
+            yaml.dump(params, file)
+        run(quantize.main)
+
+    return run_stage
+
+
+def fail(reason: Exception) -> Callable[..., None]:
+    def round_linears(*_: object, **__: object) -> None:
+        raise reason
+
+    return round_linears
+
+
+def test_a_fallback_runs_only_after_a_failure_and_is_told_of(
+    stage: Callable[[dict[str, Any]], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    primary = {**FALLBACK, "group_size": 64, "fallback": "plain"}
+    stage(primary)
+    made = json.loads(Path("metrics/quantize/primary.json").read_text())["recipe"]
+    assert (made["ran"], made["values"]["group_size"]) == ("primary", 64)
+    assert made.keys() == {"ran", "values"}
+
+    work = quantize.round_linears
+
+    def once(*args: Any) -> dict[str, float]:
+        monkeypatch.setattr(quantize, "round_linears", work)
+        raise torch.OutOfMemoryError("no memory on /home/someone/models/it: 3 GB wanted\nmore")
+
+    monkeypatch.setattr(quantize, "round_linears", once)
+    stage(primary)
+    made = json.loads(Path("metrics/quantize/primary.json").read_text())["recipe"]
+    assert (made["ran"], made["instead_of"]) == ("plain", "primary")
+    assert made["values"]["group_size"] == 32
+    assert made["because"] == "no memory on it: 3 GB wanted"
+    scales = load_file("artifacts/checkpoints/primary/model.safetensors")[
+        f"{next(iter(LINEARS))}.scales"
+    ]
+    assert scales.shape[0] == LINEARS[next(iter(LINEARS))][1] // 32
+
+
+@pytest.mark.parametrize(
+    ("fallback", "reason"),
+    [
+        ({}, PipelineError("lost a sample")),
+        ({"fallback": "plain"}, OSError(errno.ENOSPC, "No space left on device")),
+    ],
+)
+def test_nothing_falls_back_unasked_or_on_a_full_disk(
+    stage: Callable[[dict[str, Any]], None],
+    monkeypatch: pytest.MonkeyPatch,
+    fallback: dict[str, str],
+    reason: Exception,
+) -> None:
+    monkeypatch.setattr(quantize, "round_linears", fail(reason))
+    with pytest.raises(SystemExit):
+        stage({**FALLBACK, **fallback})
+    assert not Path("metrics/quantize/primary.json").exists()
+    assert not Path("artifacts/checkpoints/primary").exists()
+
+
+def test_all_linears_are_those_of_the_model_but_the_projection(
+    stage: Callable[[dict[str, Any]], None],
+) -> None:
+    stage({**FALLBACK, "linears": "all"})
+    made = load_file("artifacts/checkpoints/primary/model.safetensors")
+    quantized = {name[: -len(".qweight")] for name in made if name.endswith(".qweight")}
+    # both loaders read it: auto-round's kernels, and dense weights
+    folder = Path("artifacts/checkpoints/primary")
+    inputs = samples_of(folder)
+    packed, dense = (load(folder, torch.float32, CPU) for load in (load_packed, load_model))
+    linear = {name for name, module in dense.named_modules() if type(module) is torch.nn.Linear}
+    assert quantized == linear - {"embedding_proj_layer"}
+    with torch.inference_mode():
+        one, other = (model(**inputs).embeddings for model in (packed, dense))
+    assert torch.nn.functional.cosine_similarity(one, other, dim=-1).min() > 0.99999

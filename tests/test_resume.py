@@ -85,5 +85,5 @@ def test_killed_runs_go_on_and_give_the_same_bytes(folder: Path) -> None:
         assert (checkpoints / "killed" / path.name).read_bytes() == path.read_bytes(), path.name
     for kind in ("quantize/{}.json", "plots/{}/layers.json"):
         calm, killed = (folder / "metrics" / kind.format(name) for name in ("calm", "killed"))
-        assert calm.read_bytes() == killed.read_bytes()
+        assert calm.read_text() == killed.read_text().replace('"ran": "killed"', '"ran": "calm"')
     assert not (folder / "artifacts/scratch/killed").exists()

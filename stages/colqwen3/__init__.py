@@ -1,15 +1,15 @@
 """The ColQwen3 model family, native on transformers: no code of a model folder is needed.
 
 Importing this package registers the classes with transformers' AutoConfig, AutoModel and
-AutoProcessor. Its modules import each other only relatively, so that they can travel with a
-checkpoint.
+AutoProcessor. The modules it imports here import each other only relatively and carry the names
+of published models' files, so that they can travel with a checkpoint.
 """
 
 from transformers import AutoConfig, AutoModel, AutoProcessor
 
-from .configuration import ColQwen3Config
-from .modeling import ColQwen3
-from .processing import ColQwen3Processor
+from .configuration_colqwen3 import ColQwen3Config
+from .modeling_colqwen3 import ColQwen3
+from .processing_colqwen3 import ColQwen3Processor
 
 __all__ = ["ColQwen3", "ColQwen3Config", "ColQwen3Processor"]
 

@@ -21,9 +21,9 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbedding
 
-from stages.colqwen3.configuration import ColQwen3Config
+from stages.colqwen3.configuration_colqwen3 import ColQwen3Config
 from stages.colqwen3.loading import as_pipeline_error, load_processor, quantization_config
-from stages.colqwen3.processing import ColQwen3Processor
+from stages.colqwen3.processing_colqwen3 import ColQwen3Processor
 from stages.colqwen3.serving.decoder import Decoder
 from stages.colqwen3.serving.fused import PLAIN, Operations, choose_operations
 from stages.colqwen3.serving.recording import Recording, Work, agree, record

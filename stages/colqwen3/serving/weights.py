@@ -8,7 +8,7 @@ import torch
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionRotaryEmbedding
 
 from stages.checkpoint import TensorInfo, read_headers
-from stages.colqwen3.configuration import ColQwen3Config
+from stages.colqwen3.configuration_colqwen3 import ColQwen3Config
 from stages.colqwen3.serving.decoder import Decoder, DecoderLayer
 from stages.colqwen3.serving.linears import KERNELS, Linear, Parts, choose_kernel, dense
 from stages.colqwen3.serving.vision import Merger, Norm, Tower, VisionBlock

@@ -155,3 +155,17 @@ def test_plain_tuple_on_request(model: ColQwen3, processor: ColQwen3Processor) -
     inputs = processor.process_texts([QUERIES["short"]])
     (found,) = model(**inputs, return_dict=False)
     assert torch.equal(found, model(**inputs).embeddings)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_casting_keeps_the_frequencies_of_positions(dtype: torch.dtype) -> None:
+    model = ColQwen3.from_pretrained(GOLDEN / "model", dtype=torch.float32)
+    named = {name: buffer for name, buffer in model.named_buffers() if "inv_freq" in name}
+    before = {name: buffer.clone() for name, buffer in named.items()}
+    model.to(dtype)
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    after = dict(model.named_buffers())
+    assert before
+    for name, frequencies in before.items():
+        assert after[name].dtype == torch.float32
+        assert torch.equal(after[name], frequencies)
