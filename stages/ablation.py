@@ -23,6 +23,7 @@ from ruamel.yaml import YAML
 
 from stages.errors import PipelineError, run
 from stages.files import read_json, write_json
+from stages.lock import claim
 from stages.params import PARAMS_FILE, AblationParams, Params, load_params
 from stages.paths import (
     ABLATION_METRICS,
@@ -133,6 +134,7 @@ class Workspace:
 def embed_original(params: Params, dataset: str) -> None:
     """Write artifacts/ablation/original/<dataset>.safetensors."""
     values = own_params(params, dataset)
+    claim(f"ablation-original@{dataset}")
     space = Workspace(ABLATION_WORK / f"{ORIGINAL}-{dataset}")
     space.write_params(values)
     space.run("embed", ORIGINAL)
@@ -148,6 +150,7 @@ def measure_recipe(params: Params, recipe: str) -> None:
     """Write ablation/metrics/<recipe>.json: what `quantize` counted, and `evaluate` by dataset."""
     datasets = list(ablation_of(params).datasets)
     values = {dataset: own_params(params, dataset, recipe) for dataset in datasets}
+    claim(f"ablation@{recipe}")
     space = Workspace(ABLATION_WORK / recipe)
     space.write_params(values[datasets[0]])
     space.run("calibrate")

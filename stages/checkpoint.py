@@ -148,9 +148,11 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             header = json.loads(file.read(length).decode("utf-8"))
         except (ValueError, RecursionError):
             raise PipelineError(f"{path}: has a damaged header; {mend}") from None
-    if not isinstance(header, dict):
+    metadata = header.pop("__metadata__", None) if isinstance(header, dict) else []
+    if metadata is not None and not (
+        isinstance(metadata, dict) and all(isinstance(text, str) for text in metadata.values())
+    ):
         raise PipelineError(f"{path}: has a damaged header; {mend}")
-    header.pop("__metadata__", None)
     found: dict[str, TensorInfo] = {}
     spans = []
     for name, entry in header.items():

@@ -132,6 +132,8 @@ DAMAGED: dict[str, tuple[object, bytes, int | None, str]] = {
     "no object": ([1], bytes(4), None, "damaged header"),
     "deeply nested": (b"[" * 100_000, bytes(4), None, "damaged header"),
     "endless number": (b'{"a": ' + b"9" * 5000 + b"}", bytes(4), None, "damaged header"),
+    "metadata a list": ({"__metadata__": [], "a": ENTRY}, bytes(4), None, "damaged header"),
+    "metadata a number": ({"__metadata__": {"n": 1}, "a": ENTRY}, bytes(4), None, "damaged header"),
     "entry no object": ({"a": 5}, bytes(4), None, "damaged entry for a"),
     "entry a list": ({"a": []}, bytes(4), None, "damaged entry for a"),
     "entry empty": ({"a": {}}, bytes(4), None, "damaged entry for a"),

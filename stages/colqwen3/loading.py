@@ -191,7 +191,9 @@ def as_pipeline_error(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise PipelineError(f"{folder}: model cannot be loaded ({_line(error)})") from None
+        raise PipelineError(
+            f"{folder}: model cannot be loaded ({_line(error)}); fetch it or make it again"
+        ) from None
 
 
 def _line(error: Exception) -> str:
