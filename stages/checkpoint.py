@@ -129,6 +129,11 @@ def _inside(folder: Path, name: str) -> Path:
     return path
 
 
+def _refuse(constant: str) -> None:
+    """Refuse NaN and Infinity, which Python reads and JSON does not have."""
+    raise ValueError(constant)
+
+
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """Return the tensors of one safetensors file, from its header alone.
 
@@ -145,7 +150,8 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         if length == 0 or length > min(MAX_HEADER, size - 8):
             raise PipelineError(f"{path}: is truncated or no safetensors file; {mend}")
         try:
-            header = json.loads(file.read(length).decode("utf-8"))
+            text = file.read(length).decode("utf-8")
+            header = json.loads(text, parse_constant=_refuse)
         except (ValueError, RecursionError):
             raise PipelineError(f"{path}: has a damaged header; {mend}") from None
     metadata = header.pop("__metadata__", None) if isinstance(header, dict) else []

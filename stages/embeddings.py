@@ -1,5 +1,6 @@
 """The embeddings file: one float32 tensor [tokens, embed_dim] a query or page, in safetensors."""
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -59,6 +60,8 @@ def write_embeddings(
                     file.write(f"{kind}/{name}", items[name].detach().float())
         os.replace(partial, path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
         if disk_is_full(error):
             raise
         raise PipelineError(f"{path}: cannot be written ({error}); mend the path") from None

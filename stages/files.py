@@ -22,11 +22,15 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write a file by rename."""
+    """Write a file by rename; what fails leaves nothing behind."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(data)
-    os.replace(partial, path)
+    try:
+        partial.write_bytes(data)
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)  # a full disk needs the room
+        raise
 
 
 def read_json(path: Path, mend: str) -> Any:

@@ -1,6 +1,5 @@
 """Damaged models, params, data and results through the real commands: one line, nothing lost."""
 
-import hashlib
 import json
 import shutil
 import struct
@@ -17,18 +16,11 @@ from ruamel.yaml import YAML
 from safetensors.torch import load_file, save_file
 
 from stages.embeddings import read_embeddings
-from tests.command import fork_stage, run_stage
+from tests.command import Done, fork_stage, run_stage
+from tests.work import RECIPES, make_work, results, write_params, write_queries
 
-GOLDEN = Path("tests/golden/model")
 INDEX = "model/model.safetensors.index.json"
 SHARD = "model/model-00002-of-00003.safetensors"
-RECIPES = {
-    "rtn": {"method": "rtn", "calibration": "none", "bits": 4, "group_size": 128, "sym": True},
-    "tuned": {
-        "method": "autoround", "calibration": "some", "bits": 4, "group_size": 128, "sym": True,
-        "iters": 1, "lr": 0.005, "seed": 1,
-    },
-}  # fmt: skip
 Damage = Callable[[Path], None]
 
 INSPECT = ["inspect_model"]
@@ -48,24 +40,7 @@ LIGHT = (INSPECT, GATE)  # need no torch: as fast in a process of their own
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working folder in which every stage up to the gate has run on small, sound input."""
-    folder = tmp_path_factory.mktemp("whole") / "work"
-    shutil.copytree(GOLDEN, folder / "model")
-    (folder / "data/corpus").mkdir(parents=True)
-    for number in range(2):
-        page = Image.linear_gradient("L").resize((64 + 32 * number, 96))
-        page.save(folder / f"data/corpus/p{number}.png")
-    write_queries(folder, {"q0": "total of the year", "q1": "costs by region"})
-    (folder / "data/qrels.tsv").write_text("query-id\tcorpus-id\tscore\nq0\tp0\t1\nq1\tp1\t1\n")
-    params = YAML(typ="safe").load(Path("params.yaml"))
-    params["model"].update(source="model", max_num_visual_tokens=64)
-    params["calibration"].update(
-        dataset="data", sets={"some": {"queries": 1, "pages": 1, "passages": 0}}
-    )
-    params["recipes"] = RECIPES
-    params["evaluate"]["dataset"] = "data"
-    params["gate"] = dict.fromkeys(params["gate"])
-    params.pop("ablation")
-    write_params(folder, params)
+    folder = make_work(tmp_path_factory.mktemp("whole") / "work")
     for words in (INSPECT, CALIBRATE, ROUND, EMBED, EMBED_RTN, EVALUATE):
         done = fork_stage(folder, words)
         assert done.code == 0, done.err
@@ -77,31 +52,11 @@ def work(whole: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(whole, tmp_path / "work"))
 
 
-def run(folder: Path, words: list[str]) -> Any:
+def run(folder: Path, words: list[str]) -> Done:
     return (run_stage if words in LIGHT else fork_stage)(folder, words)
 
 
-def results(folder: Path) -> dict[str, str]:
-    """Return a digest of every file that is a result: no lock, and no unfinished work."""
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for root in ("artifacts", "metrics")
-        for path in (folder / root).rglob("*")
-        if path.is_file() and path.relative_to(folder).parts[1] not in ("locks", "scratch")
-    }
-
-
 # ---- Ways to damage it --------------------------------------------------------------------------
-
-
-def write_params(folder: Path, params: dict[str, Any]) -> None:
-    with (folder / "params.yaml").open("w") as file:
-        YAML(typ="safe").dump(params, file)
-
-
-def write_queries(folder: Path, texts: dict[str, str]) -> None:
-    lines = [json.dumps({"_id": name, "text": text}) for name, text in texts.items()]
-    (folder / "data/queries.jsonl").write_text("\n".join(lines) + "\n")
 
 
 def params(key: str, value: object) -> Damage:

@@ -59,7 +59,8 @@ def load_processor(
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise PipelineError(
-            f"{folder}: processor cannot be loaded ({_line(error)}); fetch the folder again"
+            f"{folder}: processor cannot be loaded ({_line(error)}); fetch the folder again "
+            "(code of its own runs only with model.trust_remote_code: true)"
         ) from None
     return processor
 
