@@ -152,6 +152,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         try:
             text = file.read(length).decode("utf-8")
             header = json.loads(text, parse_constant=_refuse)
+            json.dumps(header, ensure_ascii=False).encode()  # refuses half characters
         except (ValueError, RecursionError):
             raise PipelineError(f"{path}: has a damaged header; {mend}") from None
     metadata = header.pop("__metadata__", None) if isinstance(header, dict) else []

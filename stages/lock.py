@@ -13,6 +13,7 @@ import threading
 import time
 from pathlib import Path
 
+from stages import PARENT
 from stages.paths import LOCKS
 
 logger = logging.getLogger(__name__)
@@ -80,7 +81,7 @@ def claim(stage: str) -> None:
     if lock.path in _held:
         return
     if "DVC_STAGE" in os.environ:  # by hand, a stage may well outlive its shell
-        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(target=_end_with, args=(PARENT,), daemon=True).start()
     said = -math.inf
     while not lock.take():
         if time.monotonic() - said >= REMIND:

@@ -135,6 +135,7 @@ DAMAGED: dict[str, tuple[object, bytes, int | None, str]] = {
     "metadata a list": ({"__metadata__": [], "a": ENTRY}, bytes(4), None, "damaged header"),
     "metadata a number": ({"__metadata__": {"n": 1}, "a": ENTRY}, bytes(4), None, "damaged header"),
     "infinity": (b'{"a": {"x": Infinity}}', bytes(4), None, "damaged header"),
+    "half a character": (b'{"a": {"x": "\\ud800"}}', bytes(4), None, "damaged header"),
     "entry no object": ({"a": 5}, bytes(4), None, "damaged entry for a"),
     "entry a list": ({"a": []}, bytes(4), None, "damaged entry for a"),
     "entry empty": ({"a": {}}, bytes(4), None, "damaged entry for a"),

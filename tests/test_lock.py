@@ -70,6 +70,15 @@ def alive(pid: int) -> bool:
     return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
+def wait_for_end(stage: int) -> None:
+    for _ in range(200):
+        if not alive(stage):
+            return
+        time.sleep(0.05)
+    os.kill(stage, signal.SIGKILL)
+    pytest.fail("the stage outlives its dvc")
+
+
 def test_a_lock_is_had_once_and_given_up(tmp_path: Path) -> None:
     first, second = Lock(tmp_path / "new" / "a.lock"), Lock(tmp_path / "new" / "a.lock")
     assert first.take()
@@ -131,12 +140,19 @@ def test_a_stage_ends_with_its_dvc(
     assert line(parent) == "claimed"
     parent.send_signal(by)
     parent.wait()
-    for _ in range(200):
-        if not alive(stage):
-            return
-        time.sleep(0.05)
-    os.kill(stage, signal.SIGKILL)
-    pytest.fail("the stage outlives its dvc")
+    wait_for_end(stage)
+
+
+def test_so_does_one_whose_dvc_went_before_it_could_claim(
+    tmp_path: Path, started: list[subprocess.Popen[str]]
+) -> None:
+    """Most of a short stage is the import of torch."""
+    slow = CLAIM.replace("lock.POLL", "print('imported', flush=True); time.sleep(0.5); lock.POLL")
+    parent = start(started, tmp_path, PARENT.replace(repr(CLAIM), repr(slow)), DVC_STAGE="work")
+    stage = int(line(parent))
+    assert line(parent) == "imported"
+    parent.kill()
+    wait_for_end(stage)
 
 
 def test_a_stage_run_by_hand_may_outlive_its_shell(
