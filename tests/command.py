@@ -58,3 +58,13 @@ def _as_main(folder: Path, words: list[str], logs: tuple[Path, Path]) -> None:
     os.chdir(folder)
     sys.argv = [f"stages.{words[0]}", *words[1:]]
     runpy.run_module(f"stages.{words[0]}", run_name="__main__", alter_sys=True)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process works; a zombie that nobody waits for does not."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    stat = Path(f"/proc/{pid}/stat")
+    return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] != "Z"

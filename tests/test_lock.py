@@ -14,6 +14,7 @@ import pytest
 
 from stages import lock
 from stages.lock import Lock
+from tests.command import alive
 
 ROOT = Path.cwd()
 CLAIM = """
@@ -58,16 +59,6 @@ def start(
 def line(process: subprocess.Popen[str]) -> str:
     assert process.stdout
     return process.stdout.readline().strip()
-
-
-def alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    # a zombie that nobody waits for is no process that works
-    stat = Path(f"/proc/{pid}/stat")
-    return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
 def wait_for_end(stage: int) -> None:
