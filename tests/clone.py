@@ -126,16 +126,31 @@ def results(clone: Path) -> dict[str, str]:
 
 
 def lock_without_times(clone: Path) -> str:
-    """Return dvc.lock without the digests of wall times."""
+    """Return dvc.lock without the digests of wall times, stages by name.
+
+    DVC writes them in the order in which they ran, and that is not always the same.
+    """
     lock: dict[str, Any] = YAML(typ="safe").load(clone / "dvc.lock")
     for name, stage in lock["stages"].items():
         if name.startswith("benchmark@"):
             del stage["outs"]
         if name == "gate":  # depends on the folder of all metrics
             stage["deps"] = [dep for dep in stage["deps"] if dep["path"] != "metrics"]
-    return json.dumps(lock, indent=1)
+    return json.dumps(lock, indent=1, sort_keys=True)
 
 
 def differences(first: dict[str, str], second: dict[str, str]) -> list[str]:
     """Return the names of files that differ or are missing on one side."""
     return sorted(name for name in first | second if first.get(name) != second.get(name))
+
+
+def processes_of(clone: Path) -> list[int]:
+    """Return the processes whose working folder is the clone."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):  # nothing on macOS
+        try:
+            if (entry / "cwd").readlink() == clone.resolve():
+                found.append(int(entry.name))
+        except OSError:
+            continue  # it has ended, or is another user's
+    return found

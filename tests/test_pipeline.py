@@ -7,8 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.clone import change, commit, copy_tree, dvc, results, small_dataset, start_dvc
-from tests.command import alive
+from stages.lock import Lock
+from tests.clone import (
+    change,
+    commit,
+    copy_tree,
+    dvc,
+    processes_of,
+    results,
+    small_dataset,
+    start_dvc,
+)
 
 RECIPES = ("w4g128", "rtn-w4g128")
 CHAIN = ("quantize", "embed", "evaluate", "benchmark")
@@ -86,6 +95,43 @@ def test_second_run_does_nothing(clone: Path) -> None:
     assert (clone / "dvc.lock").read_bytes() == before
 
 
+def test_two_runs_and_a_killed_one_end_well(clone: Path) -> None:
+    """`python -m tests.hard.kill_repro` does this at many moments of a whole run."""
+    before = results(clone)
+    lock, log = Lock(clone / "artifacts/locks/embed@original.lock"), clone / ".git/log"
+    assert lock.take()
+    with log.open("w") as file:
+        first = start_dvc(clone, "repro", "-f", "-s", "embed_original", log=file)
+        while "is working on embed@original; waiting" not in log.read_text():
+            assert first.poll() is None, log.read_text()
+            time.sleep(0.1)
+        second = dvc(clone, "repro", "-s", "embed_original")
+        assert second.returncode != 0
+        assert f"(PID {first.pid})" in second.stderr  # DVC says who is at it
+        first.send_signal(signal.SIGTERM)
+        first.wait()
+    lock.release()
+    third = dvc(clone, "repro")
+    assert third.returncode == 0, third.stderr
+    assert not processes_of(clone)
+    assert results(clone) == before
+
+
+def test_no_secret_is_written_anywhere(clone: Path) -> None:
+    """The token of the environment, of a run with everything forced that touches the Hub's code."""
+    token = "hf_" + "canaryCANARY0123456789canary0123456"
+    logs = ""
+    for stage in ("inspect", "embed_original", "heatmap@w4g128"):
+        done = dvc(clone, "repro", "-v", "-f", "-s", stage, env={"HF_TOKEN": token})
+        assert done.returncode == 0, done.stderr
+        logs += done.stdout + done.stderr
+    assert "Running stage" in logs
+    assert token not in logs
+    for path in clone.rglob("*"):
+        if path.is_file():
+            assert token.encode() not in path.read_bytes(), path
+
+
 @pytest.mark.parametrize(
     ("keys", "value", "wanted"),
     [
@@ -124,42 +170,6 @@ def test_forced_quantization_gives_the_same_checkpoint(clone: Path) -> None:
     assert dvc(clone, "repro", "-f", "-s", "quantize@rtn-w4g128").returncode == 0
     assert "quantize@rtn-w4g128" not in stale(clone)
     assert "embed@rtn-w4g128" not in stale(clone)
-
-
-def test_two_runs_and_a_killed_one_end_well(clone: Path) -> None:
-    """`python -m tests.hard.kill_repro` does this at many moments of a whole run."""
-    before = results(clone)
-    lock = clone / "artifacts/locks/embed@original.lock"
-    lock.unlink()
-    first = start_dvc(clone, "repro", "-f", "-s", "embed_original")
-    while not lock.exists() or not lock.read_text():
-        assert first.poll() is None, first.communicate()
-        time.sleep(0.05)
-    stage = int(lock.read_text())
-    second = dvc(clone, "repro", "-s", "embed_original")
-    assert second.returncode != 0
-    assert f"(PID {first.pid})" in second.stderr  # DVC says who is at it
-    first.send_signal(signal.SIGTERM)
-    first.communicate()
-    third = dvc(clone, "repro")
-    assert third.returncode == 0, third.stderr
-    assert not alive(stage)
-    assert results(clone) == before
-
-
-def test_no_secret_is_written_anywhere(clone: Path) -> None:
-    """The token of the environment, of a run with everything forced that touches the Hub's code."""
-    token = "hf_" + "canaryCANARY0123456789canary0123456"
-    logs = ""
-    for stage in ("inspect", "embed_original", "heatmap@w4g128"):
-        done = dvc(clone, "repro", "-v", "-f", "-s", stage, env={"HF_TOKEN": token})
-        assert done.returncode == 0, done.stderr
-        logs += done.stdout + done.stderr
-    assert "Running stage" in logs
-    assert token not in logs
-    for path in clone.rglob("*"):
-        if path.is_file():
-            assert token.encode() not in path.read_bytes(), path
 
 
 def test_the_ablation_runs_only_when_asked_and_touches_nothing_else(clone: Path) -> None:

@@ -18,19 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.clone import differences, dvc, results, small_clone, start_dvc
-
-
-def processes_of(clone: Path) -> list[int]:
-    """Return the processes whose working folder is the clone."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        try:
-            if entry.name.isdigit() and (entry / "cwd").resolve() == clone.resolve():
-                found.append(int(entry.name))
-        except OSError:
-            continue  # it has ended, or is another user's
-    return found
+from tests.clone import differences, dvc, processes_of, results, small_clone, start_dvc
 
 
 def kill_after(clone: Path, seconds: float, sign: signal.Signals) -> str | None:
