@@ -300,10 +300,11 @@ def main() -> None:
     model = load_model(folder, DTYPES[dtype], device, trust)
     key = work_key(determinants(folder, queries, pages, params, dtype, device))
     needed = most_bytes(queries, pages, params.model.max_num_visual_tokens, model.config.embed_dim)
-    # as parts, and then as one file
-    check_space(out.parent, 2 * needed, "the embeddings")
     # beside a file of the user's own; no recipe is called so
     work = SCRATCH / f"{args.name}.embed" if args.name else out.with_name(out.name + ".parts")
+    there = sum(path.stat().st_size for path in work.rglob("*") if path.is_file())
+    # as parts, and then as one file
+    check_space(out.parent, max(0, 2 * needed - there), "the embeddings")
     with Scratch(work, key) as scratch:
         parts = embed_into(scratch, model, processor, queries, pages, params)
         write_embeddings(out, parts.of("query", queries), parts.of("page", pages))

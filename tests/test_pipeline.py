@@ -118,10 +118,10 @@ def test_two_runs_and_a_killed_one_end_well(clone: Path) -> None:
 
 
 def test_no_secret_is_written_anywhere(clone: Path) -> None:
-    """The token of the environment, of a run with everything forced that touches the Hub's code."""
+    """The Hub's token is in the environment of a verbose run, and nowhere else."""
     token = "hf_" + "canaryCANARY0123456789canary0123456"
     logs = ""
-    for stage in ("inspect", "embed_original", "heatmap@w4g128"):
+    for stage in ("inspect", "embed_original"):
         done = dvc(clone, "repro", "-v", "-f", "-s", stage, env={"HF_TOKEN": token})
         assert done.returncode == 0, done.stderr
         logs += done.stdout + done.stderr
