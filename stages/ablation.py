@@ -134,7 +134,6 @@ class Workspace:
 def embed_original(params: Params, dataset: str) -> None:
     """Write artifacts/ablation/original/<dataset>.safetensors."""
     values = own_params(params, dataset)
-    claim(f"ablation-original@{dataset}")
     space = Workspace(ABLATION_WORK / f"{ORIGINAL}-{dataset}")
     space.write_params(values)
     space.run("embed", ORIGINAL)
@@ -150,7 +149,6 @@ def measure_recipe(params: Params, recipe: str) -> None:
     """Write ablation/metrics/<recipe>.json: what `quantize` counted, and `evaluate` by dataset."""
     datasets = list(ablation_of(params).datasets)
     values = {dataset: own_params(params, dataset, recipe) for dataset in datasets}
-    claim(f"ablation@{recipe}")
     space = Workspace(ABLATION_WORK / recipe)
     space.write_params(values[datasets[0]])
     space.run("calibrate")
@@ -248,8 +246,10 @@ def main() -> None:
         parser.error("give a recipe or --original, not both")
     params = load_params()
     if args.original:
+        claim(f"ablation-original@{args.original}")
         embed_original(params, args.original)
     elif args.recipe:
+        claim(f"ablation@{args.recipe}")
         measure_recipe(params, args.recipe)
     else:
         print_tables(params)
