@@ -23,6 +23,7 @@ from ruamel.yaml import YAML
 
 from stages.errors import PipelineError, run
 from stages.files import read_json, write_json
+from stages.lock import claim
 from stages.params import PARAMS_FILE, AblationParams, Params, load_params
 from stages.paths import (
     ABLATION_METRICS,
@@ -245,8 +246,10 @@ def main() -> None:
         parser.error("give a recipe or --original, not both")
     params = load_params()
     if args.original:
+        claim(f"ablation-original@{args.original}")
         embed_original(params, args.original)
     elif args.recipe:
+        claim(f"ablation@{args.recipe}")
         measure_recipe(params, args.recipe)
     else:
         print_tables(params)

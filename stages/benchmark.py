@@ -26,6 +26,7 @@ from stages.compute import DTYPES, choose_device
 from stages.dataset import read_queries
 from stages.errors import run
 from stages.files import write_json
+from stages.lock import claim
 from stages.manifest import find_inspected_model, read_manifest
 from stages.pages import find_pages, open_page
 from stages.params import BenchmarkParams, load_params
@@ -249,6 +250,7 @@ def main() -> None:
 
     params = load_params()
     params.recipe(name)
+    claim(f"benchmark@{name}")
     how = params.benchmark
     source = find_inspected_model(params.model, read_manifest())
     processor = load_processor(

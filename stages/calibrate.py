@@ -16,10 +16,11 @@ from safetensors.torch import save_file
 from stages.dataset import read_queries
 from stages.errors import PipelineError, run
 from stages.files import fresh_folder, publish_folder, write_json
+from stages.lock import claim
 from stages.manifest import find_inspected_model, read_manifest
 from stages.pages import find_pages, open_page
 from stages.params import NO_SAMPLES, CalibrationParams, load_params
-from stages.paths import CALIBRATION
+from stages.paths import CALIBRATION, SCRATCH
 from stages.progress import track
 from stages.samples import INDEX, Origin
 
@@ -89,11 +90,12 @@ def main() -> None:
     from stages.colqwen3.loading import load_processor
 
     params = load_params()
+    claim("calibrate")
     source = find_inspected_model(params.model, read_manifest())
     processor = load_processor(
         source, params.model.max_num_visual_tokens, params.model.trust_remote_code
     )
-    partial = fresh_folder(CALIBRATION)
+    partial = fresh_folder(SCRATCH / CALIBRATION.name)
     for name in (*params.calibration.sets, NO_SAMPLES):
         folder = partial / name
         folder.mkdir()

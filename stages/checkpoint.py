@@ -137,6 +137,11 @@ def _inside(folder: Path, name: str) -> Path:
     return path
 
 
+def _refuse(constant: str) -> None:
+    """Refuse NaN and Infinity, which Python reads and JSON does not have."""
+    raise ValueError(constant)
+
+
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """Return the tensors of one safetensors file, from its header alone.
 
@@ -153,12 +158,16 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         if length == 0 or length > min(MAX_HEADER, size - 8):
             raise PipelineError(f"{path}: is truncated or no safetensors file; {mend}")
         try:
-            header = json.loads(file.read(length).decode("utf-8"))
+            text = file.read(length).decode("utf-8")
+            header = json.loads(text, parse_constant=_refuse)
+            json.dumps(header, ensure_ascii=False).encode()  # refuses half characters
         except (ValueError, RecursionError):
             raise PipelineError(f"{path}: has a damaged header; {mend}") from None
-    if not isinstance(header, dict):
+    metadata = header.pop("__metadata__", None) if isinstance(header, dict) else []
+    if metadata is not None and not (
+        isinstance(metadata, dict) and all(isinstance(text, str) for text in metadata.values())
+    ):
         raise PipelineError(f"{path}: has a damaged header; {mend}")
-    header.pop("__metadata__", None)
     found: dict[str, TensorInfo] = {}
     spans = []
     for name, entry in header.items():

@@ -5,6 +5,7 @@ any ColQwen3 folder, original or quantized.
 """
 
 import argparse
+import logging
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sized
@@ -15,22 +16,29 @@ from typing import Any
 import torch
 from PIL import Image
 
-from stages.checkpoint import find_model
+from stages.checkpoint import find_model, fingerprint, model_files
 from stages.compute import DTYPES, choose_device, make_deterministic
 from stages.dataset import read_queries
 from stages.embeddings import write_embeddings
 from stages.errors import PipelineError, run
+from stages.lock import claim
 from stages.manifest import find_inspected_model, read_manifest
 from stages.pages import Page, find_pages, open_page
 from stages.params import Params, load_params
-from stages.paths import CHECKPOINTS, EMBEDDINGS
+from stages.parts import Parts
+from stages.paths import CHECKPOINTS, EMBEDDINGS, SCRATCH
 from stages.progress import Progress
+from stages.scratch import Scratch, digest_file, surroundings, work_key
 from stages.space import check_space
 
+logger = logging.getLogger(__name__)
+
 ORIGINAL = "original"
+LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pillow", "pypdfium2")
 # around the visual tokens of a page, and behind the text of a query
 PAGE_PROMPT_TOKENS, QUERY_SUFFIX_TOKENS = 11, 10
 FLOAT32_BYTES = 4
+LONG_TEXT = 4096  # characters
 # batches prepared ahead: resizing a page takes a core twice as long as an H100 takes to embed it
 AHEAD = min(4, os.cpu_count() or 1)
 
@@ -101,33 +109,122 @@ def embed(model: Any, inputs: Any) -> list[torch.Tensor]:
     return [vectors[kept] for vectors, kept in zip(embeddings, mask, strict=True)]
 
 
-def embed_all(
-    model: Any, processor: Any, queries: dict[str, str], pages: dict[str, Page], params: Params
-) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Embed all queries and pages, in input order.
+def text_batches(texts: Mapping[str, str], most: int) -> Iterator[list[str]]:
+    """Yield names in input order, `most` at a time; a long text goes alone.
+
+    Every text of a batch is padded to its longest, and attention over 16 texts of ten thousand
+    words would ask for a mask of gigabytes.
+    """
+    batch: list[str] = []
+    for name, text in texts.items():
+        long = len(text) > LONG_TEXT
+        if batch and (long or len(batch) == most):
+            yield batch
+            batch = []
+        batch.append(name)
+        if long:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def embed_texts(
+    model: Any, processor: Any, texts: Mapping[str, str], most: int
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Yield the embeddings of texts batch by batch, in input order."""
+    for batch in text_batches(texts, most):
+        vectors = embed(model, processor.process_texts([texts[name] for name in batch]))
+        yield dict(zip(batch, vectors, strict=True))
+
+
+def embed_pages(
+    model: Any, processor: Any, pages: Mapping[str, Page], visual_tokens: int
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Yield the embeddings of pages batch by batch, in input order.
 
     Raises
     ------
     PipelineError
         If a page cannot be read.
     """
-    made_queries: dict[str, torch.Tensor] = {}
-    names = list(queries)
-    with Progress("queries", len(names)) as progress:
-        for start in range(0, len(names), params.embed.queries_per_batch):
-            batch = names[start : start + params.embed.queries_per_batch]
-            vectors = embed(model, processor.process_texts([queries[name] for name in batch]))
-            made_queries.update(zip(batch, vectors, strict=True))
+    opened = ((name, open_page(page)) for name, page in pages.items())
+    batches = page_batches(opened, processor, visual_tokens)
+    for batch, inputs in prepare_ahead(batches, processor):
+        yield dict(zip(batch, embed(model, inputs), strict=True))
+
+
+def embed_all(
+    model: Any, processor: Any, queries: dict[str, str], pages: dict[str, Page], params: Params
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Embed queries and pages and return them all, in input order.
+
+    Raises
+    ------
+    PipelineError
+        If a page cannot be read.
+    """
+    bounds = params.embed
+    made: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]] = ({}, {})
+    for batch in embed_texts(model, processor, queries, bounds.queries_per_batch):
+        made[0].update(batch)
+    for batch in embed_pages(model, processor, pages, bounds.visual_tokens_per_batch):
+        made[1].update(batch)
+    return made
+
+
+def embed_into(
+    scratch: Scratch,
+    model: Any,
+    processor: Any,
+    queries: dict[str, str],
+    pages: dict[str, Page],
+    params: Params,
+) -> Parts:
+    """Embed into a scratch what it does not hold yet, a few items in memory at a time.
+
+    Raises
+    ------
+    PipelineError
+        If a page cannot be read.
+    """
+    parts, bounds = Parts(scratch), params.embed
+    texts = {name: text for name, text in queries.items() if f"query/{name}" not in parts}
+    images = {name: page for name, page in pages.items() if f"page/{name}" not in parts}
+    done = len(queries) + len(pages) - len(texts) - len(images)
+    if done:
+        logger.info("going on: %d of %d are embedded", done, len(queries) + len(pages))
+    with Progress("queries", len(texts)) as progress:
+        for batch in embed_texts(model, processor, texts, bounds.queries_per_batch):
+            parts.add("query", batch)
             progress.advance(len(batch))
-    made_pages: dict[str, torch.Tensor] = {}
-    with Progress("pages", len(pages)) as progress:
-        opened = ((name, open_page(page)) for name, page in pages.items())
-        batches = page_batches(opened, processor, params.embed.visual_tokens_per_batch)
-        for batch, inputs in prepare_ahead(batches, processor):
-            vectors = embed(model, inputs)
-            made_pages.update(zip(batch, vectors, strict=True))
+    with Progress("pages", len(images)) as progress:
+        for batch in embed_pages(model, processor, images, bounds.visual_tokens_per_batch):
+            parts.add("page", batch)
             progress.advance(len(batch))
-    return made_queries, made_pages
+    parts.flush()
+    return parts
+
+
+def determinants(
+    folder: Path,
+    queries: Mapping[str, str],
+    pages: Mapping[str, Page],
+    params: Params,
+    dtype: str,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Return everything that determines the embeddings, to the last bit, as a JSON value."""
+    files = {page.path: "" for page in pages.values()}
+    for path in files:
+        files[path] = digest_file(path)
+    return {
+        "model": {path.name: fingerprint(path) for path in model_files(folder)},
+        "queries": list(queries.items()),
+        "pages": [(name, files[page.path], page.number) for name, page in pages.items()],
+        "params": [dtype, params.model.model_dump(exclude={"source"}), params.embed.model_dump()],
+        **surroundings(device, LIBRARIES),
+    }
 
 
 def most_bytes(queries: Mapping[str, str], pages: Sized, visual_tokens: int, width: int) -> int:
@@ -187,21 +284,31 @@ def main() -> None:
         dataset = Path(params.evaluate.dataset)
         query_file, page_folder = dataset / "queries.jsonl", dataset / "corpus"
         out = EMBEDDINGS / f"{args.name}.safetensors"
+        if args.name != ORIGINAL:
+            params.recipe(args.name)
+        claim(f"embed@{args.name}")
         if args.name == ORIGINAL:
             folder = find_inspected_model(params.model, read_manifest())
         else:
-            params.recipe(args.name)
             folder = CHECKPOINTS / args.name
     queries = read_queries(query_file) if query_file else {}
     pages = find_pages(page_folder) if page_folder else {}
     make_deterministic()
+    device = choose_device(params.compute.device)
     processor = load_processor(folder, params.model.max_num_visual_tokens, trust)
-    dtype = DTYPES[args.dtype or params.embed.dtype]
-    model = load_model(folder, dtype, choose_device(params.compute.device), trust)
-    visual_tokens = params.model.max_num_visual_tokens
-    needed = most_bytes(queries, pages, visual_tokens, model.config.embed_dim)
-    check_space(out.parent, needed, "the embeddings")
-    write_embeddings(out, *embed_all(model, processor, queries, pages, params))
+    dtype = args.dtype or params.embed.dtype
+    model = load_model(folder, DTYPES[dtype], device, trust)
+    key = work_key(determinants(folder, queries, pages, params, dtype, device))
+    needed = most_bytes(queries, pages, params.model.max_num_visual_tokens, model.config.embed_dim)
+    # beside a file of the user's own; no recipe is called so
+    work = SCRATCH / f"{args.name}.embed" if args.name else out.with_name(out.name + ".parts")
+    there = sum(path.stat().st_size for path in work.rglob("*") if path.is_file())
+    # as parts, and then as one file
+    check_space(out.parent, max(0, 2 * needed - there), "the embeddings")
+    with Scratch(work, key) as scratch:
+        parts = embed_into(scratch, model, processor, queries, pages, params)
+        write_embeddings(out, parts.of("query", queries), parts.of("page", pages))
+        scratch.remove()
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The embeddings file: one float32 tensor [tokens, embed_dim] a query or page, in safetensors."""
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -8,9 +9,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from stages.errors import PipelineError
+from stages.errors import PipelineError, disk_is_full
+from stages.tensors import Spec, TensorFile
 
 KINDS = {"queries": "query", "pages": "page"}
 # safetensors writes several metadata keys in an order that changes from run to run; one key keeps
@@ -32,7 +33,8 @@ def write_embeddings(
     """Write embeddings as float32 under ``query/<_id>`` and ``page/<stem>``, by rename.
 
     safetensors sorts its entries, so the input order is kept in the metadata: key ``order``, JSON
-    of the lists ``queries`` and ``pages``. Equal input gives equal bytes.
+    of the lists ``queries`` and ``pages``. Equal input gives equal bytes. Items are asked for
+    twice, and one at a time: a mapping that reads them from a disk needs no memory.
 
     Raises
     ------
@@ -41,20 +43,28 @@ def write_embeddings(
     PipelineError
         If the file cannot be written.
     """
-    tensors = {}
+    specs: dict[str, Spec] = {}
     for kind, items in (("query", queries), ("page", pages)):
-        for name, tensor in items.items():
-            if tensor.dim() != 2 or 0 in tensor.shape:
-                raise ValueError(f"{kind}/{name}: {list(tensor.shape)} is not [tokens, embed_dim]")
-            tensors[f"{kind}/{name}"] = tensor.detach().to("cpu", torch.float32).contiguous()
+        for name in items:
+            shape = tuple(items[name].shape)
+            if len(shape) != 2 or 0 in shape:
+                raise ValueError(f"{kind}/{name}: {list(shape)} is not [tokens, embed_dim]")
+            specs[f"{kind}/{name}"] = ("F32", shape)
     order = json.dumps({"queries": list(queries), "pages": list(pages)})
     partial = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, partial, metadata={ORDER: order})
+        with TensorFile(partial, specs, {ORDER: order}) as file:
+            for kind, items in (("query", queries), ("page", pages)):
+                for name in items:
+                    file.write(f"{kind}/{name}", items[name].detach().float())
         os.replace(partial, path)
-    except (OSError, SafetensorError) as error:
-        raise PipelineError(f"{path}: cannot be written ({error})") from None
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        if disk_is_full(error):
+            raise
+        raise PipelineError(f"{path}: cannot be written ({error}); mend the path") from None
 
 
 def read_embeddings(path: Path) -> Embeddings:

@@ -17,6 +17,7 @@ from stages.dataset import Dataset, read_dataset
 from stages.embeddings import Embeddings, read_embeddings
 from stages.errors import PipelineError, run
 from stages.files import read_json, write_json
+from stages.lock import claim
 from stages.params import load_params
 from stages.paths import EMBEDDINGS, METRICS, PLOTS, QUANTIZE_METRICS
 from stages.retrieval import Floats, Run, best_relevant, compare, finite_scores
@@ -201,6 +202,7 @@ def main() -> None:
     recipe = parser.parse_args().recipe
     params = load_params()
     params.recipe(recipe)
+    claim(f"evaluate@{recipe}")
     dataset = read_dataset(Path(params.evaluate.dataset))
     original = read_embeddings(EMBEDDINGS / "original.safetensors")
     quantized = read_embeddings(EMBEDDINGS / f"{recipe}.safetensors")

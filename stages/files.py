@@ -22,11 +22,19 @@ def dump_json(value: Any) -> str:
 
 def write_json(path: Path, value: Any) -> None:
     """Write what `dump_json` makes of `value`, by rename."""
-    text = dump_json(value)
+    write_file(path, dump_json(value).encode())
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a file by rename; what fails leaves nothing behind."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    try:
+        partial.write_bytes(data)
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)  # a full disk needs the room
+        raise
 
 
 def read_json(path: Path, mend: str) -> Any:

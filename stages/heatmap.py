@@ -22,6 +22,8 @@ from PIL import Image
 from stages.dataset import Dataset, read_dataset
 from stages.embeddings import Embeddings, read_embeddings
 from stages.errors import PipelineError, run
+from stages.files import write_file
+from stages.lock import claim
 from stages.pages import open_page
 from stages.params import load_params
 from stages.paths import CHECKPOINTS, EMBEDDINGS, PLOTS
@@ -125,6 +127,7 @@ def main() -> None:
     recipe = parser.parse_args().recipe
     params = load_params()
     params.recipe(recipe)
+    claim(f"heatmap@{recipe}")
     dataset = read_dataset(Path(params.evaluate.dataset))
     original = read_embeddings(EMBEDDINGS / "original.safetensors")
     quantized = read_embeddings(EMBEDDINGS / f"{recipe}.safetensors")
@@ -145,9 +148,7 @@ def main() -> None:
         f"{recipe}: MaxSim {chosen.quantized:.3f} ({change:+.3f})",
     )
     title = f"{recipe}, page {chosen.page}, query {chosen.query}: {dataset.queries[chosen.query]}"
-    path = PLOTS / recipe / "heatmap.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(picture(page, maps, captions, title))
+    write_file(PLOTS / recipe / "heatmap.png", picture(page, maps, captions, title))
 
 
 if __name__ == "__main__":

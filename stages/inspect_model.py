@@ -19,6 +19,7 @@ from stages.checkpoint import (
 )
 from stages.errors import PipelineError, run
 from stages.files import read_json, write_json
+from stages.lock import claim
 from stages.params import WeightFormat, load_params
 from stages.paths import MANIFEST, METRICS
 
@@ -187,10 +188,11 @@ def main() -> None:
         raise PipelineError(
             "params.yaml: model.revision is null; pin a Hub id to a commit of 40 hex digits"
         )
+    claim("inspect")
     manifest, metrics = inspect_folder(
         find_model(model.source, model.revision, model.trust_remote_code)
     )
-    write_json(MANIFEST, manifest)
+    write_json(MANIFEST, {**manifest, "trust_remote_code": model.trust_remote_code})
     write_json(METRICS / "model.json", metrics)
 
 

@@ -20,6 +20,7 @@ PDF = ".pdf"
 # by default: nothing is drawn only to be shrunk away, and small print stays as sharp as it can be.
 DPI = 100
 POINTS_PER_INCH = 72
+MAX_RATIO = 200  # Qwen's processor takes nothing longer; no page is
 ENCRYPTED = (4, 5)  # pdfium: a password is needed; the security scheme is unknown
 
 
@@ -107,9 +108,16 @@ def open_page(page: Page) -> Image.Image:
     ------
     PipelineError
         If the file is missing, damaged, empty, of another format or encrypted, or the page has
-        more pixels than Pillow accepts.
+        more pixels than Pillow accepts, or is more than 200 times as long as wide.
     """
-    return _read_image(page.path) if page.number is None else _render(page, page.number)
+    image = _read_image(page.path) if page.number is None else _render(page, page.number)
+    if max(image.size) > MAX_RATIO * min(image.size):
+        width, height = image.size
+        raise PipelineError(
+            f"{page}: is {width} x {height} pixels, more than {MAX_RATIO} times as long as wide; "
+            "crop or split it"
+        )
+    return image
 
 
 def _read_image(path: Path) -> Image.Image:
@@ -119,7 +127,7 @@ def _read_image(path: Path) -> Image.Image:
             # by content: what a file is called does not choose the decoder
             with Image.open(path, formats=("PNG", "JPEG")) as image:
                 image.load()
-                return image
+                return _to_8_bits(image)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise _too_large(path) from None
     except UnidentifiedImageError:
@@ -128,6 +136,13 @@ def _read_image(path: Path) -> Image.Image:
     except (OSError, SyntaxError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise PipelineError(f"{path}: cannot be read ({reason}); replace or remove it") from None
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """Return a 16-bit grey image in 8 bits: Pillow would turn all but its darkest greys white."""
+    if not image.mode.startswith("I"):
+        return image
+    return image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
 
 
 def _render(page: Page, number: int) -> Image.Image:

@@ -5,7 +5,8 @@ from pathlib import Path
 MANIFEST = Path("artifacts/manifest.json")
 CALIBRATION = Path("artifacts/calibration")  # one folder a set of samples
 CHECKPOINTS = Path("artifacts/checkpoints")  # one folder a recipe
-SCRATCH = Path("artifacts/scratch")  # unfinished work, one folder a recipe; nothing in it is an out
+SCRATCH = Path("artifacts/scratch")  # unfinished work, one folder a stage; nothing in it is an out
+LOCKS = Path("artifacts/locks")  # one file a stage, locked while it runs; no outs either
 RELEASES = Path("artifacts/release")  # one folder a recipe, for others
 EMBEDDINGS = Path("artifacts/embeddings")  # one file a recipe, and that of the original
 METRICS = Path("metrics")  # <recipe>.json, and the folders below

@@ -25,13 +25,14 @@ from stages.compute import choose_device, make_deterministic
 from stages.errors import PipelineError, disk_is_full, run
 from stages.files import publish_folder, read_json, write_json
 from stages.layout import BLOCKS, VISION, all_linears, component, is_unused, published_name
+from stages.lock import claim
 from stages.manifest import find_inspected_model, read_manifest
 from stages.packing import PARTS, pack, relative_error, restore_codes, round_to_nearest
 from stages.params import AutoRoundRecipe, Params, RtnRecipe, load_params
 from stages.paths import CALIBRATION, CHECKPOINTS, PLOTS, QUANTIZE_METRICS, SCRATCH
 from stages.progress import Progress
 from stages.samples import read_samples
-from stages.scratch import Scratch, digest_files, work_key
+from stages.scratch import Scratch, digest_files, surroundings, work_key
 from stages.space import check_space
 from stages.tensors import Spec, TensorFile, read_tensor, same_bytes
 from stages.tuning import Sample, check_quantized, tune_blocks
@@ -109,7 +110,10 @@ def round_linears(
         weight = read_tensor(source, stored[f"{name}.weight"])
         codes, scales = round_to_nearest(weight, recipe.bits, recipe.group_size)
         if not scales.isfinite().all():
-            raise PipelineError(f"{source}: {name}.weight holds NaN, infinite or huge weights")
+            raise PipelineError(
+                f"{source}: {name}.weight holds NaN, infinite or huge weights; "
+                "fetch the model again"
+            )
         write_parts(file, name, pack(codes, scales, recipe.bits))
         return relative_error(weight, codes, scales)
 
@@ -364,15 +368,11 @@ def determinants(
     recipe: Recipe, manifest: dict[str, Any], calibration: Path, device: torch.device
 ) -> dict[str, Any]:
     """Return everything that determines the checkpoint, to the last bit, as a JSON value."""
-    code = Path(__file__).parent
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     return {
         "recipe": recipe.model_dump(exclude={"format", "fallback"}),
         "source": manifest["files"],
         "calibration": digest_files(calibration, calibration.iterdir()),
-        "code": digest_files(code, code.rglob("*.py")),
-        "versions": {library: version(library) for library in LIBRARIES},
-        "machine": [name, torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()],
+        **surroundings(device, LIBRARIES),
     }
 
 
@@ -481,6 +481,7 @@ def main() -> None:
 
     params = load_params()
     fallback = params.recipe(name).fallback
+    claim(f"quantize@{name}")
     manifest = read_manifest()
     source = find_inspected_model(params.model, manifest)
     if fallback:  # a mistake in it shows now, not after hours

@@ -22,6 +22,7 @@ from stages.checkpoint import model_files, weight_files
 from stages.errors import PipelineError, run
 from stages.files import fresh_folder, publish_folder, read_json, write_json
 from stages.formats import export_weights
+from stages.lock import claim
 from stages.manifest import find_inspected_model, read_manifest
 from stages.params import Params, load_params
 from stages.paths import (
@@ -167,6 +168,7 @@ def main() -> None:
 
     params = load_params()
     params.recipe(name)
+    claim(f"release@{name}")
     source = find_inspected_model(params.model, read_manifest())
     metrics, quantized, speed, model = (
         read_json(path, "run `dvc repro`")

@@ -1,18 +1,20 @@
 """Unfinished work that survives a crash, for as long as nothing that determines it changes."""
 
-import fcntl
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterable
+from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
+
 from stages.errors import PipelineError
 from stages.files import write_json
+from stages.lock import Lock
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +39,17 @@ def digest_file(path: Path) -> str:
     """Return the SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def surroundings(device: torch.device, libraries: Iterable[str]) -> dict[str, Any]:
+    """Return what determines a result beside its inputs: code, library versions and machine."""
+    code = Path(__file__).parent
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return {
+        "code": digest_files(code, code.rglob("*.py")),
+        "versions": {library: version(library) for library in libraries},
+        "machine": [name, torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()],
+    }
 
 
 class Scratch:
@@ -64,23 +77,14 @@ class Scratch:
         self.folder, self._key = folder, key
         self.steps: list[dict[str, Any]] = []
         self.files: dict[str, str] = {}
+        self._lock = Lock(folder.with_name(folder.name + ".lock"))
 
     def __enter__(self) -> "Scratch":
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
-        path = self.folder.with_name(self.folder.name + ".lock")
-        self._lock = path.open("a+")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.seek(0)
-            holder = self._lock.read().strip() or "unknown"
-            self._lock.close()
+        if not self._lock.take():
             raise PipelineError(
-                f"{self.folder}: process {holder} is working on it; wait for it or stop it"
-            ) from None
-        self._lock.truncate(0)
-        self._lock.write(str(os.getpid()))
-        self._lock.flush()
+                f"{self.folder}: process {self._lock.holder()} is working on it; "
+                "wait for it or stop it"
+            )
         try:
             self._read()
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -97,7 +101,8 @@ class Scratch:
         value: BaseException | None,
         at: TracebackType | None,
     ) -> None:
-        self._lock.close()  # gives up the lock; the file stays, others may wait for it
+        # without a folder there is nothing left to lock
+        self._lock.release(delete=not self.folder.exists())
 
     def _read(self) -> None:
         state = json.loads((self.folder / STATE).read_text(encoding="utf-8"))

@@ -9,6 +9,7 @@ from typing import Any
 
 from stages.errors import PipelineError, run
 from stages.files import read_json, write_json
+from stages.lock import claim
 from stages.params import load_params
 from stages.paths import METRICS, PLOTS
 
@@ -73,8 +74,10 @@ def ndcg_bars(summaries: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]
 
 def main() -> None:
     """Write metrics/plots/ndcg.json from the summaries of the recipes in params.yaml."""
+    params = load_params()
+    claim("summary")
     summaries = {}
-    for recipe in load_params().recipes:
+    for recipe in params.recipes:
         path, mend = SUMMARIES / f"{recipe}.json", f"run `dvc repro evaluate@{recipe}`"
         summaries[recipe] = read_json(path, mend)
         try:

@@ -27,6 +27,7 @@ DTYPES = {
 # safetensors lays wide types first, and sorts by name within a type
 ORDER = ("I64", "F32", "I32", "BF16", "F16")
 CHUNK = 16 << 20
+FORMAT = {"format": "pt"}  # transformers wants it in a checkpoint
 
 Spec = tuple[str, tuple[int, ...]]
 """Dtype as safetensors names it, and shape."""
@@ -76,8 +77,8 @@ def same_bytes(a: Path, first: TensorInfo, b: Path, second: TensorInfo) -> bool:
 class TensorFile:
     """A safetensors file of known tensors, written one by one in any order.
 
-    The bytes equal those of ``safetensors.torch.save_file`` with metadata ``format: pt``. A file
-    that is already there with the same header is continued, what was written stays.
+    The bytes equal those of ``safetensors.torch.save_file`` with the same metadata. A file that is
+    already there with the same header is continued, what was written stays.
 
     Parameters
     ----------
@@ -85,10 +86,14 @@ class TensorFile:
         The file; its disk space is reserved at once, so that a full disk shows here.
     specs
         Name -> (dtype as safetensors names it, shape).
+    metadata
+        At most one key: the library writes several in an order that changes.
     """
 
-    def __init__(self, path: Path, specs: Mapping[str, Spec]) -> None:
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    def __init__(
+        self, path: Path, specs: Mapping[str, Spec], metadata: Mapping[str, str] = FORMAT
+    ) -> None:
+        header: dict[str, object] = {"__metadata__": dict(metadata)}
         self._places: dict[str, tuple[int, int, Spec]] = {}
         position = 0
         for name in sorted(specs, key=lambda name: (ORDER.index(specs[name][0]), name)):
@@ -107,7 +112,10 @@ class TensorFile:
         self._file = path.open("r+b" if known else "w+b")
         if not known or self._file.read(len(start)) != start:
             self._file.truncate(0)
-            os.posix_fallocate(self._file.fileno(), 0, size)
+            if hasattr(os, "posix_fallocate"):  # not on macOS
+                os.posix_fallocate(self._file.fileno(), 0, size)
+            else:
+                self._file.truncate(size)
             self._file.seek(0)
             self._file.write(start)
 

@@ -18,16 +18,20 @@ from stages.colqwen3.loading import load_model, load_processor
 from stages.dataset import read_queries
 from stages.embed import (
     count_visual_tokens,
+    determinants,
     embed_all,
+    embed_into,
     most_bytes,
     page_batches,
     parse_arguments,
     prepare_ahead,
+    text_batches,
 )
-from stages.embeddings import read_embeddings
+from stages.embeddings import read_embeddings, write_embeddings
 from stages.errors import PipelineError
 from stages.pages import find_pages, open_page
 from stages.params import load_params
+from stages.scratch import Scratch, work_key
 
 GOLDEN = Path("tests/golden")
 META = json.loads((GOLDEN / "golden_meta.json").read_text())
@@ -209,3 +213,83 @@ def test_what_fails_ahead_fails_the_stage() -> None:
     processor = load_processor(GOLDEN / "model", 1280)
     with pytest.raises(PipelineError, match=r"b\.png"):
         list(prepare_ahead(batches(), processor))
+
+
+# ---- Going on after a crash ---------------------------------------------------------------------
+
+
+class Crash(Exception):
+    pass
+
+
+def test_a_crash_loses_no_part_and_changes_no_byte(
+    queries: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    processor = load_processor(GOLDEN / "model", 1280)
+    model = load_model(GOLDEN / "model", torch.float32, torch.device("cpu"))
+    texts, pages = read_queries(queries), find_pages(GOLDEN / "inputs/pages")
+    params = load_params()
+    bounds = params.embed.model_copy(
+        update={"queries_per_batch": 2, "visual_tokens_per_batch": 600}
+    )
+    params = params.model_copy(update={"embed": bounds})
+    forwards = 0
+    embed_batch = embed_module.embed
+
+    most = float("inf")
+
+    def counted(model: object, inputs: object) -> list[torch.Tensor]:
+        nonlocal forwards
+        if forwards >= most:
+            raise Crash
+        forwards += 1
+        return embed_batch(model, inputs)
+
+    monkeypatch.setattr("stages.parts.PART_ITEMS", 2)
+    monkeypatch.setattr(embed_module, "embed", counted)
+    wanted = embed_all(model, processor, texts, pages, params)
+    write_embeddings(tmp_path / "wanted", *wanted)
+    whole, forwards = forwards, 0
+    done = []
+    for allowed in (1, 2, 3, float("inf")):  # each crash lets so many batches more be made
+        forwards, most = 0, allowed
+        with caplog.at_level("INFO"), Scratch(tmp_path / "work", "key") as scratch:
+            try:
+                parts = embed_into(scratch, model, processor, texts, pages, params)
+            except Crash:
+                continue
+            finally:
+                done.append(forwards)
+            write_embeddings(tmp_path / "found", parts.of("query", texts), parts.of("page", pages))
+    assert (tmp_path / "found").read_bytes() == (tmp_path / "wanted").read_bytes()
+    assert done[:3] == [1, 2, 3]
+    # a batch is made again only if it had not filled its part
+    assert whole <= sum(done) <= whole + 3
+    assert "going on: 2 of" in caplog.text
+
+
+def test_whatever_determines_the_result_is_in_the_key(queries: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(GOLDEN / "model", tmp_path / "model"))
+    corpus = Path(shutil.copytree(GOLDEN / "inputs/pages", tmp_path / "pages"))
+    texts, params, cpu = read_queries(queries), load_params(), torch.device("cpu")
+
+    def key(texts: dict[str, str] = texts, dtype: str = "float32") -> str:
+        return work_key(determinants(folder, texts, find_pages(corpus), params, dtype, cpu))
+
+    keys = [key(), key(dtype="bfloat16"), key(dict(reversed(texts.items())))]
+    assert key() == keys[0]
+    params = params.model_copy(
+        update={"embed": params.embed.model_copy(update={"queries_per_batch": 3})}
+    )
+    keys.append(key())
+    Image.new("L", (64, 64)).save(sorted(corpus.iterdir())[0])
+    keys.append(key())
+    (folder / "tokenizer_config.json").write_text("{}")
+    keys.append(key())
+    assert len(set(keys)) == len(keys)
+
+
+def test_a_long_text_goes_alone_and_keeps_its_place() -> None:
+    texts = {"a": "x", "b": "x" * 5000, "c": "x", "d": "x", "e": "x", "f": "x" * 5000}
+    assert list(text_batches(texts, 2)) == [["a"], ["b"], ["c", "d"], ["e"], ["f"]]
+    assert list(text_batches({}, 2)) == []

@@ -49,12 +49,13 @@ def test_interrupted_write_leaves_the_old_file_whole(
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    for target in ("os.replace", "pathlib.Path.write_text"):
+    for target in ("os.replace", "pathlib.Path.write_bytes"):
         with monkeypatch.context() as patch:
             patch.setattr(target, full)
             with pytest.raises(OSError, match="No space left"):
                 write_json(path, {"new": True})
         assert json.loads(path.read_text()) == {"old": True}
+        assert names(tmp_path) == ["a.json"]  # what a full disk holds of the new one goes
     write_json(path, {"new": True})
     assert json.loads(path.read_text()) == {"new": True}
     assert names(tmp_path) == ["a.json"]

@@ -214,3 +214,22 @@ def test_sets_of_images_load_no_pdf_library(tmp_path: Path) -> None:
         "sys.exit('pypdfium2' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+
+
+@pytest.mark.parametrize(("size", "fits"), [((200, 1), True), ((201, 1), False), ((1, 201), False)])
+def test_refuses_a_ribbon(tmp_path: Path, size: tuple[int, int], fits: bool) -> None:
+    Image.new("L", size).save(tmp_path / "p.png")
+    if fits:
+        assert open_page(Page(tmp_path / "p.png")).size == size
+    else:
+        with pytest.raises(PipelineError, match=r"p\.png: is .* times as long as wide; crop"):
+            open_page(Page(tmp_path / "p.png"))
+
+
+def test_16_bits_become_the_same_greys_in_8(tmp_path: Path) -> None:
+    greys = Image.linear_gradient("L")
+    wide = greys.convert("I").point(lambda value: value * 257)
+    wide.convert("I;16").save(tmp_path / "p.png")
+    with Image.open(tmp_path / "p.png") as stored:
+        assert stored.mode == "I;16"
+    assert open_page(Page(tmp_path / "p.png")).tobytes() == greys.tobytes()

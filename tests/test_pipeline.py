@@ -1,14 +1,26 @@
 """The whole pipeline in a temporary clone, on a smaller setting, and what a change reruns."""
 
 import json
-import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
-from ruamel.yaml import YAML
+
+from stages.lock import Lock
+from tests.clone import (
+    change,
+    commit,
+    copy_tree,
+    dvc,
+    processes_of,
+    results,
+    small_dataset,
+    start_dvc,
+)
 
 RECIPES = ("w4g128", "rtn-w4g128")
 CHAIN = ("quantize", "embed", "evaluate", "benchmark")
@@ -26,45 +38,18 @@ ABLATION = {
 pytestmark = pytest.mark.e2e
 
 
-def dvc(clone: Path, *args: str) -> subprocess.CompletedProcess[str]:
-    # the interpreter that runs the tests must also run the stages
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    return subprocess.run(
-        [sys.executable, "-m", "dvc", *args],
-        cwd=clone, env={**os.environ, "PATH": path}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-
-
 def stale(clone: Path) -> set[str]:
     """Stages whose own deps or params changed, without what only follows from them."""
     return set(json.loads(dvc(clone, "status", "--json", "dvc.yaml").stdout or "{}"))
-
-
-def change(clone: Path, *keys: str, value: object) -> None:
-    yaml = YAML()
-    params = yaml.load((clone / "params.yaml").read_text())
-    section = params
-    for key in keys[:-1]:
-        section = section[key]
-    section[keys[-1]] = value
-    with (clone / "params.yaml").open("w") as file:
-        yaml.dump(params, file)
 
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A repository of the working tree's files, with few pages and few tuning steps."""
     folder = tmp_path_factory.mktemp("clone")
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        capture_output=True, text=True, check=True,
-    ).stdout  # fmt: skip
-    for name in filter(None, listed.split("\0")):
-        if Path(name).exists():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(name, folder / name)
+    copy_tree(folder)
     for name in ("evaluation", "evaluation2"):
-        small_dataset(folder / "demo/pages" / name)
+        small_dataset(folder / "demo/pages" / name, PAGES)
     for keys, value in {
         ("calibration", "sets", "mixed", "queries"): 2,
         ("calibration", "sets", "mixed", "pages"): 2,
@@ -76,31 +61,10 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("ablation", "recipes"): ABLATION,
     }.items():
         change(folder, *keys, value=value)
-    for path in ("dvc.lock", "ablation/dvc.lock"):
-        (folder / path).unlink(missing_ok=True)
-    for path in ("metrics", "ablation/metrics"):
-        shutil.rmtree(folder / path, ignore_errors=True)
-    for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "clone"]):
-        identity = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
-        subprocess.run(["git", *identity, *command], cwd=folder, check=True)
+    commit(folder)
     done = dvc(folder, "repro")
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
-
-
-def small_dataset(folder: Path) -> None:
-    """Keep the first pages, and the queries that they answer."""
-    kept = {path.stem for path in sorted((folder / "corpus").iterdir())[:PAGES]}
-    for path in (folder / "corpus").iterdir():
-        if path.stem not in kept:
-            path.unlink()
-    header, *rows = (folder / "qrels.tsv").read_text().splitlines()
-    rows = [row for row in rows if row.split("\t")[1] in kept]
-    answered = {row.split("\t")[0] for row in rows}
-    (folder / "qrels.tsv").write_text("\n".join([header, *rows]) + "\n")
-    lines = (folder / "queries.jsonl").read_text().splitlines()
-    lines = [line for line in lines if json.loads(line)["_id"] in answered]
-    (folder / "queries.jsonl").write_text("\n".join(lines) + "\n")
 
 
 def test_every_result_is_there(clone: Path) -> None:
@@ -138,6 +102,43 @@ def test_forced_release_gives_the_same_folder(clone: Path) -> None:
     before = (clone / "dvc.lock").read_bytes()
     assert dvc(clone, "repro", "-f", "-s", "release@rtn-w4g128").returncode == 0
     assert (clone / "dvc.lock").read_bytes() == before
+
+
+def test_two_runs_and_a_killed_one_end_well(clone: Path) -> None:
+    """`python -m tests.hard.kill_repro` does this at many moments of a whole run."""
+    before = results(clone)
+    lock, log = Lock(clone / "artifacts/locks/embed@original.lock"), clone / ".git/log"
+    assert lock.take()
+    with log.open("w") as file:
+        first = start_dvc(clone, "repro", "-f", "-s", "embed_original", log=file)
+        while "is working on embed@original; waiting" not in log.read_text():
+            assert first.poll() is None, log.read_text()
+            time.sleep(0.1)
+        second = dvc(clone, "repro", "-s", "embed_original")
+        assert second.returncode != 0
+        assert f"(PID {first.pid})" in second.stderr  # DVC says who is at it
+        first.send_signal(signal.SIGTERM)
+        first.wait()
+    lock.release()
+    third = dvc(clone, "repro")
+    assert third.returncode == 0, third.stderr
+    assert not processes_of(clone)
+    assert results(clone) == before
+
+
+def test_no_secret_is_written_anywhere(clone: Path) -> None:
+    """The Hub's token is in the environment of a verbose run, and nowhere else."""
+    token = "hf_" + "canaryCANARY0123456789canary0123456"
+    logs = ""
+    for stage in ("inspect", "embed_original"):
+        done = dvc(clone, "repro", "-v", "-f", "-s", stage, env={"HF_TOKEN": token})
+        assert done.returncode == 0, done.stderr
+        logs += done.stdout + done.stderr
+    assert "Running stage" in logs
+    assert token not in logs
+    for path in clone.rglob("*"):
+        if path.is_file():
+            assert token.encode() not in path.read_bytes(), path
 
 
 @pytest.mark.parametrize(

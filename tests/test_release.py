@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from check_release import LEAST, own_embeddings, probe, worst_cosine
 from PIL import Image
 
 from stages.colqwen3.loading import load_packed, load_processor
 from stages.colqwen3.scoring import max_sim
 from stages.mteb_model import ColQwen3Encoder
 from stages.release import copy_checkpoint, copy_licences
+from tests.check_release import LEAST, own_embeddings, probe, worst_cosine
 
 PAGES = sorted(Path("demo/pages/evaluation/corpus").iterdir())[:2]
 QUERIES = {"a": "total of the year", "b": "  a longer question with several words in it?\n"}

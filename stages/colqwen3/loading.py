@@ -59,7 +59,8 @@ def load_processor(
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise PipelineError(
-            f"{folder}: processor cannot be loaded ({_line(error)}); fetch the folder again"
+            f"{folder}: processor cannot be loaded ({_line(error)}); fetch the folder again "
+            "(code of its own runs only with model.trust_remote_code: true)"
         ) from None
     return processor
 
@@ -191,7 +192,9 @@ def as_pipeline_error(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise PipelineError(f"{folder}: model cannot be loaded ({_line(error)})") from None
+        raise PipelineError(
+            f"{folder}: model cannot be loaded ({_line(error)}); fetch it or make it again"
+        ) from None
 
 
 def _line(error: Exception) -> str:

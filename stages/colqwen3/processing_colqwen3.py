@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 import torch
 from PIL import Image
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
 
 from .scoring import max_sim
@@ -39,6 +40,9 @@ class ColQwen3Processor(ProcessorMixin):  # type: ignore[misc]
     def __init__(self, image_processor: Any = None, tokenizer: Any = None, **kwargs: Any) -> None:
         tokenizer.padding_side = "left"
         super().__init__(image_processor, tokenizer)
+        # once: a tokenizer that is asked now with and now without special tokens is not thread-safe
+        before, after = PAGE_PROMPT.split("{image}")
+        self._page_prompt = tokenizer(before)["input_ids"], tokenizer(after)["input_ids"]
 
     @classmethod
     def from_pretrained(
@@ -97,8 +101,11 @@ class ColQwen3Processor(ProcessorMixin):  # type: ignore[misc]
             [image.convert("RGB") for image in images], return_tensors="pt"
         )
         counts = pixels["image_grid_thw"].prod(-1) // self.image_processor.merge_size**2
-        prompts = [PAGE_PROMPT.format(image=IMAGE_TOKEN * int(count)) for count in counts]
-        return BatchFeature({**self._tokenize(prompts), **pixels})
+        image = self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        before, after = self._page_prompt
+        return BatchFeature(
+            {**self._pad([before + [image] * int(count) + after for count in counts]), **pixels}
+        )
 
     def process_texts(self, texts: Sequence[str]) -> BatchFeature:
         """Turn queries, or documents given as text, into model inputs.
@@ -107,15 +114,22 @@ class ColQwen3Processor(ProcessorMixin):  # type: ignore[misc]
         -------
         BatchFeature
             ``input_ids`` and ``attention_mask`` [texts, tokens], left-padded. Each text ends in
-            ten augmentation tokens, which are attended to.
+            ten augmentation tokens, which are attended to. What looks like a special token in a
+            text is text: nobody's query becomes an image or an end of text.
         """
-        suffix = AUGMENTATION_TOKEN * AUGMENTATION_TOKENS
-        return BatchFeature(dict(self._tokenize([text.strip() + suffix for text in texts])))
+        rows = self.tokenizer([text.strip() for text in texts], split_special_tokens=True)
+        suffix = self.tokenizer.convert_tokens_to_ids([AUGMENTATION_TOKEN]) * AUGMENTATION_TOKENS
+        return BatchFeature(self._pad([row + suffix for row in rows["input_ids"]]))
 
-    def _tokenize(self, texts: list[str]) -> Any:
-        return self.tokenizer(
-            texts, padding="longest", return_tensors="pt", return_token_type_ids=False
-        )
+    def _pad(self, rows: list[list[int]]) -> dict[str, torch.Tensor]:
+        """Return ids and attention mask [rows, longest], padded on the left."""
+        tensors = [torch.tensor(row) for row in rows]
+        kept = [torch.ones_like(row) for row in tensors]
+        end = self.tokenizer.pad_token_id
+        return {
+            "input_ids": pad_sequence(tensors, True, end, padding_side="left"),
+            "attention_mask": pad_sequence(kept, True, 0, padding_side="left"),
+        }
 
     def __call__(
         self, images: Any = None, text: str | Sequence[str] | None = None, **kwargs: Any

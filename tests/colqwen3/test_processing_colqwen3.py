@@ -44,6 +44,22 @@ def test_query_is_stripped_and_ends_in_ten_attended_augmentation_tokens(
     assert inputs["attention_mask"].all()
 
 
+@pytest.mark.parametrize("token", ["<|image_pad|>", "<|endoftext|>", "<|vision_start|>"])
+def test_a_special_token_in_a_text_is_text(processor: ColQwen3Processor, token: str) -> None:
+    special = processor.tokenizer.convert_tokens_to_ids(token)
+    inputs = processor.process_texts([f"total {token} of {token}", token])
+    texts = inputs["input_ids"][:, :-10]
+    end = processor.tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    padding = inputs["attention_mask"][:, :-10] == 0
+    assert not (texts[~padding] == special).any()
+    assert (inputs["input_ids"][:, -10:] == end).all()
+    # nothing is lost: the text can be read back
+    assert processor.tokenizer.decode(texts[0]) == f"total {token} of {token}"
+    # and a page made after it has its tokens all the same
+    page = processor.process_images([Image.new("RGB", (64, 64))])["input_ids"]
+    assert (page == processor.tokenizer.convert_tokens_to_ids("<|image_pad|>")).any()
+
+
 @pytest.mark.parametrize(
     ("size", "visual"),
     [

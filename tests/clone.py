@@ -1,0 +1,156 @@
+"""A copy of the repository in which the pipeline runs, and what its results are."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from ruamel.yaml import YAML
+
+# wall times differ from run to run, and so do the digests of what holds them
+TIMED = "metrics/speed"
+NO_ENV: Mapping[str, str] = {}
+
+
+def start_dvc(
+    clone: Path, *args: str, log: IO[str] | int = subprocess.PIPE, env: Mapping[str, str] = NO_ENV
+) -> subprocess.Popen[str]:
+    """Start dvc in a clone; what it says goes to `log`."""
+    # the interpreter that runs the tests must also run the stages
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    return subprocess.Popen(
+        [sys.executable, "-m", "dvc", *args],
+        cwd=clone, env={**os.environ, "PATH": path, **env},
+        stdout=log, stderr=log, text=True,
+    )  # fmt: skip
+
+
+def dvc(
+    clone: Path, *args: str, env: Mapping[str, str] = NO_ENV
+) -> subprocess.CompletedProcess[str]:
+    """Run dvc in a clone."""
+    process = start_dvc(clone, *args, env=env)
+    out, err = process.communicate()
+    return subprocess.CompletedProcess(args, process.returncode, out, err)
+
+
+def change(clone: Path, *keys: str, value: object) -> None:
+    """Set a value of params.yaml."""
+    yaml = YAML()
+    params = yaml.load((clone / "params.yaml").read_text())
+    section = params
+    for key in keys[:-1]:
+        section = section[key]
+    section[keys[-1]] = value
+    with (clone / "params.yaml").open("w") as file:
+        yaml.dump(params, file)
+
+
+def copy_tree(folder: Path) -> None:
+    """Copy the working tree's files that Git does not ignore."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    for name in filter(None, listed.split("\0")):
+        if Path(name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(name, folder / name)
+
+
+def commit(folder: Path) -> None:
+    """Make a repository of a copied tree, without the results that came along."""
+    for path in ("dvc.lock", "ablation/dvc.lock"):
+        (folder / path).unlink(missing_ok=True)
+    for path in ("metrics", "ablation/metrics"):
+        shutil.rmtree(folder / path, ignore_errors=True)
+    for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "clone"]):
+        identity = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
+        subprocess.run(["git", *identity, *command], cwd=folder, check=True)
+
+
+def small_dataset(folder: Path, pages: int) -> None:
+    """Keep the first pages of a dataset, and the queries that they answer."""
+    kept = {path.stem for path in sorted((folder / "corpus").iterdir())[:pages]}
+    for path in (folder / "corpus").iterdir():
+        if path.stem not in kept:
+            path.unlink()
+    header, *rows = (folder / "qrels.tsv").read_text().splitlines()
+    rows = [row for row in rows if row.split("\t")[1] in kept]
+    answered = {row.split("\t")[0] for row in rows}
+    (folder / "qrels.tsv").write_text("\n".join([header, *rows]) + "\n")
+    lines = (folder / "queries.jsonl").read_text().splitlines()
+    lines = [line for line in lines if json.loads(line)["_id"] in answered]
+    (folder / "queries.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def small_clone(folder: Path, pages: int = 8, iters: int = 10) -> Path:
+    """Make a clone in which the whole pipeline takes about a minute."""
+    folder.mkdir(parents=True)
+    copy_tree(folder)
+    small_dataset(folder / "demo/pages/evaluation", pages)
+    for keys, value in {
+        ("calibration", "sets", "mixed", "queries"): 3,
+        ("calibration", "sets", "mixed", "pages"): 3,
+        ("recipes", "w4g128", "iters"): iters,
+        ("recipes", "w4g128", "lr"): 0.005,
+        ("recipes", "w4g128", "batch_size"): 1,
+        ("benchmark", "warmup"): 0,
+        ("benchmark", "repeats"): 1,
+    }.items():
+        change(folder, *keys, value=value)
+    commit(folder)
+    return folder
+
+
+def results(clone: Path) -> dict[str, str]:
+    """Return a digest of every file that must be the same in each run, and of dvc.lock.
+
+    Left out are the benchmark's wall times, and of dvc.lock the digests that follow from them.
+    """
+    found = {}
+    for root in ("artifacts", "metrics"):
+        for path in sorted((clone / root).rglob("*")):
+            name = str(path.relative_to(clone))
+            if path.is_file() and not name.startswith(
+                (TIMED, "artifacts/scratch", "artifacts/locks")
+            ):
+                found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    found["dvc.lock"] = hashlib.sha256(lock_without_times(clone).encode()).hexdigest()
+    return found
+
+
+def lock_without_times(clone: Path) -> str:
+    """Return dvc.lock without the digests of wall times, stages by name.
+
+    DVC writes them in the order in which they ran, and that is not always the same.
+    """
+    lock: dict[str, Any] = YAML(typ="safe").load(clone / "dvc.lock")
+    for name, stage in lock["stages"].items():
+        if name.startswith("benchmark@"):
+            del stage["outs"]
+        if name == "gate":  # depends on the folder of all metrics
+            stage["deps"] = [dep for dep in stage["deps"] if dep["path"] != "metrics"]
+    return json.dumps(lock, indent=1, sort_keys=True)
+
+
+def differences(first: dict[str, str], second: dict[str, str]) -> list[str]:
+    """Return the names of files that differ or are missing on one side."""
+    return sorted(name for name in first | second if first.get(name) != second.get(name))
+
+
+def processes_of(clone: Path) -> list[int]:
+    """Return the processes whose working folder is the clone."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):  # nothing on macOS
+        try:
+            if (entry / "cwd").readlink() == clone.resolve():
+                found.append(int(entry.name))
+        except OSError:
+            continue  # it has ended, or is another user's
+    return found
