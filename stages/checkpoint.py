@@ -17,6 +17,7 @@ from typing import Any
 
 from stages.errors import PipelineError
 from stages.files import read_json
+from stages.layout import is_unused, published_name
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -263,3 +264,12 @@ def check_unchanged(folder: Path, files: dict[str, Any]) -> None:
             raise PipelineError(
                 f"{folder / name}: changed since it was inspected; run `dvc repro -f inspect`"
             )
+
+
+def read_used_headers(folder: Path) -> dict[str, TensorInfo]:
+    """Return the tensors of a model folder by published name, unused ones left out."""
+    return {
+        published_name(stored): tensor
+        for stored, tensor in read_headers(folder).items()
+        if not is_unused(stored)
+    }

@@ -21,6 +21,7 @@ from stages.checkpoint import SINGLE, read_headers
 from stages.colqwen3.loading import load_model, load_packed, load_processor
 from stages.errors import PipelineError, run
 from stages.files import write_json
+from stages.fill import Recipe, round_linears
 from stages.inspect_model import inspect_folder
 from stages.layout import BLOCKS
 from stages.params import AutoRoundRecipe, RtnRecipe
@@ -59,9 +60,7 @@ def samples_of(folder: Path) -> Sample:
     return dict(load_processor(folder, 64).process_images([image]))
 
 
-def run_quantize(
-    folder: Path, recipe: quantize.Recipe, used: list[Sample], source: Path = GOLDEN
-) -> Path:
+def run_quantize(folder: Path, recipe: Recipe, used: list[Sample], source: Path = GOLDEN) -> Path:
     with Scratch(folder / "scratch", "key") as scratch:
         made, errors = quantize.make_checkpoint(source, LINEARS, recipe, used, CPU, scratch)
     quantize.check_checkpoint(made, source, LINEARS, recipe)
@@ -400,7 +399,7 @@ def test_a_fallback_runs_only_after_a_failure_and_is_told_of(
     assert (made["ran"], made["values"]["group_size"]) == ("primary", 64)
     assert made.keys() == {"ran", "values"}
 
-    work = quantize.round_linears
+    work = round_linears
 
     def once(*args: Any) -> dict[str, float]:
         monkeypatch.setattr(quantize, "round_linears", work)

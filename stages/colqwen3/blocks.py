@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 
-from stages.checkpoint import TensorInfo, read_headers
+from stages.checkpoint import TensorInfo, read_used_headers
 from stages.colqwen3 import ColQwen3, ColQwen3Config
 from stages.colqwen3.loading import as_pipeline_error, check_finite
 from stages.files import read_json
-from stages.layout import BLOCKS, is_unused, published_name
+from stages.layout import BLOCKS
 from stages.tensors import read_tensor
 
 
@@ -26,11 +26,11 @@ def load_front(folder: Path, dtype: torch.dtype, device: torch.device) -> ColQwe
     raw = read_json(folder / "config.json", "give a complete model folder")
     raw["text_config"]["num_hidden_layers"] = 1
     first = f"{BLOCKS}.0."
-    state = {}
-    for stored, tensor in read_headers(folder).items():
-        name = published_name(stored)
-        if not is_unused(stored) and (not name.startswith(f"{BLOCKS}.") or name.startswith(first)):
-            state[name] = read_tensor(folder, tensor)
+    state = {
+        name: read_tensor(folder, tensor)
+        for name, tensor in read_used_headers(folder).items()
+        if not name.startswith(f"{BLOCKS}.") or name.startswith(first)
+    }
     with as_pipeline_error(folder):
         config = ColQwen3Config.from_dict(raw)
         model = ColQwen3.from_pretrained(None, config=config, state_dict=state, dtype=dtype)

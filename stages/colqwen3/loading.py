@@ -12,12 +12,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModel, AutoProcessor
 
-from stages.checkpoint import read_headers, weight_files
+from stages.checkpoint import read_headers, read_used_headers, weight_files
 from stages.colqwen3 import ColQwen3, ColQwen3Config, ColQwen3Processor
 from stages.errors import PipelineError
 from stages.files import read_json
-from stages.layout import MODEL_TYPE, published_name
+from stages.layout import MODEL_TYPE
 from stages.packing import dequantize
+from stages.tensors import DTYPES
 
 logger = logging.getLogger(__name__)
 
@@ -115,10 +116,9 @@ def load_packed(
 
 def load_source_dtype(folder: Path) -> torch.dtype:
     """Return the dtype of the stored weights, read from the headers (that of the projection)."""
-    names = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-    for name, tensor in read_headers(folder).items():
-        if published_name(name) == "embedding_proj_layer.weight":
-            return names[tensor.dtype]
+    projection = read_used_headers(folder).get("embedding_proj_layer.weight")
+    if projection is not None:
+        return DTYPES[projection.dtype]
     raise PipelineError(f"{folder}: lacks the tensor embedding_proj_layer.weight; fetch it again")
 
 

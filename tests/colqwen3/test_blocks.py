@@ -8,11 +8,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from stages.checkpoint import read_used_headers
 from stages.colqwen3.blocks import load_block, load_front
 from stages.colqwen3.loading import load_model, load_processor
 from stages.errors import PipelineError
 from stages.layout import BLOCKS
-from stages.quantize import read_used_headers
 from tests.golden.variants import Variant, write_variant
 
 GOLDEN = Path("tests/golden/model")

@@ -7,11 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
+from stages.checkpoint import read_used_headers
 from stages.colqwen3.blocks import load_block, load_front
 from stages.colqwen3.deepstack import fold_deepstack, fold_into_layer
 from stages.colqwen3.loading import load_processor
 from stages.colqwen3.packed import LENGTHS, attend_within_samples, pack_samples
-from stages.quantize import read_used_headers
 from stages.tuning import _unflatten, capture_inputs
 
 GOLDEN = Path("tests/golden/model")

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionRotaryEmbedding
 
-from stages.checkpoint import TensorInfo, read_headers
+from stages.checkpoint import read_used_headers
 from stages.colqwen3.configuration_colqwen3 import ColQwen3Config
 from stages.colqwen3.serving.decoder import Decoder, DecoderLayer
 from stages.colqwen3.serving.linears import KERNELS, Linear, Parts, choose_kernel, dense
 from stages.colqwen3.serving.vision import Merger, Norm, Tower, VisionBlock
 from stages.errors import PipelineError
-from stages.layout import BLOCKS, is_unused, published_name
+from stages.layout import BLOCKS
 from stages.packing import PARTS
 from stages.progress import track
 from stages.tensors import read_tensor
@@ -49,11 +49,7 @@ class Weights:
     ) -> None:
         self._folder, self._device, self._dtype = folder, device, dtype
         self._quantization = quantization
-        self._stored: dict[str, TensorInfo] = {
-            published_name(name): tensor
-            for name, tensor in read_headers(folder).items()
-            if not is_unused(name)
-        }
+        self._stored = read_used_headers(folder)
         self.kernel = "dense"
         if quantization is not None:
             first = self._packed([f"{BLOCKS}.0.self_attn.o_proj"])
