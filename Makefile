@@ -36,8 +36,9 @@ report: repro
 	python -m stages.report
 	@echo "open artifacts/report/index.html"
 
+# one thread a process: two processes of two threads each would slow one another down
 test: setup
-	python -m pytest
+	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile
 
 lint: setup
 	ruff check .

@@ -186,7 +186,8 @@ def main() -> None:
     model = load_params().model
     if not Path(model.source).is_dir() and model.revision is None:
         raise PipelineError(
-            "params.yaml: model.revision is null; pin a Hub id to a commit of 40 hex digits"
+            f"params.yaml: model.source: there is no folder {model.source}; mend it, or for a Hub id "
+            "set model.revision to a commit of 40 hex digits"
         )
     claim("inspect")
     manifest, metrics = inspect_folder(

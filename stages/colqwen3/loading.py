@@ -63,6 +63,10 @@ def load_processor(
             f"{folder}: processor cannot be loaded ({_line(error)}); fetch the folder again "
             "(code of its own runs only with model.trust_remote_code: true)"
         ) from None
+    if not processor.tokenizer("a")["input_ids"] or processor.image_token_id is None:
+        raise PipelineError(
+            f"{folder}: its tokenizer knows no text or no page; fetch tokenizer.json again"
+        )
     return processor
 
 
@@ -126,7 +130,7 @@ def _dense_from_packed(folder: Path, quantization: dict[str, Any], dtype: torch.
     """Build the model of an ``auto_round`` checkpoint with its weights dequantized."""
     raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     del raw["quantization_config"]
-    _check_packing(quantization)
+    check_packing(quantization)
     state = dict(dense_tensors(folder, quantization["bits"], dtype))
     config = ColQwen3Config.from_dict(raw)
     return ColQwen3.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
@@ -155,8 +159,14 @@ def _warn_of_trust(folder: Path, trust_remote_code: bool) -> None:
         logger.warning("model.trust_remote_code is true: Python files of %s may run", folder)
 
 
-def _check_packing(quantization: dict[str, Any]) -> None:
-    """Refuse packings that would be read wrongly, such as zero points that are not minus one."""
+def check_packing(quantization: dict[str, Any]) -> None:
+    """Refuse packings that would be read wrongly, such as zero points that are not minus one.
+
+    Raises
+    ------
+    ValueError
+        Naming the key of ``quantization_config``.
+    """
     wanted = {"quant_method": "auto-round", "packing_format": PACKING_FORMAT}
     for key, value in wanted.items():
         if quantization.get(key) != value:

@@ -22,6 +22,13 @@ AUGMENTATION_TOKEN = "<|endoftext|>"
 AUGMENTATION_TOKENS = 10
 
 
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Return a page in RGB; of 16-bit grey, all but the darkest would come out white."""
+    if image.mode.startswith("I"):
+        image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
+    return image.convert("RGB")
+
+
 class ColQwen3Processor(ProcessorMixin):  # type: ignore[misc]
     """Turns page images and texts into the model's inputs.
 
@@ -82,6 +89,12 @@ class ColQwen3Processor(ProcessorMixin):  # type: ignore[misc]
         )
         return cls(image_processor=images, tokenizer=tokenizer)
 
+    @property
+    def image_token_id(self) -> int | None:
+        """Id of the token that stands for a part of a page; None if the tokenizer lacks it."""
+        found: int | None = self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        return None if found == self.tokenizer.unk_token_id else found
+
     def process_images(self, images: Sequence[Image.Image]) -> BatchFeature:
         """Turn pages into model inputs.
 
@@ -97,11 +110,9 @@ class ColQwen3Processor(ProcessorMixin):  # type: ignore[misc]
         ValueError
             If a page is more than 200 times as long as wide.
         """
-        pixels = self.image_processor(
-            [image.convert("RGB") for image in images], return_tensors="pt"
-        )
+        pixels = self.image_processor([_to_rgb(image) for image in images], return_tensors="pt")
         counts = pixels["image_grid_thw"].prod(-1) // self.image_processor.merge_size**2
-        image = self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        image = self.image_token_id
         before, after = self._page_prompt
         return BatchFeature(
             {**self._pad([before + [image] * int(count) + after for count in counts]), **pixels}

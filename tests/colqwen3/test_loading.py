@@ -55,6 +55,13 @@ def test_code_of_the_folder_does_not_run(folder: Path, tmp_path: Path) -> None:
     assert not canary.exists()
 
 
+def test_a_tokenizer_that_knows_nothing_is_refused(tmp_path: Path) -> None:
+    without = shutil.ignore_patterns("tokenizer.json", "*.safetensors")
+    folder = Path(shutil.copytree("demo/model", tmp_path / "model", ignore=without))
+    with pytest.raises(PipelineError, match=r"fetch tokenizer\.json again"):
+        load_processor(folder, 64)
+
+
 def test_missing_tokenizer_is_one_line(folder: Path) -> None:
     for path in folder.glob("*token*"):
         path.unlink()

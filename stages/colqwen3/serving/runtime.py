@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from PIL import Image
@@ -22,7 +22,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbedding
 
 from stages.colqwen3.configuration_colqwen3 import ColQwen3Config
-from stages.colqwen3.loading import as_pipeline_error, load_processor, quantization_config
+from stages.colqwen3.loading import (
+    as_pipeline_error,
+    check_packing,
+    load_processor,
+    quantization_config,
+)
 from stages.colqwen3.processing_colqwen3 import ColQwen3Processor
 from stages.colqwen3.serving.decoder import Decoder
 from stages.colqwen3.serving.fused import PLAIN, Operations, choose_operations
@@ -39,6 +44,7 @@ TOKEN_STEP = 4  # queries are padded to a multiple
 BATCHES = (1, 2, 4, 8, 16, 32, 64)  # and batches to one of these
 MOST_TOKENS = 6000  # in a recorded forward; beyond, launches cost nothing beside the arithmetic
 RECORDED_PAGES = 16  # sizes of page batches that are kept recorded
+LEAST_VISUAL_TOKENS = 4  # as in params.yaml
 LONG = 256  # tokens from which cuDNN's attention is the faster one
 
 
@@ -131,7 +137,14 @@ class Runtime:
         -------
         list
             Float32 [tokens, embed_dim] on the runtime's device for each text.
+
+        Raises
+        ------
+        TypeError
+            If it is given anything but a list of strings.
         """
+        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+            raise TypeError("embed_queries takes a list of strings")
         made: list[torch.Tensor] = []
         for start in range(0, len(texts), BATCHES[-1]):
             rows = self.token_ids(self._processor.process_texts(texts[start : start + BATCHES[-1]]))
@@ -220,9 +233,15 @@ class Runtime:
 
         Raises
         ------
+        TypeError
+            If it is given anything but a list of PIL images.
         ValueError
             If a page is more than 200 times as long as wide.
         """
+        if not pages:
+            return []
+        if not all(isinstance(page, Image.Image) for page in pages):
+            raise TypeError("embed_pages takes a list of PIL images")
         inputs = self._processor.process_images(pages)
         vectors = self.run_pages(inputs)
         rows = self.token_ids(inputs)
@@ -361,15 +380,25 @@ def load_runtime(
     Raises
     ------
     PipelineError
-        If the folder is damaged or no ColQwen3.
+        If the folder is damaged, no ColQwen3, or packed in a way that is not this pipeline's.
+    ValueError
+        If an argument makes no sense.
     """
     folder = Path(folder)
-    quantization = quantization_config(folder)
+    if mode not in get_args(Mode):
+        raise ValueError(f"mode is {mode!r}; give one of {', '.join(get_args(Mode))}")
+    if max_num_visual_tokens < LEAST_VISUAL_TOKENS:
+        raise ValueError(f"max_num_visual_tokens is {max_num_visual_tokens}; give at least 4")
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device is {str(place)!r}, but torch sees no GPU; give 'cpu'")
+    quantization = quantization_config(folder)
     chosen = dtype or (torch.bfloat16 if place.type == "cuda" else faster_dtype())
     processor = load_processor(folder, max_num_visual_tokens)
     with as_pipeline_error(folder), torch.device("cpu"):
         config = ColQwen3Config.from_dict(read_json(folder / "config.json", "fetch it again"))
+        if quantization is not None:
+            check_packing(quantization)
         weights = Weights(folder, place, chosen, quantization)
         return Runtime(config, processor, weights, place, chosen, mode)
 

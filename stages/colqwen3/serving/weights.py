@@ -14,7 +14,7 @@ from stages.colqwen3.serving.linears import KERNELS, Linear, Parts, choose_kerne
 from stages.colqwen3.serving.vision import Merger, Norm, Tower, VisionBlock
 from stages.errors import PipelineError
 from stages.layout import BLOCKS
-from stages.packing import PARTS
+from stages.packing import PARTS, dequantize
 from stages.progress import track
 from stages.tensors import read_tensor
 
@@ -84,8 +84,13 @@ class Weights:
         return Norm(self.tensor(f"{name}.weight"), self.tensor(f"{name}.bias"))
 
     def linear(self, name: str) -> Linear:
-        """Return a linear with a bias, which is never quantized."""
-        return dense(self.tensor(f"{name}.weight").flatten(1), self.tensor(f"{name}.bias"))
+        """Return a linear with a bias, which is dense: only an experiment quantizes such."""
+        if f"{name}.qweight" in self._stored:
+            packed = self._packed([name])
+            weight = dequantize(**packed, bits=self._format[0]).to(self._dtype)
+        else:
+            weight = self.tensor(f"{name}.weight").flatten(1)
+        return dense(weight, self.tensor(f"{name}.bias"))
 
     def merged(self, *names: str) -> Linear:
         """Return linears of the decoder that read the same input as one, outputs in a row."""

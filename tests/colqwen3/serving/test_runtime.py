@@ -40,11 +40,14 @@ def runtime() -> Runtime:
 
 @pytest.fixture(scope="module")
 def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a checkpoint of the golden model, each linear rounded by itself."""
-    folder: Path = tmp_path_factory.mktemp("quantized")
     linears = inspect_folder(GOLDEN / "model")[0]["linears"]
+    return rounded(GOLDEN / "model", tmp_path_factory.mktemp("quantized"), *linears)
+
+
+def rounded(source: Path, folder: Path, *linears: str) -> Path:
+    """Write a checkpoint with these linears rounded, each by itself."""
     tensors = {}
-    for shard in (GOLDEN / "model").glob("*.safetensors"):
+    for shard in source.glob("*.safetensors"):
         for name, tensor in load_file(shard).items():
             module = name.removesuffix(".weight")
             if module not in linears:
@@ -53,7 +56,7 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
             packed = pack(*round_to_nearest(tensor, RTN.bits, RTN.group_size), RTN.bits)
             tensors |= {f"{module}.{part}": value for part, value in packed.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    write_configs(GOLDEN / "model", folder, RTN)
+    write_configs(source, folder, RTN)
     return folder
 
 
@@ -142,6 +145,48 @@ def test_damaged_folders_are_one_line(
         load_runtime(folder, CPU, torch.float32)
     assert name in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_other_packings_are_refused(quantized: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(quantized, tmp_path / "other"))
+    config = read_json(folder / "config.json", "")
+    config["quantization_config"]["packing_format"] = "auto_round:auto_awq"
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(PipelineError, match="packing_format is 'auto_round:auto_awq'"):
+        load_runtime(folder, CPU)
+
+
+def test_a_quantized_vision_tower_is_served(tmp_path: Path) -> None:
+    demo = Path("demo/model")
+    linears = inspect_folder(demo)[0]["linears"]
+    folder = rounded(demo, tmp_path, *linears, "vlm.model.visual.blocks.1.mlp.linear_fc2")
+    runtime, model = (
+        load_runtime(folder, CPU, torch.float32),
+        load_model(folder, torch.float32, CPU),
+    )
+    images = [page(stem) for stem in PAGES[:2]]
+    wanted = embed(model, runtime._processor.process_images(images))
+    for ours, theirs in zip(runtime.embed_pages(images), wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+def test_wrong_arguments_are_named(runtime: Runtime) -> None:
+    assert runtime.embed_queries([]) == runtime.embed_pages([]) == []
+    with pytest.raises(TypeError, match="list of strings"):
+        runtime.embed_queries("a text")
+    with pytest.raises(TypeError, match="list of PIL images"):
+        runtime.embed_pages(["a.png"])  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="mode is 'fast'"):
+        load_runtime(GOLDEN / "model", CPU, mode="fast")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="max_num_visual_tokens is 0"):
+        load_runtime(GOLDEN / "model", CPU, max_num_visual_tokens=0)
+
+
+def test_16_bit_pages_are_not_white(runtime: Runtime) -> None:
+    grey = page(PAGES[0]).convert("L")
+    deep = grey.convert("I").point(lambda value: value * 257)
+    found, wanted = runtime.embed_pages([deep, grey])
+    assert torch.cosine_similarity(found, wanted, dim=-1).min() > 0.999
 
 
 def test_other_models_are_refused(tmp_path: Path) -> None:
