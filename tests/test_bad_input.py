@@ -315,7 +315,7 @@ CASES = {
     "model changed after its inspection": Case(
         weight(NORM, filled(3.0)), CALIBRATE, "model/model-", "run `dvc repro -f inspect`"
     ),
-    "no such model": Case(params("model.source", "nowhere"), INSPECT, "model.revision", "pin"),
+    "no such model": Case(params("model.source", "nowhere"), INSPECT, "no folder nowhere", "mend it"),
     "no network": Case(
         many(params("model.source", "owner/name"), params("model.revision", "6" * 40)),
         INSPECT, "owner/name", "check the name",
