@@ -44,8 +44,8 @@ class ColQwen3Output(ModelOutput):  # type: ignore[misc]
     embeddings: torch.Tensor | None = None
 
 
-def _is_auto_round(model: Any) -> bool:
-    quantization = getattr(model.config, "quantization_config", None) or {}
+def _is_auto_round(config: Any) -> bool:
+    quantization = getattr(config, "quantization_config", None) or {}
     if not isinstance(quantization, dict):
         quantization = vars(quantization)
     return quantization.get("quant_method") in ("auto-round", "intel/auto-round")
@@ -114,6 +114,11 @@ class ColQwen3(Qwen3VLPreTrainedModel):  # type: ignore[misc]
         wants_info = kwargs.pop("output_loading_info", False)
         dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
         kwargs.setdefault("key_mapping", LEGACY_KEY_MAPPING)
+        # transformers 4.57 would squeeze float16 scales through the config's bfloat16
+        on_cpu = kwargs.get("device_map") in (None, "cpu")
+        squeezes = on_cpu and not TAKES_TOKEN_TYPES and _is_auto_round(kwargs.get("config"))
+        if dtype is None and squeezes:
+            kwargs["dtype"] = torch.float32
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):
             if names := sorted(map(str, info.get(problem) or ())):
@@ -122,7 +127,11 @@ class ColQwen3(Qwen3VLPreTrainedModel):  # type: ignore[misc]
                 )
         # else save_pretrained would write legacy names, undoing a renaming that never took place
         model._weight_conversions = None
-        if dtype in (None, torch.float32) and _is_auto_round(model) and model.device.type == "cpu":
+        if (
+            dtype in (None, torch.float32)
+            and _is_auto_round(model.config)
+            and model.device.type == "cpu"
+        ):
             nn.Module.float(model)  # transformers' own refuses quantized models
         return (model, info) if wants_info else model
 
