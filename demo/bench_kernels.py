@@ -9,7 +9,7 @@ import argparse
 import logging
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -157,9 +157,8 @@ def measure(
     return result
 
 
-def measure_all(device: torch.device) -> dict[str, Mapping[str, Any]]:
-    """Measure every candidate on every shape."""
-    results: dict[str, Mapping[str, Any]] = {}
+def measure_all(device: torch.device) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield each shape with what was measured of every candidate."""
     for name, (inputs, outputs) in shapes().items():
         copies = 2 if device.type == "cpu" else max(2, int(2 * WEIGHTS_BYTES / (inputs * outputs)))
         weights = [random_parts(inputs, outputs, device, seed) for seed in range(copies)]
@@ -172,8 +171,7 @@ def measure_all(device: torch.device) -> dict[str, Mapping[str, Any]]:
             except Exception as error:  # a kernel can fail in any way; the others go on
                 found[candidate] = {"failed": (str(error).splitlines() or [repr(error)])[0][:200]}
             print(name, candidate, found.get(candidate), flush=True)
-        results[name] = {"inputs": inputs, "outputs": outputs, "kernels": found}
-    return results
+        yield name, {"inputs": inputs, "outputs": outputs, "kernels": found}
 
 
 def main() -> None:
@@ -183,9 +181,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="default: metrics/size/kernels-<device>.json")
     args = parser.parse_args()
     device = torch.device(args.device)
-    results = measure_all(device)
     out = args.out or Path(f"metrics/size/kernels-{args.device}.json")
-    write_json(out, {"machine": machine(args.device == "cuda"), "shapes": results})
+    results: dict[str, Any] = {"machine": machine(args.device == "cuda"), "shapes": {}}
+    for name, shape in measure_all(device):
+        results["shapes"][name] = shape
+        write_json(out, results)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ from stages.colqwen3.serving.linears import Linear
 
 SHORT = 64
 """Tokens up to which attention is one kernel with what comes before it."""
+SHORT_HEAD_DIMS = (32, 64, 128, 256)
+"""What that kernel's tiles can hold."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,8 @@ class Decoder:
         shape: tuple[int, int],
     ) -> torch.Tensor:
         qkv = layer.qkv(h).view(len(h), -1, self.head_dim)
-        if operations.short_attention and shape[1] <= SHORT:
+        fits = shape[1] <= SHORT and self.head_dim in SHORT_HEAD_DIMS
+        if operations.short_attention and fits:
             mixed: torch.Tensor = operations.short_attention(
                 qkv, layer.q_norm, layer.k_norm, cos, sin, self.heads, self.eps, shape[1]
             )

@@ -3,6 +3,7 @@
 import functools
 import logging
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -130,20 +131,22 @@ PLAIN = Operations(rms_norm, add_rms_norm, rotate_heads, gate, add_layer_norm, r
 
 
 def _compile(function: Operation) -> Operation:
-    """Compile a function for any number of rows in its tensors, all else as it first comes."""
-    made = torch.compile(
-        function, fullgraph=True, dynamic=False, options={"triton.enable_pdl": True}
-    )
-    marked = False
+    """Compile a function for any number of rows in its tensors, once for each of their widths."""
+    compiled: dict[Any, Operation] = {}
 
-    def call(*args: Any) -> Any:
-        nonlocal marked
-        if not marked:
-            marked = True
-            for value in args:
-                if isinstance(value, torch.Tensor) and len(value) == len(args[0]):
+    def call(first: torch.Tensor, *others: Any) -> Any:
+        key = first.shape[1:], first.dtype, first.device
+        made = compiled.get(key)
+        if made is None:
+            # code of its own: torch counts how often a code is compiled, and gives up at eight
+            code = FunctionType(function.__code__.replace(), function.__globals__)
+            made = compiled[key] = torch.compile(
+                code, fullgraph=True, options={"triton.enable_pdl": True}
+            )
+            for value in (first, *others):
+                if isinstance(value, torch.Tensor) and len(value) == len(first):
                     torch._dynamo.maybe_mark_dynamic(value, 0)
-        return made(*args)
+        return made(first, *others)
 
     return call
 

@@ -43,6 +43,7 @@ Mode = Literal["eager", "compiled", "graphs"]
 TOKEN_STEP = 4  # queries are padded to a multiple
 BATCHES = (1, 2, 4, 8, 16, 32, 64)  # and batches to one of these
 MOST_TOKENS = 6000  # in a recorded forward; beyond, launches cost nothing beside the arithmetic
+KEPT_PLACES = 64  # cosines and sines of text lengths, and of page sizes
 RECORDED_PAGES = 16  # sizes of page batches that are kept recorded
 LEAST_VISUAL_TOKENS = 4  # as in params.yaml
 LONG = 256  # tokens from which cuDNN's attention is the faster one
@@ -94,7 +95,6 @@ class Runtime:
         weights: Weights,
         device: torch.device,
         dtype: torch.dtype,
-        mode: Mode,
     ) -> None:
         self._config, self._processor = config, processor
         self._decoder: Decoder = build_decoder(weights, config)
@@ -106,9 +106,11 @@ class Runtime:
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self._pad: int = processor.tokenizer.pad_token_id
         self.device, self.dtype, self.kernel = device, dtype, weights.kernel
-        self.mode: Mode
-        self._operations: Operations
-        self.use(mode)
+        self.mode: Mode = "eager"
+        self._operations: Operations = PLAIN
+        # a runtime's own, so that they go when it goes
+        self._text_places = functools.lru_cache(KEPT_PLACES)(self._find_text_places)
+        self._grid_places = functools.lru_cache(KEPT_PLACES)(self._find_grid_places)
 
     def use(self, mode: Mode) -> None:
         """Compute in another mode from here on.
@@ -202,8 +204,7 @@ class Runtime:
             hidden = functional.embedding(ids, self._embeddings)
             return self._decoder.run(hidden, cos, sin, self._operations)
 
-    @functools.lru_cache(maxsize=64)  # noqa: B019 - a runtime lives as long as its process
-    def _text_places(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _find_text_places(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         return self._cos_sin(torch.arange(tokens).expand(3, -1))
 
     def _cos_sin(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -304,8 +305,7 @@ class Runtime:
         start = int((row == self._config.image_token_id).nonzero()[0])
         return self._grid_places(grid, start, len(row), tokens)
 
-    @functools.lru_cache(maxsize=64)  # noqa: B019 - a runtime lives as long as its process
-    def _grid_places(
+    def _find_grid_places(
         self, grid: Grid, start: int, length: int, tokens: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         positions = page_positions(grid, self._tower.merge, start, length)
@@ -400,7 +400,9 @@ def load_runtime(
         if quantization is not None:
             check_packing(quantization)
         weights = Weights(folder, place, chosen, quantization)
-        return Runtime(config, processor, weights, place, chosen, mode)
+        runtime = Runtime(config, processor, weights, place, chosen)
+    runtime.use(mode)  # outside of torch.device, which compiled code would be bound to
+    return runtime
 
 
 def faster_dtype(features: int = 2048, tokens: int = 26) -> torch.dtype:

@@ -79,7 +79,7 @@ class Merger:
         return merged
 
 
-@dataclass(frozen=True, eq=False)  # told apart by identity, for the cache
+@dataclass
 class Tower:
     """The vision tower.
 
@@ -108,6 +108,10 @@ class Tower:
     heads: int
     merge: int
 
+    def __post_init__(self) -> None:
+        """Give the tower a cache of its own, that goes when it goes."""
+        self._grid_places = functools.lru_cache(KEPT_GRIDS)(self._find_grid_places)
+
     def places(self, grids: Sequence[Grid]) -> Places:
         """Return what pages of these sizes need beside their pixels, on the tower's device."""
         found = [self._grid_places(grid) for grid in grids]
@@ -116,8 +120,7 @@ class Tower:
         runs = [(grid, len(list(pages))) for grid, pages in groupby(grids)]
         return Places(indices, weights, cos, sin, runs)
 
-    @functools.lru_cache(maxsize=KEPT_GRIDS)  # noqa: B019 - a runtime lives as long as its process
-    def _grid_places(self, grid: Grid) -> tuple[torch.Tensor, ...]:
+    def _find_grid_places(self, grid: Grid) -> tuple[torch.Tensor, ...]:
         """Return indices and weights into `position_embed`, cosine and sine, for one page."""
         thw = torch.tensor([grid])
         indices, weights = get_vision_interpolation_indices_and_weights(

@@ -68,9 +68,23 @@ def test_a_cpu_compiles_nothing() -> None:
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-def test_compiled_once_for_any_number_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
+def test_compiled_once_for_any_number_of_rows() -> None:
+    # models of other widths in one process must neither compile anew for each size of batch nor
+    # use up what torch allows
     made = fused._compile(fused.gate)
-    for tokens in (26, 104, 5):
-        x = torch.randn(tokens, 8)
-        torch.testing.assert_close(made(x), fused.gate(x))
+    with torch._dynamo.config.patch(error_on_recompile=True, recompile_limit=1):
+        for width in (8, 12):
+            for tokens in (26, 104, 5):
+                x = torch.randn(tokens, width)
+                torch.testing.assert_close(made(x), fused.gate(x))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_other_surroundings_do_not_compile_each_size() -> None:
+    made = fused._compile(fused.gate)
+    with torch._dynamo.config.patch(recompile_limit=3):
+        with torch.device("cpu"):
+            made(torch.randn(24, 8))
+        for tokens in (26, 104, 5, 7, 9):
+            x = torch.randn(tokens, 8)
+            torch.testing.assert_close(made(x), fused.gate(x))

@@ -1,7 +1,9 @@
 """The serving runtime against golden embeddings of the publisher's code, and of transformers."""
 
+import gc
 import json
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from stages.colqwen3.loading import load_model
 from stages.colqwen3.serving import Runtime, load_runtime
-from stages.colqwen3.serving.runtime import page_positions
+from stages.colqwen3.serving.runtime import Mode, page_positions
 from stages.embed import embed
 from stages.errors import PipelineError
 from stages.files import read_json
@@ -27,6 +29,7 @@ QUERIES: dict[str, str] = json.loads((GOLDEN / "inputs/queries.json").read_text(
 PAGES = sorted(path.stem for path in (GOLDEN / "inputs/pages").glob("*.png"))
 RTN = RtnRecipe(method="rtn", calibration="none", bits=4, group_size=32, sym=True)
 CPU = torch.device("cpu")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 def page(stem: str) -> Image.Image:
@@ -78,6 +81,16 @@ def test_pages_equal_golden_alone_and_together(runtime: Runtime) -> None:
             torch.testing.assert_close(kept, EMBEDDINGS[f"page/{stem}"], atol=1e-5, rtol=0)
 
 
+def test_a_runtime_that_nobody_holds_is_gone() -> None:
+    runtime = load_runtime(GOLDEN / "model", CPU, torch.float32)
+    runtime.embed_queries(["a text"])
+    runtime.embed_pages([page(PAGES[0])])
+    gone = weakref.ref(runtime._tower), weakref.ref(runtime._decoder)
+    del runtime
+    gc.collect()
+    assert [part() for part in gone] == [None, None]
+
+
 def test_more_texts_than_one_batch_keep_their_order(runtime: Runtime) -> None:
     texts = [f"question number {number}" for number in range(70)]
     made = runtime.embed_queries(texts)
@@ -103,6 +116,39 @@ def test_quantized_equals_transformers(quantized: Path, dtype: torch.dtype) -> N
         for ours, theirs in zip(found, wanted, strict=True):
             assert ours.shape == theirs.shape
             assert torch.cosine_similarity(ours, theirs, dim=-1).min() > least
+
+
+@needs_gpu
+@pytest.mark.parametrize("mode", ["eager", "compiled", "graphs"])
+def test_gpu_equals_transformers_in_float32(mode: Mode) -> None:
+    gpu = torch.device("cuda")
+    runtime = load_runtime(GOLDEN / "model", gpu, torch.float32, mode)
+    model = load_model(GOLDEN / "model", torch.float32, gpu)
+    processor = runtime._processor
+    texts, images = list(QUERIES.values()), [page(stem) for stem in PAGES[:3]]
+    queries = embed(model, processor.process_texts(texts))
+    pages = embed(model, processor.process_images(images))
+    for _ in range(3):  # a recording is made, and replayed
+        found = runtime.embed_queries(texts) + runtime.embed_pages(images)
+        for ours, theirs in zip(found, queries + pages, strict=True):
+            assert torch.cosine_similarity(ours.cpu(), theirs, dim=-1).min() > 0.9999
+    assert runtime.mode == mode
+
+
+@needs_gpu
+def test_gpu_is_as_near_to_float32_as_transformers(quantized: Path) -> None:
+    gpu = torch.device("cuda")
+    runtime = load_runtime(quantized, gpu)
+    images = [page(stem) for stem in PAGES[:3]]
+    inputs = runtime._processor.process_images(images)
+    exact = torch.cat(embed(load_model(quantized, torch.float32, gpu), inputs))
+    plain = torch.cat(embed(load_model(quantized, torch.bfloat16, gpu), inputs))
+    for _ in range(3):
+        found = torch.cat(runtime.embed_pages(images)).cpu()
+        ours, theirs = (
+            1 - torch.cosine_similarity(x, exact, dim=-1).mean() for x in (found, plain)
+        )
+        assert ours < 1.5 * theirs
 
 
 def test_positions_are_those_of_transformers() -> None:
