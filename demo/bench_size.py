@@ -4,7 +4,7 @@ The checkpoint has random weights of true shapes (`demo.true_size`); the stages 
 own, run in working folders as DVC would run them. Every step is a child process; one that fails is
 recorded as failed and the others go on. Results are merged into one JSON file a machine.
 
-``--device cpu`` (the default) takes about ten minutes on two cores, ``--device cuda`` about fifteen
+``--device cpu`` (the default) takes about ten minutes on two cores, ``--device cuda`` about twenty
 on one H100.
 """
 
