@@ -5,6 +5,7 @@ A sample is what one calibration forward takes: batch of one, nothing padded. Ev
 uses. The set ``none`` is empty: rounding to nearest is not done again when the samples change.
 """
 
+import argparse
 import random
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -89,6 +90,7 @@ def main() -> None:
     """Write artifacts/calibration."""
     from stages.colqwen3.loading import load_processor
 
+    argparse.ArgumentParser(prog="python -m stages.calibrate", description=__doc__).parse_args()
     params = load_params()
     claim("calibrate")
     source = find_inspected_model(params.model, read_manifest())

@@ -1,5 +1,6 @@
 """Stage `gate`: fails the pipeline, after all metrics are written, when a recipe breaks a limit."""
 
+import argparse
 import logging
 import sys
 from collections.abc import Mapping
@@ -93,6 +94,7 @@ def check_fallback(recipe: str, params: Params) -> list[str]:
 
 def main() -> None:
     """Check every recipe; print every breach, and exit with status 1 if there is one."""
+    argparse.ArgumentParser(prog="python -m stages.gate", description=__doc__).parse_args()
     params = load_params()
     breaches = [line for recipe in params.recipes for line in check_recipe(recipe, params.gate)]
     breaches += [line for recipe in params.recipes for line in check_fallback(recipe, params)]

@@ -4,6 +4,7 @@
 nothing is fetched, and equal results give an equal file.
 """
 
+import argparse
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -193,6 +194,7 @@ def render(params: Params, results: Mapping[str, Result], queries: Mapping[str, 
 
 def main() -> None:
     """Write the report on the recipes of params.yaml."""
+    argparse.ArgumentParser(prog="python -m stages.report", description=__doc__).parse_args()
     params = load_params()
     results = {recipe: read_result(recipe, params.gate) for recipe in params.recipes}
     queries = read_queries(Path(params.evaluate.dataset) / "queries.jsonl")

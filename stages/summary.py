@@ -4,6 +4,7 @@
 stages.summary` collects those of all recipes for one plot. Nothing here is a timing.
 """
 
+import argparse
 from collections.abc import Mapping
 from typing import Any
 
@@ -74,6 +75,7 @@ def ndcg_bars(summaries: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]
 
 def main() -> None:
     """Write metrics/plots/ndcg.json from the summaries of the recipes in params.yaml."""
+    argparse.ArgumentParser(prog="python -m stages.summary", description=__doc__).parse_args()
     params = load_params()
     claim("summary")
     summaries = {}

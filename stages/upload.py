@@ -57,9 +57,8 @@ def main() -> None:
     args = parser.parse_args()
     metadata, problems = verify(args.folder)
     if problems:
-        raise PipelineError(
-            f"{args.folder}/{problems[0]} (and {len(problems) - 1} more); release it again"
-        )
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise PipelineError(f"{args.folder}/{problems[0]}{more}; release it again")
     names = sorted([*metadata["files"], METADATA])
     command = upload_command(args.folder, args.repo, names)
     print("\n".join(list_files(args.folder, names)))

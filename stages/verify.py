@@ -132,7 +132,7 @@ def main() -> None:
     for line in problems:
         print(f"error: {PipelineError(f'{folder}/{line}')}", file=sys.stderr)
     if problems:
-        sys.exit(1)
+        raise PipelineError(f"{folder}: is not what was released; fetch it or release it again")
     print(
         f"{folder}: {len(metadata['files'])} files and {len(metadata['tensors'])} tensors are as "
         f"released; digest of the metadata: {metadata[SELF_DIGEST]}"

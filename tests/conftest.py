@@ -21,6 +21,12 @@ def run_stage(folder: Path, module: str, *arguments: str) -> subprocess.Complete
     )  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def no_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep the arguments of pytest from a `main()` that a test calls."""
+    monkeypatch.setattr(sys, "argv", ["test"])
+
+
 @pytest.fixture(scope="session")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a root with the demo model quantized by `RECIPE` and released; not to be changed."""

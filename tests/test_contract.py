@@ -1,6 +1,7 @@
 """dvc.yaml, params.yaml, imports and README must tell the same story."""
 
 import ast
+import importlib
 import inspect
 import json
 import re
@@ -207,3 +208,19 @@ def test_every_recipe_is_a_named_artifact() -> None:
     assert entries.keys() == PARAMS["recipes"].keys()
     for recipe, entry in entries.items():
         assert (entry["type"], entry["path"]) == ("model", f"artifacts/release/{recipe}")
+
+
+@pytest.mark.parametrize(
+    "module", [path.stem for path in sorted(STAGES.glob("*.py")) if "def main" in path.read_text()]
+)
+def test_help_does_nothing_else(
+    module: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = importlib.import_module(f"stages.{module}")
+    monkeypatch.setattr(sys, "argv", [module, "--help"])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as caught:
+        found.main()
+    assert caught.value.code == 0
+    assert f"usage: python -m stages.{module}" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())

@@ -8,12 +8,10 @@ sizes and each size is recorded once as a CUDA graph, so that the processor only
 import contextlib
 import functools
 import logging
-import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from PIL import Image
@@ -22,19 +20,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbedding
 
 from stages.colqwen3.configuration_colqwen3 import ColQwen3Config
-from stages.colqwen3.loading import (
-    as_pipeline_error,
-    check_packing,
-    load_processor,
-    quantization_config,
-)
 from stages.colqwen3.processing_colqwen3 import ColQwen3Processor
 from stages.colqwen3.serving.decoder import Decoder
 from stages.colqwen3.serving.fused import PLAIN, Operations, choose_operations
 from stages.colqwen3.serving.recording import Recording, Work, agree, record
 from stages.colqwen3.serving.vision import Grid, Places, Tower
 from stages.colqwen3.serving.weights import TEXT, Weights, build_decoder, build_tower
-from stages.files import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +36,6 @@ BATCHES = (1, 2, 4, 8, 16, 32, 64)  # and batches to one of these
 MOST_TOKENS = 6000  # in a recorded forward; beyond, launches cost nothing beside the arithmetic
 KEPT_PLACES = 64  # cosines and sines of text lengths, and of page sizes
 RECORDED_PAGES = 16  # sizes of page batches that are kept recorded
-LEAST_VISUAL_TOKENS = 4  # as in params.yaml
 LONG = 256  # tokens from which cuDNN's attention is the faster one
 
 
@@ -347,75 +337,3 @@ def _attention(tokens: int) -> Iterator[None]:
     order = long if tokens >= LONG else long[::-1]
     with sdpa_kernel([*order, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH], set_priority=True):
         yield
-
-
-def load_runtime(
-    folder: Path | str,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-    mode: Mode = "graphs",
-    max_num_visual_tokens: int = 1280,
-) -> Runtime:
-    """Load a ColQwen3 folder, original or made by this pipeline, ready to serve.
-
-    Weights go to the device tensor by tensor; 4-bit ones stay so when a kernel for them is
-    installed and agrees with their dequantized values, which is tried once here. Where something
-    is missing, a warning says what, and what it costs.
-
-    Parameters
-    ----------
-    folder
-        The model.
-    device
-        Default: the GPU when there is one.
-    dtype
-        Of the arithmetic. Default: bfloat16 on a GPU, else whichever of float32 and bfloat16 this
-        processor multiplies faster.
-    mode
-        ``graphs``: compiled, and a CUDA graph for each size of query batch; ``compiled``;
-        ``eager``. The last two are for comparison.
-    max_num_visual_tokens
-        A page is shrunk until it has at most so many.
-
-    Raises
-    ------
-    PipelineError
-        If the folder is damaged, no ColQwen3, or packed in a way that is not this pipeline's.
-    ValueError
-        If an argument makes no sense.
-    """
-    folder = Path(folder)
-    if mode not in get_args(Mode):
-        raise ValueError(f"mode is {mode!r}; give one of {', '.join(get_args(Mode))}")
-    if max_num_visual_tokens < LEAST_VISUAL_TOKENS:
-        raise ValueError(f"max_num_visual_tokens is {max_num_visual_tokens}; give at least 4")
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device is {str(place)!r}, but torch sees no GPU; give 'cpu'")
-    quantization = quantization_config(folder)
-    chosen = dtype or (torch.bfloat16 if place.type == "cuda" else faster_dtype())
-    processor = load_processor(folder, max_num_visual_tokens)
-    with as_pipeline_error(folder), torch.device("cpu"):
-        config = ColQwen3Config.from_dict(read_json(folder / "config.json", "fetch it again"))
-        if quantization is not None:
-            check_packing(quantization)
-        weights = Weights(folder, place, chosen, quantization)
-        runtime = Runtime(config, processor, weights, place, chosen)
-    runtime.use(mode)  # outside of torch.device, which compiled code would be bound to
-    return runtime
-
-
-def faster_dtype(features: int = 2048, tokens: int = 26) -> torch.dtype:
-    """Return float32 or bfloat16, whichever a query's linear takes less time in on this CPU."""
-    taken = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        x, weight = (
-            torch.ones(tokens, features, dtype=dtype),
-            torch.ones(features, features, dtype=dtype),
-        )
-        functional.linear(x, weight)
-        start = time.perf_counter()
-        for _ in range(5):
-            functional.linear(x, weight)
-        taken[dtype] = time.perf_counter() - start
-    return min(taken, key=taken.__getitem__)

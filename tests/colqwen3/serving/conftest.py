@@ -1,0 +1,17 @@
+"""What tests of the serving runtime share."""
+
+from pathlib import Path
+
+import pytest
+
+from stages.inspect_model import inspect_folder
+from tests.rounded import rounded
+
+MODEL = Path("tests/golden/model")
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the golden checkpoint, rounded."""
+    linears = inspect_folder(MODEL)[0]["linears"]
+    return rounded(MODEL, tmp_path_factory.mktemp("quantized"), *linears)

@@ -1,0 +1,70 @@
+"""Which folders and arguments the loader of the serving runtime refuses, and how."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from stages.colqwen3.serving import load_runtime
+from stages.errors import PipelineError
+from stages.files import read_json
+
+MODEL = Path("tests/golden/model")
+CPU = torch.device("cpu")
+
+
+def damaged(folder: Path, tmp_path: Path, name: str, value: float | None) -> Path:
+    copy = Path(shutil.copytree(folder, tmp_path / "damaged"))
+    tensors = load_file(copy / "model.safetensors")
+    if value is None:
+        del tensors[name]
+    else:
+        tensors[name].view(-1)[0] = value
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("vlm.model.language_model.layers.1.mlp.down_proj.qweight", None, "lacks the tensor"),
+        ("vlm.model.language_model.norm.weight", None, "lacks the tensor"),
+        ("vlm.model.visual.blocks.0.norm1.bias", float("nan"), "holds NaN or infinite"),
+        ("vlm.model.language_model.layers.0.mlp.up_proj.scales", float("inf"), "holds NaN or inf"),
+    ],
+)
+def test_damaged_folders_are_one_line(
+    quantized: Path, tmp_path: Path, name: str, value: float | None, message: str
+) -> None:
+    folder = damaged(quantized, tmp_path, name, value)
+    with pytest.raises(PipelineError, match=message) as caught:
+        load_runtime(folder, CPU, torch.float32)
+    assert name in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_other_packings_are_refused(quantized: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(quantized, tmp_path / "other"))
+    config = read_json(folder / "config.json", "")
+    config["quantization_config"]["packing_format"] = "auto_round:auto_awq"
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(PipelineError, match="packing_format is 'auto_round:auto_awq'"):
+        load_runtime(folder, CPU)
+
+
+def test_other_models_are_refused(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(MODEL, tmp_path / "model"))
+    config = read_json(folder / "config.json", "")
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "qwen3_vl"}))
+    with pytest.raises(PipelineError, match="model_type is 'qwen3_vl'"):
+        load_runtime(folder, CPU)
+
+
+def test_wrong_arguments_are_named() -> None:
+    with pytest.raises(ValueError, match="mode is 'fast'"):
+        load_runtime(MODEL, CPU, mode="fast")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="max_num_visual_tokens is 0"):
+        load_runtime(MODEL, CPU, max_num_visual_tokens=0)
