@@ -98,11 +98,13 @@ def probe(
 
 
 def make_environment(folder: Path, version: str, owners: Iterable[str]) -> Path:
-    """Return the interpreter of a new environment with one version of transformers."""
-    venv.create(folder, with_pip=True)
-    python = folder / "bin" / "python"
-    wanted = [f"transformers=={version}", *PACKAGES, *owners]
-    subprocess.run([str(python), "-m", "pip", "install", "--quiet", *wanted], check=True)
+    """Return the interpreter of an environment with one version of transformers."""
+    python, complete = folder / "bin" / "python", folder / "complete"
+    if not complete.exists():
+        venv.create(folder, clear=True, with_pip=True)
+        wanted = [f"transformers=={version}", *PACKAGES, *owners]
+        subprocess.run([str(python), "-m", "pip", "install", "--quiet", *wanted], check=True)
+        complete.touch()
     return python
 
 
@@ -129,10 +131,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
         for version in args.versions:
-            home = (args.environments or work) / f"transformers-{version}-{kind}"
-            python = home / "bin" / "python"
-            if not python.exists():
-                python = make_environment(home, version, OWNERS[kind])
+            # absolute, since it is run in another folder
+            home = (args.environments or work).absolute() / f"transformers-{version}-{kind}"
+            python = make_environment(home, version, OWNERS[kind])
             # other formats' libraries take the config's bfloat16, whose own noise is 0.0006
             dtype = () if kind == "auto_round" else ("float32",)
             facts, found = probe(python, args.folder, INPUTS, work, *dtype)
