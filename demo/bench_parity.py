@@ -55,6 +55,8 @@ def by_runtime(
         queries = runtime.run_queries(rows)[: len(rows)]
         for _ in range(RECORDED):
             pages = runtime.run_pages(inputs["pages"])
+        if not runtime.runs(mode):
+            raise PipelineError(f"{folder}: {mode} does not work here; the warning above says why")
         made[mode] = {"queries": list(queries.cpu()), "pages": list(pages.cpu())}
     return runtime.kernel, made
 
@@ -103,6 +105,7 @@ def measure(
         pairs[f"runtime, {mode} / transformers, sdpa"] = (made, plain)
         pairs[f"runtime, {mode} / float32"] = (made, exact)
     return {
+        "dataset": str(dataset),
         "kernel": kernel,
         "dtype": str(dtype).removeprefix("torch."),
         "tokens": {kind: sum(map(len, rows)) for kind, rows in exact.items()},
@@ -129,6 +132,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="default: metrics/size/parity-<device>.json")
     args = parser.parse_args()
     gpu = args.device == "cuda"
+    torch.backends.cudnn.allow_tf32 = False  # float32 means float32, in the patch embedding too
     out = args.out or Path(f"metrics/size/parity-{args.device}.json")
     found = machine(gpu)
     results: dict[str, Any] = {"machine": found, "models": {}}

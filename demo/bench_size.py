@@ -504,8 +504,8 @@ def describe(name: str, step: Result) -> str:
     return line
 
 
-def open_results(path: Path, found: Result, size: str) -> Result:
-    """Return earlier results to add to, or new ones.
+def open_results(path: Path, found: Result, size: str, anew: bool) -> Result:
+    """Return earlier results to add to, or new ones if there are none or `anew`.
 
     Raises
     ------
@@ -513,7 +513,7 @@ def open_results(path: Path, found: Result, size: str) -> Result:
         If the file is of another machine, other versions or another size.
     """
     empty = {"machine": found, "weights": WEIGHTS, "size": size, "steps": {}}
-    if not path.exists():
+    if anew or not path.exists():
         return empty
     results: Result = read_json(path, "remove it")
     for key in ("machine", "size"):
@@ -547,7 +547,7 @@ def main() -> None:
     which.add_argument("--preset", default="4b", help="sizes of a published model: 4b or 8b")
     which.add_argument("--config", type=Path, metavar="FILE", help="a config.json of any sizes")
     parser.add_argument("--device", choices=STEPS, default="cpu")
-    parser.add_argument("--only", metavar="A,B", help="steps, in order; default: all")
+    parser.add_argument("--only", metavar="A,B", help="steps to add, in order; default: all")
     parser.add_argument(
         "--work", type=Path, metavar="DIR", default=Path(tempfile.gettempdir()) / "size",
         help="where everything is written: 40 GB at 4b",
@@ -566,7 +566,7 @@ def main() -> None:
     bench = Bench(options, args.work.absolute(), args.device, args.work.absolute() / size)
     bench.work.mkdir(parents=True, exist_ok=True)
     out = args.out or RESULTS / f"{args.device}.json"
-    results = open_results(out, machine(args.device == "cuda"), size)
+    results = open_results(out, machine(args.device == "cuda"), size, anew=not args.only)
     if not bench.model.exists() and "make" not in names:
         names = ["make", *names]
     run_steps(bench, names, results, out)

@@ -221,7 +221,9 @@ def time_both(
                 runtime.use(mode)
             for kind, batches in inputs.items():
                 for count, works in batches.items():
-                    times[kind][count][mode] = median_ms(works, device, warmup, params.repeats)
+                    taken = median_ms(works, device, warmup, params.repeats)
+                    if all(runtime.runs(mode) for runtime in runtimes):  # no slower way was taken
+                        times[kind][count][mode] = taken
                     progress.advance()
     return {
         kind: {

@@ -100,11 +100,11 @@ def probe(
 def make_environment(folder: Path, version: str, owners: Iterable[str]) -> Path:
     """Return the interpreter of an environment with one version of transformers."""
     python, complete = folder / "bin" / "python", folder / "complete"
-    if not complete.exists():
+    wanted = [f"transformers=={version}", *PACKAGES, *owners]
+    if not complete.exists() or complete.read_text() != repr(wanted):
         venv.create(folder, clear=True, with_pip=True)
-        wanted = [f"transformers=={version}", *PACKAGES, *owners]
         subprocess.run([str(python), "-m", "pip", "install", "--quiet", *wanted], check=True)
-        complete.touch()
+        complete.write_text(repr(wanted))
     return python
 
 

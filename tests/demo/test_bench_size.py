@@ -117,7 +117,7 @@ def test_a_step_adds_to_earlier_results_of_the_same_machine(
     done = {"seconds": 1, "peak_own_bytes": 2}
     use(monkeypatch, a=lambda _: done, b=lambda _: done)
     for name in ("a", "b"):
-        run_steps(bench, [name], open_results(out, MACHINE, "4b"), out)
+        run_steps(bench, [name], open_results(out, MACHINE, "4b", anew=False), out)
     assert json.loads(out.read_text())["steps"].keys() == {"a", "b"}
 
 
@@ -130,7 +130,8 @@ def test_results_of_another_kind_are_not_mixed(
     out = tmp_path / "out.json"
     out.write_text(json.dumps(fresh()))
     with pytest.raises(PipelineError, match=rf"out\.json: was measured with another {key}"):
-        open_results(out, machine, size)
+        open_results(out, machine, size, anew=False)
+    assert open_results(out, machine, size, anew=True)["steps"] == {}
 
 
 def test_unknown_steps_are_refused_before_anything_runs(

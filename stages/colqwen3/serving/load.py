@@ -67,13 +67,14 @@ def load_runtime(
     quantization = quantization_config(folder)
     chosen = dtype or (torch.bfloat16 if place.type == "cuda" else faster_dtype())
     processor = load_processor(folder, max_num_visual_tokens)
-    with as_pipeline_error(folder), torch.device("cpu"):
-        config = ColQwen3Config.from_dict(read_json(folder / "config.json", "fetch it again"))
-        if quantization is not None:
-            check_packing(quantization)
-        weights = Weights(folder, place, chosen, quantization)
-        runtime = Runtime(config, processor, weights, place, chosen)
-    runtime.use(mode)  # outside of torch.device, which compiled code would be bound to
+    with as_pipeline_error(folder):
+        with torch.device("cpu"):
+            config = ColQwen3Config.from_dict(read_json(folder / "config.json", "fetch it again"))
+            if quantization is not None:
+                check_packing(quantization)
+            weights = Weights(folder, place, chosen, quantization)
+            runtime = Runtime(config, processor, weights, place, chosen)
+        runtime.use(mode)  # outside of torch.device, which compiled code would be bound to
     return runtime
 
 

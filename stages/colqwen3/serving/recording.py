@@ -16,13 +16,13 @@ LEAST_COSINE = 0.98
 class Recording:
     """A recorded forward: write `inputs`, replay, read `vectors`.
 
-    `work` is not called again; it holds the tensors that the graph reads.
+    `kept` are the tensors that the graph reads beside the weights.
     """
 
     graph: torch.cuda.CUDAGraph
     inputs: torch.Tensor
     vectors: torch.Tensor
-    work: Work
+    kept: object
 
     def replay(self, inputs: torch.Tensor) -> torch.Tensor:
         """Run it on other inputs of the same shape."""
@@ -31,7 +31,7 @@ class Recording:
         return self.vectors.clone()
 
 
-def record(work: Work, inputs: torch.Tensor, pool: Any) -> Recording:
+def record(work: Work, inputs: torch.Tensor, pool: Any, kept: object = None) -> Recording:
     """Record `work` on `inputs`, which the recording keeps to itself.
 
     Parameters
@@ -42,6 +42,8 @@ def record(work: Work, inputs: torch.Tensor, pool: Any) -> Recording:
         On a GPU.
     pool
         Memory that recordings share: only one of them may run at a time.
+    kept
+        Tensors that `work` reads, which must live as long as the recording.
 
     Raises
     ------
@@ -62,7 +64,7 @@ def record(work: Work, inputs: torch.Tensor, pool: Any) -> Recording:
     graph.replay()
     if not agree(vectors, wanted):
         raise RuntimeError("it gives other embeddings than the work that it recorded")
-    return Recording(graph, inputs, vectors, work)
+    return Recording(graph, inputs, vectors, kept)
 
 
 def agree(found: torch.Tensor, wanted: torch.Tensor) -> bool:

@@ -9,7 +9,7 @@ import contextlib
 import functools
 import logging
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -90,7 +90,6 @@ class Runtime:
         self._decoder: Decoder = build_decoder(weights, config)
         self._tower: Tower = build_tower(weights, config)
         self._embeddings = weights.tensor(f"{TEXT}.embed_tokens.weight")
-        self._rotary = Qwen3VLTextRotaryEmbedding(config.text_config)
         self._recorded_queries: dict[tuple[int, int], Recording] = {}
         self._recorded_pages: OrderedDict[Any, Recording | None] = OrderedDict()
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
@@ -98,27 +97,45 @@ class Runtime:
         self.device, self.dtype, self.kernel = device, dtype, weights.kernel
         self.mode: Mode = "eager"
         self._operations: Operations = PLAIN
-        # a runtime's own, so that they go when it goes
-        self._text_places = functools.lru_cache(KEPT_PLACES)(self._find_text_places)
-        self._grid_places = functools.lru_cache(KEPT_PLACES)(self._find_grid_places)
+        # without a reference to the runtime, whose memory is free as soon as nobody holds it
+        rotary = Qwen3VLTextRotaryEmbedding(config.text_config)
+        cos_sin = functools.partial(_cos_sin, rotary, dtype, device)
+        kept = functools.lru_cache(KEPT_PLACES)
+        self._text_places = kept(functools.partial(_text_places, cos_sin))
+        self._grid_places = kept(functools.partial(_grid_places, cos_sin, self._tower.merge))
 
     def use(self, mode: Mode) -> None:
         """Compute in another mode from here on.
 
-        What is compiled is compared with plain torch once; when it does not agree, a warning says
-        so and plain torch is used.
+        A short text and a small page are embedded by plain torch, and by what is compiled. When
+        that fails or does not agree, a warning says so and plain torch is used.
         """
         self.mode, self._operations = mode, PLAIN
+        wanted = self._trial()
         if mode == "eager":
             return
-        trial = [torch.arange(24)]
-        with torch.inference_mode():
-            wanted = self._unrecorded_queries(trial)
-            self._operations = choose_operations(self.device)
-            if self._operations is PLAIN or agree(self._unrecorded_queries(trial), wanted):
+        self._operations = choose_operations(self.device)
+        if self._operations is PLAIN:
+            return
+        problem = "are wrong"
+        try:
+            if all(map(agree, self._trial(), wanted)):
                 return
-        logger.warning("compiled kernels are wrong on this GPU: plain torch is used, and slower")
+        except Exception as error:  # a compiler can fail in many ways
+            problem = f"fail ({(str(error).strip().splitlines() or [repr(error)])[0]})"
+        logger.warning("compiled kernels %s here: plain torch is used, and slower", problem)
         self._operations = PLAIN
+
+    def runs(self, mode: Mode) -> bool:
+        """Whether it computes in this mode, and has not fallen back to a slower one."""
+        return self.mode == mode and (mode == "eager" or self._operations is not PLAIN)
+
+    @torch.inference_mode()
+    def _trial(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embed a short text and a small page, without recording anything."""
+        page = self._processor.process_images([Image.linear_gradient("L")])
+        batch = self._page_batch(page)
+        return self._unrecorded_queries([torch.arange(24)]), self._pages(batch, batch.pixels)
 
     # ---- Queries -------------------------------------------------------------------------------
 
@@ -166,8 +183,9 @@ class Runtime:
         ids = self._padded(rows, batch, tokens)
         recording = self._recorded_queries.get((batch, tokens))
         if recording is None:
-            work = functools.partial(self._queries, *self._text_places(tokens))
-            recording = self._record(work, ids.to(self.device))
+            places = self._text_places(tokens)
+            work = functools.partial(self._queries, *places)
+            recording = self._record(work, ids.to(self.device), places)
             if recording is None:
                 return self._unrecorded_queries(rows)
             self._recorded_queries[batch, tokens] = recording
@@ -194,19 +212,11 @@ class Runtime:
             hidden = functional.embedding(ids, self._embeddings)
             return self._decoder.run(hidden, cos, sin, self._operations)
 
-    def _find_text_places(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._cos_sin(torch.arange(tokens).expand(3, -1))
-
-    def _cos_sin(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return cosine and sine [tokens, head_dim] of positions [3, tokens]."""
-        cos, sin = self._rotary(torch.empty(0, dtype=self.dtype), positions.unsqueeze(1))
-        return cos[0].to(self.device), sin[0].to(self.device)
-
-    def _record(self, work: Work, inputs: torch.Tensor) -> Recording | None:
+    def _record(self, work: Work, inputs: torch.Tensor, kept: object) -> Recording | None:
         """Record `work`; if that fails, warn, and record nothing any more."""
         try:
-            return record(work, inputs, self._pool)
-        except RuntimeError as error:
+            return record(work, inputs, self._pool, kept)
+        except Exception as error:  # torch, a kernel library or the driver
             reason = (str(error).splitlines() or [repr(error)])[0]
             logger.warning("CUDA graphs do not work here (%s): serving is slower", reason)
             self.mode = "compiled"
@@ -247,22 +257,23 @@ class Runtime:
         torch.Tensor
             Float32 [pages, tokens of the longest, embed_dim].
         """
-        grids: list[Grid] = [(t, h, w) for t, h, w in inputs["image_grid_thw"].tolist()]
-        batch = self._page_batch(inputs, grids)
+        batch = self._page_batch(inputs)
         if not self._records(batch.ids.numel()):
             return self._pages(batch, batch.pixels)
         # the prompt of a page is always the same, so its grid says all but the pixels
-        key = tuple(grids)
+        key = tuple(batch.places.runs)
         recording = self._recorded_pages.get(key)
         if recording is None and key in self._recorded_pages:  # the second batch of this kind
-            recording = self._record(functools.partial(self._pages, batch), batch.pixels)
+            work = functools.partial(self._pages, batch)
+            recording = self._record(work, batch.pixels, batch)
         self._recorded_pages[key] = recording
         self._recorded_pages.move_to_end(key)
         if len(self._recorded_pages) > RECORDED_PAGES:
             self._recorded_pages.popitem(last=False)
         return recording.replay(batch.pixels) if recording else self._pages(batch, batch.pixels)
 
-    def _page_batch(self, inputs: Any, grids: Sequence[Grid]) -> PageBatch:
+    def _page_batch(self, inputs: Any) -> PageBatch:
+        grids: list[Grid] = [(t, h, w) for t, h, w in inputs["image_grid_thw"].tolist()]
         rows = self.token_ids(inputs)
         tokens = max(map(len, rows))
         ids = self._padded(rows, len(rows), tokens)
@@ -295,11 +306,27 @@ class Runtime:
         start = int((row == self._config.image_token_id).nonzero()[0])
         return self._grid_places(grid, start, len(row), tokens)
 
-    def _find_grid_places(
-        self, grid: Grid, start: int, length: int, tokens: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        positions = page_positions(grid, self._tower.merge, start, length)
-        return self._cos_sin(functional.pad(positions, (0, tokens - length)))
+
+CosSin = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+def _cos_sin(
+    rotary: torch.nn.Module, dtype: torch.dtype, device: torch.device, positions: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return cosine and sine [tokens, head_dim] of positions [3, tokens]."""
+    cos, sin = rotary(torch.empty(0, dtype=dtype), positions.unsqueeze(1))
+    return cos[0].to(device), sin[0].to(device)
+
+
+def _text_places(cos_sin: CosSin, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return cos_sin(torch.arange(tokens).expand(3, -1))
+
+
+def _grid_places(
+    cos_sin: CosSin, merge: int, grid: Grid, start: int, length: int, tokens: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    positions = page_positions(grid, merge, start, length)
+    return cos_sin(functional.pad(positions, (0, tokens - length)))
 
 
 def page_positions(grid: Grid, merge: int, start: int, length: int) -> torch.Tensor:

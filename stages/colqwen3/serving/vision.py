@@ -109,8 +109,12 @@ class Tower:
     merge: int
 
     def __post_init__(self) -> None:
-        """Give the tower a cache of its own, that goes when it goes."""
-        self._grid_places = functools.lru_cache(KEPT_GRIDS)(self._find_grid_places)
+        """Give the tower a cache of its own, which does not refer to it."""
+        side = int(len(self.position_embed) ** 0.5)
+        find = functools.partial(
+            _grid_places, self.rotary, side, self.merge, self.position_embed.device
+        )
+        self._grid_places = functools.lru_cache(KEPT_GRIDS)(find)
 
     def places(self, grids: Sequence[Grid]) -> Places:
         """Return what pages of these sizes need beside their pixels, on the tower's device."""
@@ -119,19 +123,6 @@ class Tower:
         # pages of one size attend in one batch
         runs = [(grid, len(list(pages))) for grid, pages in groupby(grids)]
         return Places(indices, weights, cos, sin, runs)
-
-    def _find_grid_places(self, grid: Grid) -> tuple[torch.Tensor, ...]:
-        """Return indices and weights into `position_embed`, cosine and sine, for one page."""
-        thw = torch.tensor([grid])
-        indices, weights = get_vision_interpolation_indices_and_weights(
-            thw,
-            num_grid_per_side=int(len(self.position_embed) ** 0.5),
-            mode="bilinear",
-            align_corners=True,
-            spatial_merge_size=self.merge,
-        )
-        cos, sin = self.rotary(thw, get_vision_position_ids(thw, self.merge))
-        return tuple(part.to(self.position_embed.device) for part in (indices, weights, cos, sin))
 
     def run(
         self, pixels: torch.Tensor, places: Places, operations: Operations
@@ -182,3 +173,19 @@ class Tower:
             mixed.append(attended.transpose(1, 2).reshape(end - start, -1))
             start = end
         return torch.cat(mixed) if len(mixed) > 1 else mixed[0]
+
+
+def _grid_places(
+    rotary: Callable[..., Any], side: int, merge: int, device: torch.device, grid: Grid
+) -> tuple[torch.Tensor, ...]:
+    """Return indices and weights into the learned positions, cosine and sine, for one page."""
+    thw = torch.tensor([grid])
+    indices, weights = get_vision_interpolation_indices_and_weights(
+        thw,
+        num_grid_per_side=side,
+        mode="bilinear",
+        align_corners=True,
+        spatial_merge_size=merge,
+    )
+    cos, sin = rotary(thw, get_vision_position_ids(thw, merge))
+    return tuple(part.to(device) for part in (indices, weights, cos, sin))

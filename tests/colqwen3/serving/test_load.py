@@ -46,6 +46,18 @@ def test_damaged_folders_are_one_line(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["layers.1.self_attn.q_norm", "layers.0.input_layernorm", "norm"])
+def test_tensors_that_do_not_fit_are_one_line(quantized: Path, tmp_path: Path, name: str) -> None:
+    folder = Path(shutil.copytree(quantized, tmp_path / "damaged"))
+    tensors = load_file(folder / "model.safetensors")
+    key = f"vlm.model.language_model.{name}.weight"
+    tensors[key] = torch.ones(len(tensors[key]) + 8)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(PipelineError, match="cannot be loaded") as caught:
+        load_runtime(folder, CPU, torch.float32)
+    assert "\n" not in str(caught.value)
+
+
 def test_other_packings_are_refused(quantized: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(quantized, tmp_path / "other"))
     config = read_json(folder / "config.json", "")

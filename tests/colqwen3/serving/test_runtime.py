@@ -3,7 +3,9 @@
 import gc
 import json
 import weakref
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from safetensors.torch import load_file
 
 from stages.colqwen3.loading import load_model
 from stages.colqwen3.serving import Runtime, load_runtime
+from stages.colqwen3.serving.fused import PLAIN
 from stages.colqwen3.serving.runtime import Mode, page_positions
 from stages.embed import embed
 from stages.inspect_model import inspect_folder
@@ -58,9 +61,39 @@ def test_a_runtime_that_nobody_holds_is_gone() -> None:
     runtime.embed_queries(["a text"])
     runtime.embed_pages([page(PAGES[0])])
     gone = weakref.ref(runtime._tower), weakref.ref(runtime._decoder)
-    del runtime
-    gc.collect()
-    assert [part() for part in gone] == [None, None]
+    gc.disable()  # what is in no cycle goes at once
+    try:
+        del runtime
+        assert [part() for part in gone] == [None, None]
+    finally:
+        gc.enable()
+
+
+def raises(*_: object) -> torch.Tensor:
+    raise OSError("no compiler here")
+
+
+@pytest.mark.parametrize("name", ["rms_norm", "gate", "add_layer_norm", "rotate_vision", "gelu"])
+@pytest.mark.parametrize("broken", [raises, lambda x, *_: x * 0])
+def test_a_wrong_or_failing_operation_is_not_used(
+    name: str, broken: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    operations = PLAIN._replace(**{name: broken})
+    monkeypatch.setattr("stages.colqwen3.serving.runtime.choose_operations", lambda _: operations)
+    runtime = load_runtime(GOLDEN / "model", CPU, torch.float32)
+    assert "plain torch is used, and slower" in caplog.text
+    assert not runtime.runs("graphs")
+    name, text = next(iter(QUERIES.items()))
+    wanted = EMBEDDINGS[f"query/{name}"]
+    torch.testing.assert_close(runtime.embed_queries([text])[0], wanted, atol=1e-5, rtol=0)
+
+
+def test_a_right_operation_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    operations = PLAIN._replace(gelu=lambda x: PLAIN.gelu(x))
+    monkeypatch.setattr("stages.colqwen3.serving.runtime.choose_operations", lambda _: operations)
+    runtime = load_runtime(GOLDEN / "model", CPU, torch.float32, "compiled")
+    assert runtime.runs("compiled")
+    assert not runtime.runs("graphs")
 
 
 def test_more_texts_than_one_batch_keep_their_order(runtime: Runtime) -> None:
@@ -104,23 +137,29 @@ def test_gpu_equals_transformers_in_float32(mode: Mode) -> None:
         found = runtime.embed_queries(texts) + runtime.embed_pages(images)
         for ours, theirs in zip(found, queries + pages, strict=True):
             assert torch.cosine_similarity(ours.cpu(), theirs, dim=-1).min() > 0.9999
-    assert runtime.mode == mode
+    assert runtime.runs(mode)
 
 
 @needs_gpu
 def test_gpu_is_as_near_to_float32_as_transformers(quantized: Path) -> None:
     gpu = torch.device("cuda")
     runtime = load_runtime(quantized, gpu)
-    images = [page(stem) for stem in PAGES[:3]]
-    inputs = runtime._processor.process_images(images)
-    exact = torch.cat(embed(load_model(quantized, torch.float32, gpu), inputs))
-    plain = torch.cat(embed(load_model(quantized, torch.bfloat16, gpu), inputs))
+    texts, images = list(QUERIES.values()), [page(stem) for stem in PAGES[:3]]
+    processor = runtime._processor
+    inputs = (processor.process_texts(texts), processor.process_images(images))
+    exact, plain = (
+        [torch.cat(embed(load_model(quantized, dtype, gpu), batch)) for batch in inputs]
+        for dtype in (torch.float32, torch.bfloat16)
+    )
     for _ in range(3):
-        found = torch.cat(runtime.embed_pages(images)).cpu()
-        ours, theirs = (
-            1 - torch.cosine_similarity(x, exact, dim=-1).mean() for x in (found, plain)
-        )
-        assert ours < 1.5 * theirs
+        found = (runtime.embed_queries(texts), runtime.embed_pages(images))
+        for ours, theirs, wanted in zip(map(torch.cat, found), plain, exact, strict=True):
+            off = [
+                1 - torch.cosine_similarity(x.cpu(), wanted, dim=-1).mean() for x in (ours, theirs)
+            ]
+            assert off[0] < 1.5 * off[1]
+    assert runtime.runs("graphs")
+    assert runtime.kernel == ("humming" if find_spec("humming") else "dense")
 
 
 def test_positions_are_those_of_transformers() -> None:
