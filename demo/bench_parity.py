@@ -6,7 +6,6 @@ and transformers with itself under another implementation of attention.
 """
 
 import argparse
-import gc
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -14,18 +13,18 @@ from typing import Any
 
 import torch
 
-from demo.measure import machine
+from demo.measure import machine, open_results
+from stages.benchmark import WARMUP_GRAPHS, release, token_cosines
 from stages.colqwen3.loading import load_model, load_processor
 from stages.colqwen3.serving import load_runtime
 from stages.colqwen3.serving.runtime import Mode
 from stages.dataset import read_queries
 from stages.embed import embed
 from stages.errors import PipelineError, run
-from stages.files import read_json, write_json
+from stages.files import write_json
 from stages.pages import find_pages, open_page
 
 QUERIES, PAGES = 16, 4
-RECORDED = 3  # a page batch is recorded the second time it is seen
 MODES: dict[str, tuple[Mode, ...]] = {"cuda": ("eager", "graphs"), "cpu": ("eager",)}
 
 Embeddings = dict[str, list[torch.Tensor]]
@@ -34,12 +33,7 @@ Embeddings = dict[str, list[torch.Tensor]]
 
 def compare(found: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> dict[str, float]:
     """Return least and mean cosine of a token; rows of `found` may go on behind the last token."""
-    cosines = torch.cat(
-        [
-            torch.cosine_similarity(ours[: len(theirs)].double(), theirs.double(), dim=-1)
-            for ours, theirs in zip(found, wanted, strict=True)
-        ]
-    )
+    cosines = token_cosines(found, wanted)
     return {"least": round(float(cosines.min()), 6), "mean": round(float(cosines.mean()), 6)}
 
 
@@ -53,7 +47,7 @@ def by_runtime(
         runtime.use(mode)
         rows = runtime.token_ids(inputs["queries"])
         queries = runtime.run_queries(rows)[: len(rows)]
-        for _ in range(RECORDED):
+        for _ in range(WARMUP_GRAPHS):
             pages = runtime.run_pages(inputs["pages"])
         if not runtime.runs(mode):
             raise PipelineError(f"{folder}: {mode} does not work here; the warning above says why")
@@ -73,8 +67,7 @@ def by_transformers(
     made = []
     for implementation in attention:
         model.set_attn_implementation(implementation)
-        with torch.inference_mode():
-            made.append({kind: embed(model, batch) for kind, batch in inputs.items()})
+        made.append({kind: embed(model, batch) for kind, batch in inputs.items()})
     return made
 
 
@@ -94,11 +87,11 @@ def measure(
     pages = [open_page(page) for page in islice(find_pages(dataset / "corpus").values(), PAGES)]
     inputs = {"queries": processor.process_texts(texts), "pages": processor.process_images(pages)}
     kernel, served = by_runtime(folder, device, dtype, inputs)
-    free()
+    release(device)
     plain, other = by_transformers(folder, device, dtype, inputs, ("sdpa", "eager"))
-    free()
+    release(device)
     (exact,) = by_transformers(folder, device, torch.float32, inputs, ("sdpa",))
-    free()
+    release(device)
     pairs = {"transformers, sdpa / float32": (plain, exact)}
     pairs["transformers, sdpa / transformers, eager attention"] = (plain, other)
     for mode, made in served.items():
@@ -116,13 +109,6 @@ def measure(
     }
 
 
-def free() -> None:
-    """Give the GPU back what the last model took."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
 def main() -> None:
     """Add the results of some folders to metrics/size/parity-<device>.json."""
     parser = argparse.ArgumentParser(prog="python -m demo.bench_parity", description=__doc__)
@@ -134,12 +120,7 @@ def main() -> None:
     gpu = args.device == "cuda"
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32, in the patch embedding too
     out = args.out or Path(f"metrics/size/parity-{args.device}.json")
-    found = machine(gpu)
-    results: dict[str, Any] = {"machine": found, "models": {}}
-    if out.exists():
-        results = read_json(out, "remove it")
-        if results.get("machine") != found:
-            raise PipelineError(f"{out}: was measured on another machine; remove it or name --out")
+    results = open_results(out, {"machine": machine(gpu)}, "models")
     for model in args.models:
         name, separator, folder = model.partition("=")
         if not separator:

@@ -24,7 +24,7 @@ from typing import Any
 from PIL import Image
 from ruamel.yaml import YAML
 
-from demo.measure import Usage, machine, run_measured
+from demo.measure import Usage, machine, open_results, run_measured
 from demo.operations import page_operations, tuning_operations
 from stages import layout
 from stages.errors import PipelineError, run
@@ -504,26 +504,6 @@ def describe(name: str, step: Result) -> str:
     return line
 
 
-def open_results(path: Path, found: Result, size: str, anew: bool) -> Result:
-    """Return earlier results to add to, or new ones if there are none or `anew`.
-
-    Raises
-    ------
-    PipelineError
-        If the file is of another machine, other versions or another size.
-    """
-    empty = {"machine": found, "weights": WEIGHTS, "size": size, "steps": {}}
-    if anew or not path.exists():
-        return empty
-    results: Result = read_json(path, "remove it")
-    for key in ("machine", "size"):
-        if results.get(key) != empty[key]:
-            raise PipelineError(
-                f"{path}: was measured with another {key}; remove it or name another --out"
-            )
-    return results
-
-
 def run_steps(bench: Bench, names: list[str], results: Result, out: Path) -> None:
     """Run steps and write the results after each of them, failures included."""
     for name in names:
@@ -566,7 +546,8 @@ def main() -> None:
     bench = Bench(options, args.work.absolute(), args.device, args.work.absolute() / size)
     bench.work.mkdir(parents=True, exist_ok=True)
     out = args.out or RESULTS / f"{args.device}.json"
-    results = open_results(out, machine(args.device == "cuda"), size, anew=not args.only)
+    made_of = {"machine": machine(args.device == "cuda"), "weights": WEIGHTS, "size": size}
+    results = open_results(out, made_of, "steps", anew=not args.only)
     if not bench.model.exists() and "make" not in names:
         names = ["make", *names]
     run_steps(bench, names, results, out)

@@ -13,6 +13,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from stages.errors import PipelineError
+from stages.files import read_json
+
 PROC = Path("/proc")
 SAMPLE_SECONDS = 0.02
 FAMILY_SECONDS = 0.5  # between looks for new descendants, which take longer
@@ -175,6 +178,38 @@ def machine(gpu: bool) -> dict[str, Any]:
     if gpu:
         made["gpu"] = gpu_name()
     return made
+
+
+def open_results(
+    path: Path, made_of: Mapping[str, Any], holds: str, anew: bool = False
+) -> dict[str, Any]:
+    """Return earlier results to add to, or new ones if there are none or `anew`.
+
+    Parameters
+    ----------
+    path
+        A JSON file.
+    made_of
+        What all results of a file have in common, kept at its top: machine, size.
+    holds
+        Key of the results.
+    anew
+        Whether to leave earlier results out.
+
+    Raises
+    ------
+    PipelineError
+        If the file has something else in common.
+    """
+    if anew or not path.exists():
+        return {**made_of, holds: {}}
+    results: dict[str, Any] = read_json(path, "remove it")
+    for key, value in made_of.items():
+        if results.get(key) != value:
+            raise PipelineError(
+                f"{path}: was measured with another {key}; remove it or name another --out"
+            )
+    return results
 
 
 def cpu_name() -> str:

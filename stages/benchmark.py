@@ -12,7 +12,7 @@ import gc
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -122,6 +122,17 @@ def _pair(original: float, quantized: float) -> dict[str, float]:
     }
 
 
+def token_cosines(found: Iterable[torch.Tensor], wanted: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Return the cosine of every token; rows of `found` may go on behind the last one."""
+    pairs = zip(found, wanted, strict=True)
+    return torch.cat(
+        [
+            torch.cosine_similarity(ours[: len(theirs)].double().cpu(), theirs.double(), dim=-1)
+            for ours, theirs in pairs
+        ]
+    )
+
+
 def least_cosine(runtime: Any, model: Any, queries: Any, pages: Any) -> dict[str, float]:
     """Return the least cosine of any token between a runtime and plain transformers."""
     from stages.embed import embed
@@ -132,11 +143,7 @@ def least_cosine(runtime: Any, model: Any, queries: Any, pages: Any) -> dict[str
         ("page", pages, runtime.run_pages(pages)),
     ):
         wanted = embed(model, inputs)
-        cosines = [
-            torch.nn.functional.cosine_similarity(row[: len(item)].cpu(), item, dim=-1)
-            for row, item in zip(made, wanted, strict=False)
-        ]
-        found[kind] = round(float(torch.cat(cosines).min()), 6)
+        found[kind] = round(float(token_cosines(made[: len(wanted)], wanted).min()), 6)
     return found
 
 

@@ -45,7 +45,7 @@ def test_results_are_added_to_those_of_the_same_machine(
     }
     results["machine"]["cpu"] = "another"
     out.write_text(json.dumps(results))
-    with pytest.raises(PipelineError, match="measured on another machine"):
+    with pytest.raises(PipelineError, match="measured with another machine"):
         command(monkeypatch, out, f"first={DEMO}")
 
 

@@ -18,11 +18,11 @@ from demo.bench_size import (
     Result,
     StepError,
     draw_pages,
-    open_results,
     prepare_run,
     ratios,
     run_steps,
 )
+from demo.measure import open_results
 from demo.operations import page_operations
 from stages.checkpoint import read_header
 from stages.colqwen3.loading import load_processor
@@ -38,8 +38,12 @@ def bench(tmp_path: Path) -> Bench:
     return Bench(("--config", str(CONFIG.absolute())), tmp_path, "cpu", Path("demo/model"))
 
 
+def made_of(machine: dict[str, Any] = MACHINE, size: str = "4b") -> Result:
+    return {"machine": machine, "weights": "random, true shapes", "size": size}
+
+
 def fresh() -> Result:
-    return {"machine": MACHINE, "weights": "random, true shapes", "size": "4b", "steps": {}}
+    return {**made_of(), "steps": {}}
 
 
 def use(monkeypatch: pytest.MonkeyPatch, **steps: Callable[[Bench], Result]) -> None:
@@ -117,7 +121,7 @@ def test_a_step_adds_to_earlier_results_of_the_same_machine(
     done = {"seconds": 1, "peak_own_bytes": 2}
     use(monkeypatch, a=lambda _: done, b=lambda _: done)
     for name in ("a", "b"):
-        run_steps(bench, [name], open_results(out, MACHINE, "4b", anew=False), out)
+        run_steps(bench, [name], open_results(out, made_of(), "steps"), out)
     assert json.loads(out.read_text())["steps"].keys() == {"a", "b"}
 
 
@@ -130,8 +134,8 @@ def test_results_of_another_kind_are_not_mixed(
     out = tmp_path / "out.json"
     out.write_text(json.dumps(fresh()))
     with pytest.raises(PipelineError, match=rf"out\.json: was measured with another {key}"):
-        open_results(out, machine, size, anew=False)
-    assert open_results(out, machine, size, anew=True)["steps"] == {}
+        open_results(out, made_of(machine, size), "steps")
+    assert open_results(out, made_of(machine, size), "steps", anew=True)["steps"] == {}
 
 
 def test_unknown_steps_are_refused_before_anything_runs(

@@ -1,16 +1,12 @@
 """What a forward does between its linears: each function one kernel where torch compiles it."""
 
 import functools
-import logging
 from collections.abc import Callable
 from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional
-
-logger = logging.getLogger(__name__)
-
 
 Operation = Callable[..., Any]
 
@@ -163,14 +159,5 @@ def compiled_operations() -> Operations:
 
 
 def choose_operations(device: torch.device) -> Operations:
-    """Return the compiled functions on a GPU when torch can compile there, else the plain ones."""
-    if device.type != "cuda":
-        return PLAIN
-    try:
-        operations = compiled_operations()
-        operations.gate(torch.ones(3, 8, device=device))
-    except Exception as error:  # a compiler can be missing in many ways
-        reason = (str(error).strip().splitlines() or [repr(error)])[0]
-        logger.warning("torch.compile does not work here (%s): serving is slower", reason)
-        return PLAIN
-    return operations
+    """Return the compiled functions on a GPU, else the plain ones."""
+    return compiled_operations() if device.type == "cuda" else PLAIN

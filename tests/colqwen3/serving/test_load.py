@@ -16,11 +16,13 @@ MODEL = Path("tests/golden/model")
 CPU = torch.device("cpu")
 
 
-def damaged(folder: Path, tmp_path: Path, name: str, value: float | None) -> Path:
+def damaged(folder: Path, tmp_path: Path, name: str, value: float | torch.Tensor | None) -> Path:
     copy = Path(shutil.copytree(folder, tmp_path / "damaged"))
     tensors = load_file(copy / "model.safetensors")
     if value is None:
         del tensors[name]
+    elif isinstance(value, torch.Tensor):
+        tensors[name] = value
     else:
         tensors[name].view(-1)[0] = value
     save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
@@ -48,11 +50,8 @@ def test_damaged_folders_are_one_line(
 
 @pytest.mark.parametrize("name", ["layers.1.self_attn.q_norm", "layers.0.input_layernorm", "norm"])
 def test_tensors_that_do_not_fit_are_one_line(quantized: Path, tmp_path: Path, name: str) -> None:
-    folder = Path(shutil.copytree(quantized, tmp_path / "damaged"))
-    tensors = load_file(folder / "model.safetensors")
-    key = f"vlm.model.language_model.{name}.weight"
-    tensors[key] = torch.ones(len(tensors[key]) + 8)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    weight = f"vlm.model.language_model.{name}.weight"
+    folder = damaged(quantized, tmp_path, weight, torch.ones(136))
     with pytest.raises(PipelineError, match="cannot be loaded") as caught:
         load_runtime(folder, CPU, torch.float32)
     assert "\n" not in str(caught.value)

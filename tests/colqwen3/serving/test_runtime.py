@@ -88,6 +88,15 @@ def test_a_wrong_or_failing_operation_is_not_used(
     torch.testing.assert_close(runtime.embed_queries([text])[0], wanted, atol=1e-5, rtol=0)
 
 
+def test_without_a_compiler_plain_torch_is_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("stages.colqwen3.serving.runtime.choose_operations", raises)
+    runtime = load_runtime(GOLDEN / "model", CPU, torch.float32, "compiled")
+    assert "fail (no compiler here) here: plain torch is used, and slower" in caplog.text
+    assert not runtime.runs("compiled")
+
+
 def test_a_right_operation_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     operations = PLAIN._replace(gelu=lambda x: PLAIN.gelu(x))
     monkeypatch.setattr("stages.colqwen3.serving.runtime.choose_operations", lambda _: operations)
