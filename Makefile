@@ -47,7 +47,7 @@ lint: setup
 
 check-release: setup
 	for folder in artifacts/release/*; do \
-		PYTHONPATH=. python tests/check_release.py "$$folder" --environments .venv/release || exit 1; \
+		PYTHONPATH=. python tests/slow/check_release.py "$$folder" --environments .venv/release || exit 1; \
 	done
 
 bench-size: setup

@@ -1,5 +1,7 @@
-"""The pipeline: one module per DVC stage, and the small modules that they share."""
+"""The pipeline: each module here is one DVC stage; the folders hold what stages share."""
 
 import os
 
-PARENT = os.getppid()  # who started this process, noted before imports that take seconds
+# noted here, before imports that take seconds: `stages.pipeline.stage.claim` ends a stage whose
+# parent, the DVC that started it, is gone
+PARENT = os.getppid()

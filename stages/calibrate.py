@@ -5,7 +5,6 @@ A sample is what one calibration forward takes: batch of one, nothing padded. Ev
 uses. The set ``none`` is empty: rounding to nearest is not done again when the samples change.
 """
 
-import argparse
 import random
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -14,16 +13,24 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from stages.dataset import read_queries
-from stages.errors import PipelineError, run
-from stages.files import fresh_folder, publish_folder, write_json
-from stages.lock import claim
-from stages.manifest import find_inspected_model, read_manifest
-from stages.pages import find_pages, open_page
-from stages.params import NO_SAMPLES, CalibrationParams, load_params
-from stages.paths import CALIBRATION, SCRATCH
-from stages.progress import track
-from stages.samples import INDEX, Origin
+from colqwen3.dataset.beir import read_queries
+from colqwen3.dataset.pages import find_pages, open_page
+from colqwen3.system.errors import UserError, run
+from colqwen3.system.files import fresh_folder, publish_folder, write_json
+from colqwen3.system.progress import track
+from stages.pipeline.manifest import find_inspected_model, read_manifest
+from stages.pipeline.params import ModelParams, Sections, load_params
+from stages.pipeline.paths import CALIBRATION, SCRATCH
+from stages.pipeline.stage import claim, stage_parser
+from stages.quantization.samples import INDEX, Origin
+from stages.quantization.sets import NO_SAMPLES, CalibrationParams
+
+
+class Params(Sections):
+    """What this stage reads of params.yaml."""
+
+    model: ModelParams
+    calibration: CalibrationParams
 
 
 def draw(ids: Iterable[str], count: int, kind: str, seed: int, key: str) -> list[str]:
@@ -34,12 +41,12 @@ def draw(ids: Iterable[str], count: int, kind: str, seed: int, key: str) -> list
 
     Raises
     ------
-    PipelineError
+    UserError
         If there are fewer; `key` is named as the parameter to lower.
     """
     ordered = sorted(ids)
     if count > len(ordered):
-        raise PipelineError(
+        raise UserError(
             f"params.yaml: {key} is {count}, but the dataset holds {len(ordered)}; lower it"
         )
     return random.Random(f"{kind} {seed}").sample(ordered, len(ordered))[:count]
@@ -56,21 +63,21 @@ def make_samples(
 
     Raises
     ------
-    PipelineError
+    UserError
         If the dataset cannot be read or holds fewer items than asked for.
     """
-    wanted, dataset = params.sets[name], Path(params.dataset)
-    seed = params.seed if wanted.seed is None else wanted.seed
-    queries = read_queries(dataset / "queries.jsonl") if wanted.queries else {}
-    pages = find_pages(dataset / "corpus") if wanted.pages else {}
-    passages = read_queries(dataset / "texts.jsonl") if wanted.passages else {}
+    counts, dataset = params.sets[name], Path(params.dataset)
+    seed = params.seed if counts.seed is None else counts.seed
+    queries = read_queries(dataset / "queries.jsonl") if counts.queries else {}
+    pages = find_pages(dataset / "corpus") if counts.pages else {}
+    passages = read_queries(dataset / "texts.jsonl") if counts.passages else {}
     texts = {"query": queries, "passage": passages}
     chosen = [
         (kind, item)
         for kind, plural, ids, count in (
-            ("query", "queries", queries, wanted.queries),
-            ("page", "pages", pages, wanted.pages),
-            ("passage", "passages", passages, wanted.passages),
+            ("query", "queries", queries, counts.queries),
+            ("page", "pages", pages, counts.pages),
+            ("passage", "passages", passages, counts.passages),
         )
         for item in draw(ids, count, kind, seed, f"calibration.sets.{name}.{plural}")
     ]
@@ -88,10 +95,10 @@ def make_samples(
 
 def main() -> None:
     """Write artifacts/calibration."""
-    from stages.colqwen3.loading import load_processor
+    from colqwen3.model.loading import load_processor
 
-    argparse.ArgumentParser(prog="python -m stages.calibrate", description=__doc__).parse_args()
-    params = load_params()
+    stage_parser("calibrate", __doc__).parse_args()
+    params = load_params(Params)
     claim("calibrate")
     source = find_inspected_model(params.model, read_manifest())
     processor = load_processor(

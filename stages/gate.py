@@ -1,108 +1,102 @@
-"""Stage `gate`: fails the pipeline, after all metrics are written, when a recipe breaks a limit."""
+"""Stage `gate@<recipe>`: the verdict on a recipe; fails if it breaks a limit, before its release.
 
-import argparse
+A recipe with ``release.<recipe>.even_if_worse: true`` passes with its verdict, so that its release
+can say FAILED and why.
+"""
+
 import logging
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
-from stages.errors import PipelineError, run
-from stages.files import read_json
-from stages.params import GateParams, Params, load_params
-from stages.paths import METRICS, QUANTIZE_METRICS
+from pydantic import Field
+
+from colqwen3.system.errors import UserError, run
+from colqwen3.system.files import read_json, write_json
+from stages.evaluation.limits import FEW_QUERIES, WORSE, GateParams, Verdict, judge
+from stages.pipeline.params import Sections, choose_recipe, load_params
+from stages.pipeline.paths import QUALITY_METRICS, QUANTIZE_METRICS, VERDICTS
+from stages.pipeline.stage import claim, parse_recipe
+from stages.publishing.options import ReleaseOptions
+from stages.quantization.recipes import AnyRecipe, Recipe
 
 logger = logging.getLogger(__name__)
 
 
-def find_breaches(metrics: Mapping[str, Any], gate: GateParams) -> list[str]:
-    """Return one line for every limit that a recipe's metrics break; a figure may equal its limit.
+class Params(Sections):
+    """What this stage reads of params.yaml."""
 
-    A cosine limit is also broken by NaN or Inf in the embeddings: the cosine leaves such tokens
-    out, so it cannot vouch for them.
-
-    Raises
-    ------
-    KeyError, TypeError
-        If the metrics lack a figure.
-    """
-    breaches = []
-    cosines = {
-        "queries": ("gate.min_query_cosine", gate.min_query_cosine),
-        "pages": ("gate.min_page_cosine", gate.min_page_cosine),
-    }
-    # each test is written so that a NaN breaks it
-    for kind, (key, least) in cosines.items():
-        if least is None:
-            continue
-        cosine, nonfinite = metrics[kind]["cosine"]["mean"], metrics[kind]["nonfinite"]
-        if not cosine >= least:
-            breaches.append(f"{kind}.cosine.mean {cosine} is below {key} {least}")
-        if not nonfinite <= 0:
-            breaches.append(f"{kind}.nonfinite {nonfinite} is above 0, as {key} {least} asks for")
-    if (most := gate.max_ndcg_at_5_drop) is not None:
-        drop = -metrics["retrieval"]["ndcg_at_5"]["difference"]
-        if not drop <= most:
-            breaches.append(f"drop of ndcg_at_5 {drop} is above gate.max_ndcg_at_5_drop {most}")
-    if gate.max_bytes is not None:
-        size = metrics["size"]["files"]["quantized"]
-        if not size <= gate.max_bytes:
-            breaches.append(f"size.files.quantized {size} is above gate.max_bytes {gate.max_bytes}")
-    return breaches
+    recipes: dict[str, Recipe]
+    release: dict[str, ReleaseOptions] = Field(default_factory=dict)
+    gate: GateParams
 
 
-def check_recipe(recipe: str, gate: GateParams) -> list[str]:
-    """Return the breaches of a recipe, each with its metrics file.
+def judge_recipe(name: str, params: Params) -> Verdict:
+    """Return the verdict on a recipe.
 
     Raises
     ------
-    PipelineError
-        If the file is missing, damaged, or lacks a figure.
+    UserError
+        If its metrics are missing, damaged, or lack a figure.
     """
-    path, mend = METRICS / f"{recipe}.json", f"run `dvc repro evaluate@{recipe}`"
+    path, fix = QUALITY_METRICS / f"{name}.json", f"run `dvc repro evaluate@{name}`"
     try:
-        return [f"{path}: {breach}" for breach in find_breaches(read_json(path, mend), gate)]
+        return judge(read_json(path, fix), params.gate)
     except (KeyError, TypeError) as error:
-        raise PipelineError(f"{path}: lacks a figure of the gate ({error}); {mend}") from None
+        raise UserError(f"{path}: lacks a figure of the gate ({error}); {fix}") from None
 
 
-def check_fallback(recipe: str, params: Params) -> list[str]:
-    """Warn of a recipe whose fallback ran; return a breach if that one's values changed since.
+def check_fallback(name: str, recipes: Mapping[str, AnyRecipe]) -> None:
+    """Warn of a recipe whose fallback ran, and reject one that has changed since.
 
-    DVC cannot know of those values: the recipe's own stage depends on its own parameters.
+    DVC cannot know of those values: a recipe's stage depends on its own parameters alone.
 
     Raises
     ------
-    PipelineError
-        If the file is damaged.
+    UserError
+        If the metrics are missing or damaged, or the fallback changed since it ran.
     """
-    path, mend = QUANTIZE_METRICS / f"{recipe}.json", f"run `dvc repro quantize@{recipe}`"
-    # where it is missing, `evaluate` has failed already
-    made = read_json(path, mend).get("recipe", {}) if path.exists() else {}
-    if "instead_of" not in made:
-        return []
+    path = QUANTIZE_METRICS / f"{name}.json"
+    recipe: dict[str, Any] = read_json(path, f"run `dvc repro evaluate@{name}`").get("recipe", {})
+    if "instead_of" not in recipe:
+        return
     logger.warning(
-        "recipe %s failed (%s); %s ran instead of it", recipe, made["because"], made["ran"]
+        "recipe %s failed (%s); %s ran instead of it", name, recipe["because"], recipe["ran"]
     )
-    now = params.recipes.get(made["ran"])
-    if now is not None and now.model_dump() == made["values"]:
-        return []
-    return [
-        f"{path}: made by the fallback {made['ran']}, which changed since; "
-        f"run `dvc repro -f quantize@{recipe}`"
-    ]
+    now = recipes.get(recipe["ran"])
+    if now is None or now.model_dump() != recipe["values"]:
+        raise UserError(
+            f"{path}: made by the fallback {recipe['ran']}, which changed since; "
+            f"run `dvc repro -f quantize@{name}`"
+        )
 
 
 def main() -> None:
-    """Check every recipe; print every breach, and exit with status 1 if there is one."""
-    argparse.ArgumentParser(prog="python -m stages.gate", description=__doc__).parse_args()
-    params = load_params()
-    breaches = [line for recipe in params.recipes for line in check_recipe(recipe, params.gate)]
-    breaches += [line for recipe in params.recipes for line in check_fallback(recipe, params)]
-    for line in breaches:
-        print(f"error: {line}", file=sys.stderr)
-    if breaches:
+    """Write artifacts/gate/<recipe>.json, or fail with every broken limit."""
+    name = parse_recipe("gate", __doc__)
+    params = load_params(Params)
+    choose_recipe(params.recipes, name)
+    claim(f"gate@{name}")
+    check_fallback(name, params.recipes)
+    verdict = judge_recipe(name, params)
+    logger.info("%s: %s (%s)", name, verdict.verdict, verdict.reason)
+    queries = read_json(QUALITY_METRICS / f"{name}.json", "run `dvc repro`")["data"]["queries"]
+    if queries < FEW_QUERIES:
+        logger.warning(
+            "%d queries are few; give %d or more for a firm verdict", queries, FEW_QUERIES
+        )
+    released_anyway = params.release.get(name, ReleaseOptions()).even_if_worse
+    if verdict.verdict == WORSE and not released_anyway:
+        for line in verdict.breaches:
+            print(f"error: {QUALITY_METRICS / name}.json: {line}", file=sys.stderr)
+        print(
+            f"error: {name} is not released; change the recipe or the limit, or set "
+            f"release.{name}.even_if_worse: true in params.yaml to release it marked FAILED",
+            file=sys.stderr,
+        )
         sys.exit(1)
-    logger.info("%d recipes are within every limit of gate", len(params.recipes))
+    write_json(VERDICTS / f"{name}.json", {"recipe": name, **asdict(verdict)})
 
 
 if __name__ == "__main__":

@@ -8,125 +8,33 @@ tokens (the augmentation tokens too, which MaxSim counts) with the cell. Both pi
 colour scale, from the median of all their cells to the best.
 """
 
-import argparse
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from PIL import Image
-
-from stages.dataset import Dataset, read_dataset
-from stages.embeddings import Embeddings, read_embeddings
-from stages.errors import PipelineError, run
-from stages.files import write_file
-from stages.lock import claim
-from stages.pages import open_page
-from stages.params import load_params
-from stages.paths import CHECKPOINTS, EMBEDDINGS, PLOTS
-from stages.picture import Map, picture
-from stages.retrieval import finite, finite_scores
-
-MEND = "run `dvc repro` to embed both again"
+from colqwen3.dataset.beir import read_dataset
+from colqwen3.dataset.pages import open_page
+from colqwen3.embedding.store import read_embeddings
+from colqwen3.system.errors import run
+from colqwen3.system.files import write_file
+from stages.evaluation.overlay import picture
+from stages.evaluation.similarity import check_names, choose, similarity_map, visual_tokens
+from stages.pipeline.params import EvaluateParams, ModelParams, Sections, load_params
+from stages.pipeline.paths import CHECKPOINTS, EMBEDDINGS, PLOTS
+from stages.pipeline.stage import claim, parse_recipe
 
 
-@dataclass(frozen=True)
-class Choice:
-    """A query, its best relevant page, and their scores by both models."""
+class Params(Sections):
+    """What this stage reads of params.yaml."""
 
-    query: str
-    page: str
-    original: float
-    quantized: float
-
-
-def choose(dataset: Dataset, original: Embeddings, quantized: Embeddings) -> Choice:
-    """Return the query whose score changed most, on the page that the original scores best.
-
-    Only relevant pages count. Ties, to six decimal places, go to the first in the dataset.
-    """
-    choices = []
-    for query, judged in dataset.relevance.items():
-        pages = [page for page, score in judged.items() if score > 0]
-        before = _scores(original, query, pages)
-        best = before.index(max(before))
-        after = _scores(quantized, query, pages[best : best + 1])
-        choices.append(Choice(query, pages[best], before[best], after[0]))
-    return max(choices, key=lambda choice: round(abs(choice.quantized - choice.original), 6))
-
-
-def _scores(embeddings: Embeddings, query: str, pages: Sequence[str]) -> list[float]:
-    scores = finite_scores([embeddings.queries[query]], [embeddings.pages[page] for page in pages])
-    values: list[float] = scores[0].tolist()
-    return values
-
-
-def check_names(dataset: Dataset, **embeddings: Embeddings) -> None:
-    """Check that the embeddings hold every query and page of the dataset.
-
-    Raises
-    ------
-    PipelineError
-        Naming the first that is missing.
-    """
-    for which, made in embeddings.items():
-        for kind, wanted, held in (
-            ("query", dataset.queries, made.queries),
-            ("page", dataset.pages, made.pages),
-        ):
-            for name in wanted:
-                if name not in held:
-                    raise PipelineError(f"{which} embeddings lack {kind} {name!r}; {MEND}")
-
-
-def visual_tokens(processor: Any, page: Image.Image) -> tuple[NDArray[np.bool_], tuple[int, int]]:
-    """Return which of a page's tokens are visual ones, and the rows and columns of their grid.
-
-    The processor itself lays the page out: its visual tokens are those that carry the id of the
-    image placeholder, in row-major order of the grid of patches merged 2 x 2.
-    """
-    from stages.colqwen3.processing_colqwen3 import IMAGE_TOKEN
-
-    inputs = processor.process_images([page])
-    placeholder = processor.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    _, height, width = inputs["image_grid_thw"][0].tolist()
-    merge = processor.image_processor.merge_size
-    visual: NDArray[np.bool_] = (inputs["input_ids"][0] == placeholder).numpy()
-    return visual, (height // merge, width // merge)
-
-
-def similarity_map(
-    query: torch.Tensor, page: torch.Tensor, visual: NDArray[np.bool_], grid: tuple[int, int]
-) -> Map:
-    """Return the mean cosine of the query's tokens with each visual token, [rows, columns].
-
-    Raises
-    ------
-    PipelineError
-        If the page's embeddings have another number of tokens than the processor now makes.
-    """
-    if len(page) != len(visual) or visual.sum() != grid[0] * grid[1]:
-        raise PipelineError(
-            f"the page of the heat map has {len(page)} embedded tokens, but {len(visual)} by the "
-            f"processor; {MEND}"
-        )
-    similarities = finite(query).double() @ finite(page).double()[torch.from_numpy(visual)].T
-    means: Map = similarities.mean(0).reshape(grid).numpy()
-    return means
+    model: ModelParams
+    evaluate: EvaluateParams
 
 
 def main() -> None:
     """Write the heat map of one recipe."""
-    from stages.colqwen3.loading import load_processor
+    from colqwen3.model.loading import load_processor
 
-    parser = argparse.ArgumentParser(prog="python -m stages.heatmap", description=__doc__)
-    parser.add_argument("recipe", metavar="RECIPE", help="a key of recipes in params.yaml")
-    recipe = parser.parse_args().recipe
-    params = load_params()
-    params.recipe(recipe)
+    recipe = parse_recipe("heatmap", __doc__)
+    params = load_params(Params)
     claim(f"heatmap@{recipe}")
     dataset = read_dataset(Path(params.evaluate.dataset))
     original = read_embeddings(EMBEDDINGS / "original.safetensors")
@@ -139,8 +47,8 @@ def main() -> None:
     page = open_page(dataset.pages[chosen.page])
     visual, grid = visual_tokens(processor, page)
     maps = [
-        similarity_map(made.queries[chosen.query], made.pages[chosen.page], visual, grid)
-        for made in (original, quantized)
+        similarity_map(vectors.queries[chosen.query], vectors.pages[chosen.page], visual, grid)
+        for vectors in (original, quantized)
     ]
     change = chosen.quantized - chosen.original
     captions = (

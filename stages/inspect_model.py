@@ -1,200 +1,37 @@
 """Stage `inspect`: what the model is and what quantizing it will give, from headers alone."""
 
-import argparse
-import json
-import math
-import sys
-from collections import Counter
 from pathlib import Path
-from typing import Any, get_args
 
-from stages import layout
-from stages.checkpoint import (
-    TensorInfo,
-    find_model,
-    fingerprint,
-    model_files,
-    read_headers,
-    weight_files,
-)
-from stages.errors import PipelineError, run
-from stages.files import read_json, write_json
-from stages.lock import claim
-from stages.params import WeightFormat, load_params
-from stages.paths import MANIFEST, METRICS
-
-FLOATS = ("BF16", "F16", "F32")
+from colqwen3.checkpoint.hub import find_model
+from colqwen3.checkpoint.inspection import inspect_folder
+from colqwen3.system.errors import UserError, run
+from colqwen3.system.files import write_json
+from stages.pipeline.params import ModelParams, Sections, load_params
+from stages.pipeline.paths import MANIFEST, MODEL_METRICS
+from stages.pipeline.stage import claim, stage_parser
 
 
-def inspect_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Inspect a model folder; return the manifest and the metrics.
+class Params(Sections):
+    """What this stage reads of params.yaml."""
 
-    The manifest lists files, components, the linears to quantize and the config. The metrics
-    count tensors, parameters and bytes, and give the bytes of the weights that each bits and
-    group size would leave (key ``w<bits>g<group size>``; absent where it does not divide).
-
-    Raises
-    ------
-    PipelineError
-        If the folder is no supported, whole, 16- or 32-bit ColQwen3.
-    """
-    config = read_config(folder)
-    stored = read_headers(folder)
-    tensors = check_layout(folder, config, stored)
-    linears = layout.linears(config)
-    components = count_components(tensors)
-    total = {
-        key: sum(part[key] for part in components.values())
-        for key in ("tensors", "parameters", "bytes")
-    }
-    metrics = {
-        "total": total,
-        "components": components,
-        "files_bytes": sum(path.stat().st_size for path in weight_files(folder)),
-        "quantizable": {
-            "linears": len(linears),
-            "parameters": sum(math.prod(shape) for shape in linears.values()),
-        },
-        "expected_bytes": expected_bytes(tensors, linears),
-    }
-    manifest = {
-        "model_type": layout.MODEL_TYPE,
-        "config": config,
-        "files": {path.name: fingerprint(path) for path in model_files(folder)},
-        "components": components,
-        "linears": {name: list(shape) for name, shape in linears.items()},
-        "unused_tensors": sorted(name for name in stored if layout.is_unused(name)),
-    }
-    return manifest, metrics
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """Read config.json and refuse what is not an unquantized ColQwen3.
-
-    Raises
-    ------
-    PipelineError
-        If the config is missing, damaged, of another model, or already quantized.
-    """
-    path = folder / "config.json"
-    config = read_json(path, "give a complete model folder")
-    if not isinstance(config, dict):
-        raise PipelineError(f"{path}: is no JSON object; fetch it again")
-    model_type = config.get("model_type")
-    if model_type != layout.MODEL_TYPE:
-        raise PipelineError(
-            f"{path}: model_type is {model_type!r}; only {layout.MODEL_TYPE!r} is supported"
-        )
-    architectures = config.get("architectures") or [layout.ARCHITECTURE]
-    if architectures != [layout.ARCHITECTURE]:
-        raise PipelineError(
-            f"{path}: architectures is {architectures}; only ['{layout.ARCHITECTURE}'] is supported"
-        )
-    if "quantization_config" in config:
-        raise PipelineError(
-            f"{path}: the model is already quantized; give the 16-bit original as model.source"
-        )
-    return config
-
-
-def check_layout(
-    folder: Path, config: dict[str, Any], stored: dict[str, TensorInfo]
-) -> dict[str, TensorInfo]:
-    """Return the used tensors by published name, after comparing them with the config.
-
-    Raises
-    ------
-    PipelineError
-        If a tensor is missing, unknown, stored twice, of another shape or no float.
-    """
-    try:
-        expected = layout.tensors(config)
-        for linear, shape in layout.linears(config).items():
-            if any(size % layout.PACKED for size in shape):
-                raise ValueError(f"{linear} is {list(shape)}, not a multiple of {layout.PACKED}")
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        missing = isinstance(error, KeyError)
-        reason = f"lacks {error}" if missing else f"has a wrong size ({error})"
-        raise PipelineError(
-            f"{folder / 'config.json'}: {reason}; give the model's own config"
-        ) from None
-    tensors: dict[str, TensorInfo] = {}
-    for stored_name, tensor in stored.items():
-        if layout.is_unused(stored_name):
-            continue
-        name, where = layout.published_name(stored_name), f"{folder / tensor.file}: {stored_name}"
-        if name in tensors:
-            raise PipelineError(f"{where} is stored under two names; remove one")
-        if name not in expected:
-            raise PipelineError(
-                f"{where} is no tensor of a ColQwen3 with this config; check config.json"
-            )
-        if tensor.shape != expected[name]:
-            raise PipelineError(
-                f"{where} has shape {list(tensor.shape)}, config.json gives {list(expected[name])}; mend one"
-            )
-        if tensor.dtype not in FLOATS:
-            raise PipelineError(f"{where} is {tensor.dtype}; supported are {', '.join(FLOATS)}")
-        tensors[name] = tensor
-    for name in expected:
-        if name not in tensors:
-            raise PipelineError(f"{folder}: lacks the tensor {name}; fetch the folder again")
-    return tensors
-
-
-def count_components(tensors: dict[str, TensorInfo]) -> dict[str, dict[str, int]]:
-    """Return tensors, parameters and bytes of each component."""
-    counts: dict[str, Counter[str]] = {}
-    for name, tensor in tensors.items():
-        part = counts.setdefault(layout.component(name), Counter())
-        part["tensors"] += 1
-        part["parameters"] += math.prod(tensor.shape)
-        part["bytes"] += tensor.nbytes
-    return {name: dict(part) for name, part in sorted(counts.items())}
-
-
-def expected_bytes(
-    tensors: dict[str, TensorInfo], linears: dict[str, layout.Shape]
-) -> dict[str, int]:
-    """Return the bytes of the tensors after quantization for every format that fits the model."""
-    rest = sum(
-        t.nbytes for name, t in tensors.items() if name.removesuffix(".weight") not in linears
-    )
-    fields = WeightFormat.model_fields
-    return {
-        f"w{bits}g{group_size}": rest
-        + sum(layout.quantized_bytes(shape, bits, group_size) for shape in linears.values())
-        for bits in get_args(fields["bits"].annotation)
-        for group_size in get_args(fields["group_size"].annotation)
-        if all(in_features % group_size == 0 for _, in_features in linears.values())
-    }
+    model: ModelParams
 
 
 def main() -> None:
-    """Write the manifest and metrics of ``model.source``, or print those of ``--model``."""
-    parser = argparse.ArgumentParser(prog="python -m stages.inspect_model", description=__doc__)
-    parser.add_argument(
-        "--model", metavar="DIR", help="print the JSON of this folder or Hub id instead"
-    )
-    parser.add_argument("--revision", help="commit of a Hub id")
-    args = parser.parse_args()
-    if args.model is not None:
-        manifest, metrics = inspect_folder(find_model(args.model, args.revision))
-        json.dump({"manifest": manifest, "metrics": metrics}, sys.stdout, indent=2, sort_keys=True)
-        print()
-        return
-    model = load_params().model
+    """Write artifacts/manifest.json and metrics/model.json."""
+    stage_parser("inspect_model", __doc__).parse_args()
+    model = load_params(Params).model
     if not Path(model.source).is_dir() and model.revision is None:
-        raise PipelineError(
-            f"params.yaml: model.source: there is no folder {model.source}; mend it, or for a Hub id "
-            "set model.revision to a commit of 40 hex digits"
+        raise UserError(
+            f"params.yaml: model.source: there is no folder {model.source}; correct it, or for a "
+            "Hub id set model.revision to a commit of 40 hex digits"
         )
     claim("inspect")
     manifest, metrics = inspect_folder(
         find_model(model.source, model.revision, model.trust_remote_code)
     )
     write_json(MANIFEST, {**manifest, "trust_remote_code": model.trust_remote_code})
-    write_json(METRICS / "model.json", metrics)
+    write_json(MODEL_METRICS, metrics)
 
 
 if __name__ == "__main__":

@@ -4,36 +4,16 @@ Weights, configs, model code, licence, model card, and quantization_metadata.jso
 `python -m stages.verify` checks the folder against.
 """
 
-import argparse
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
-from stages.card import (
-    REQUIREMENTS,
-    describe_calibration,
-    describe_fallback,
-    describe_method,
-    read_source_card,
-    write_card,
-)
-from stages.checkpoint import model_files, weight_files
-from stages.errors import PipelineError, run
-from stages.files import fresh_folder, publish_folder, read_json, write_json
-from stages.formats import export_weights
-from stages.lock import claim
-from stages.manifest import find_inspected_model, read_manifest
-from stages.params import Params, load_params
-from stages.paths import (
-    CHECKPOINTS,
-    MANIFEST,
-    METRICS,
-    QUANTIZE_METRICS,
-    RELEASES,
-    SPEED_METRICS,
-)
-from stages.provenance import (
+from pydantic import Field
+
+from colqwen3.checkpoint.fingerprint import model_files
+from colqwen3.checkpoint.headers import weight_files
+from colqwen3.release.provenance import (
     FORMAT_VERSION,
     METADATA,
     describe_files,
@@ -43,10 +23,65 @@ from stages.provenance import (
     shown_params,
     shown_path,
 )
-from stages.scratch import digest_file
-from stages.space import check_space
+from colqwen3.system.disk import check_space
+from colqwen3.system.errors import UserError, run
+from colqwen3.system.files import (
+    digest_file,
+    fresh_folder,
+    publish_folder,
+    read_json,
+    write_file,
+    write_json,
+)
+from stages.evaluation.limits import WORSE
+from stages.pipeline.manifest import find_inspected_model, read_manifest
+from stages.pipeline.params import (
+    EmbedParams,
+    EvaluateParams,
+    ModelParams,
+    Sections,
+    load_params,
+)
+from stages.pipeline.paths import (
+    CHECKPOINTS,
+    MANIFEST,
+    MODEL_METRICS,
+    QUALITY_METRICS,
+    QUANTIZE_METRICS,
+    RELEASES,
+    VERDICTS,
+)
+from stages.pipeline.stage import claim, parse_recipe
+from stages.publishing.card import (
+    REQUIREMENTS,
+    describe_calibration,
+    describe_fallback,
+    describe_method,
+    read_source_card,
+    write_card,
+)
+from stages.publishing.formats import export_weights
+from stages.publishing.options import ReleaseOptions
 
+FAILED = "FAILED.txt"
 LICENCES = ("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*")
+
+
+class Params(Sections):
+    """What this stage reads of params.yaml."""
+
+    model: ModelParams
+    embed: EmbedParams
+    evaluate: EvaluateParams
+    release: dict[str, ReleaseOptions] = Field(default_factory=dict)
+
+
+def failed_text(name: str, verdict: dict[str, Any]) -> str:
+    """Return the text that marks a released folder whose recipe breaks a limit."""
+    breaches = "".join(f"- {line}\n" for line in verdict["breaches"])
+    return (
+        f"FAILED: the recipe {name} broke these limits and was released all the same.\n{breaches}"
+    )
 
 
 def copy_checkpoint(checkpoint: Path, folder: Path, weights: bool) -> None:
@@ -77,8 +112,12 @@ def copy_licences(source: Path, folder: Path) -> list[str]:
     return sorted(found)
 
 
-def describe_making(
-    name: str, params: Params, quantized: dict[str, Any], source_card: dict[str, Any]
+def describe_provenance(
+    name: str,
+    params: Params,
+    quantized: dict[str, Any],
+    source_card: dict[str, Any],
+    verdict: dict[str, Any],
 ) -> dict[str, Any]:
     """Return the metadata that say how the checkpoint was made, without those of its files.
 
@@ -92,6 +131,8 @@ def describe_making(
         metrics/quantize/<recipe>.json.
     source_card
         Metadata of the source model's card.
+    verdict
+        artifacts/gate/<recipe>.json.
     """
     values = quantized["recipe"]["values"]
     config = read_json(CHECKPOINTS / name / "config.json", f"run `dvc repro -f quantize@{name}`")
@@ -109,7 +150,8 @@ def describe_making(
         "seed": values.get("seed"),
         "calibration": quantized["calibration"],
         "params": shown_params(shown),
-        "format": values["format"],
+        "format": params.release.get(name, ReleaseOptions()).format,
+        "verdict": {key: verdict[key] for key in ("verdict", "reason")},
         "layers": layer_table(CHECKPOINTS / name, config["quantization_config"]["bits"]),
         "libraries": quantized["libraries"],
         "pipeline": pipeline_commit(),
@@ -117,18 +159,17 @@ def describe_making(
 
 
 def card_facts(
-    making: dict[str, Any],
+    provenance: dict[str, Any],
     metrics: dict[str, Any],
     model: dict[str, Any],
-    device: str,
     licences: list[str],
 ) -> dict[str, Any]:
     """Return the variables of the card's template; figures come from `metrics`."""
-    recipe, params = making["recipe"], making["params"]
+    recipe, params = provenance["recipe"], provenance["params"]
     values, data = recipe["values"], metrics["data"]
-    libraries = {"auto-round", "torch", "transformers"} & making["libraries"].keys()
-    dataset, source = params["evaluate"]["dataset"], Path(making["source"]["repo"])
-    on_hub = making["source"]["on_hub"]
+    libraries = {"auto-round", "torch", "transformers"} & provenance["libraries"].keys()
+    dataset, source = params["evaluate"]["dataset"], Path(provenance["source"]["repo"])
+    on_hub = provenance["source"]["on_hub"]
     vision_too = values.get("linears") == "all"
     return {
         "recipe": recipe["name"],
@@ -137,71 +178,74 @@ def card_facts(
         "title": f"{source.name if on_hub else '-'.join(source.parts)}-{recipe['name']}",
         "base_model": str(source),
         "on_hub": on_hub,
-        "revision": making["source"]["revision"],
+        "revision": provenance["source"]["revision"],
         "parameters": f"{model['total']['parameters']:,}",
         "bits": values["bits"],
         "group_size": values["group_size"],
-        "layers": len(making["layers"]),
-        "format": making["format"],
-        "requirements": REQUIREMENTS[making["format"]],
+        "layers": len(provenance["layers"]),
+        "format": provenance["format"],
+        "requirements": REQUIREMENTS[provenance["format"]],
         "fallback": describe_fallback(recipe),
+        "verdict": provenance["verdict"]["verdict"],
+        "verdict_reason": provenance["verdict"]["reason"],
+        "failed": provenance["verdict"]["verdict"] == WORSE,
         "quantized_part": "language model and vision tower" if vision_too else "language model",
         "visual_too": vision_too,
         "method": describe_method(values),
-        "calibration": describe_calibration(making["calibration"]),
-        "libraries": ", ".join(f"{key} {making['libraries'][key]}" for key in sorted(libraries)),
+        "calibration": describe_calibration(provenance["calibration"]),
+        "libraries": ", ".join(
+            f"{key} {provenance['libraries'][key]}" for key in sorted(libraries)
+        ),
         "max_num_visual_tokens": params["model"]["max_num_visual_tokens"],
         "dataset": dataset,
         "measured_on": f"{data['pages']} pages and {data['queries']} queries of {dataset} "
-        f"({params['embed']['dtype']}, {device})",
+        f"({params['embed']['dtype']})",
         "licence_files": licences,
     }
 
 
 def main() -> None:
     """Make artifacts/release/<recipe>."""
-    from stages.colqwen3.shipping import ship_code, ship_sentence_transformers
+    from stages.publishing.model_code import ship_code, ship_sentence_transformers
 
-    parser = argparse.ArgumentParser(prog="python -m stages.release", description=__doc__)
-    parser.add_argument("recipe", help="name of a recipe in params.yaml")
-    name = parser.parse_args().recipe
-
-    params = load_params()
-    params.recipe(name)
+    name = parse_recipe("release", __doc__)
+    params = load_params(Params)
     claim(f"release@{name}")
     source = find_inspected_model(params.model, read_manifest())
-    metrics, quantized, speed, model = (
+    metrics, quantized, verdict, model = (
         read_json(path, "run `dvc repro`")
         for path in (
-            METRICS / f"{name}.json",
+            QUALITY_METRICS / f"{name}.json",
             QUANTIZE_METRICS / f"{name}.json",
-            SPEED_METRICS / f"{name}.json",
-            METRICS / "model.json",
+            VERDICTS / f"{name}.json",
+            MODEL_METRICS,
         )
     )
     if not {"recipe", "libraries"} <= quantized.keys():
-        raise PipelineError(
+        raise UserError(
             f"{QUANTIZE_METRICS / name}.json: does not say how the checkpoint was made; "
             f"run `dvc repro quantize@{name}`"
         )
     source_card = read_source_card(source)
     partial = fresh_folder(RELEASES / name)
-    kind = quantized["recipe"]["values"]["format"]
-    copy_checkpoint(CHECKPOINTS / name, partial, weights=kind == "auto_round")
-    if kind != "auto_round":
+    weight_format = params.release.get(name, ReleaseOptions()).format
+    copy_checkpoint(CHECKPOINTS / name, partial, weights=weight_format == "auto_round")
+    if weight_format != "auto_round":
         check_space(
             partial,
             sum(path.stat().st_size for path in weight_files(CHECKPOINTS / name)),
             "the weights",
         )
-        export_weights(CHECKPOINTS / name, partial, kind)
+        export_weights(CHECKPOINTS / name, partial, weight_format)
     ship_code(partial)
     ship_sentence_transformers(partial)
     licences = copy_licences(source, partial)
-    making = describe_making(name, params, quantized, source_card)
-    facts = card_facts(making, metrics, model, speed["setting"]["device"], licences)
+    provenance = describe_provenance(name, params, quantized, source_card, verdict)
+    facts = card_facts(provenance, metrics, model, licences)
     write_card(partial, source_card, facts)
-    write_json(partial / METADATA, seal({**making, **describe_files(partial)}))
+    if verdict["verdict"] == WORSE:
+        write_file(partial / FAILED, failed_text(name, verdict).encode())
+    write_json(partial / METADATA, seal({**provenance, **describe_files(partial)}))
     publish_folder(partial, RELEASES / name)
 
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from stages.inspect_model import inspect_folder
-from tests.rounded import rounded
+from colqwen3.checkpoint.inspection import inspect_folder
+from tests.helpers.rounded import rounded
 
 MODEL = Path("tests/golden/model")
 

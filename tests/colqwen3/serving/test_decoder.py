@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from stages.colqwen3 import ColQwen3, ColQwen3Config
-from stages.colqwen3.loading import load_model
-from stages.colqwen3.serving.decoder import Decoder
-from stages.colqwen3.serving.fused import PLAIN
-from stages.colqwen3.serving.weights import Weights, build_decoder
-from stages.files import read_json
+from colqwen3.model import ColQwen3, ColQwen3Config
+from colqwen3.model.loading import load_model
+from colqwen3.serving.decoder import Decoder
+from colqwen3.serving.fused import PLAIN
+from colqwen3.serving.weights import Weights, build_decoder
+from colqwen3.system.files import read_json
 
 GOLDEN, CPU, F32 = Path("tests/golden/model"), torch.device("cpu"), torch.float32
 

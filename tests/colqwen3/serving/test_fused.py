@@ -10,7 +10,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import (
     apply_rotary_pos_emb_vision,
 )
 
-from stages.colqwen3.serving import fused
+from colqwen3.serving import fused
 
 
 def angles(tokens: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:

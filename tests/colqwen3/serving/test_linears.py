@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from stages.colqwen3.serving import linears
-from stages.colqwen3.serving.linears import Linear, Parts, choose_kernel, dequantized, kernel_error
-from stages.packing import pack
+from colqwen3.checkpoint.packing import pack
+from colqwen3.serving import linears
+from colqwen3.serving.linears import Linear, Parts, choose_kernel, dequantized, kernel_error
 
 F32 = torch.float32
 NAME = "auto-round-lib"

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from stages.colqwen3.serving import load_runtime
-from stages.errors import PipelineError
-from stages.files import read_json
+from colqwen3.serving import load_runtime
+from colqwen3.system.errors import UserError
+from colqwen3.system.files import read_json
 
 MODEL = Path("tests/golden/model")
 CPU = torch.device("cpu")
@@ -42,7 +42,7 @@ def test_damaged_folders_are_one_line(
     quantized: Path, tmp_path: Path, name: str, value: float | None, message: str
 ) -> None:
     folder = damaged(quantized, tmp_path, name, value)
-    with pytest.raises(PipelineError, match=message) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         load_runtime(folder, CPU, torch.float32)
     assert name in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -52,7 +52,7 @@ def test_damaged_folders_are_one_line(
 def test_tensors_that_do_not_fit_are_one_line(quantized: Path, tmp_path: Path, name: str) -> None:
     weight = f"vlm.model.language_model.{name}.weight"
     folder = damaged(quantized, tmp_path, weight, torch.ones(136))
-    with pytest.raises(PipelineError, match="cannot be loaded") as caught:
+    with pytest.raises(UserError, match="cannot be loaded") as caught:
         load_runtime(folder, CPU, torch.float32)
     assert "\n" not in str(caught.value)
 
@@ -62,7 +62,7 @@ def test_other_packings_are_refused(quantized: Path, tmp_path: Path) -> None:
     config = read_json(folder / "config.json", "")
     config["quantization_config"]["packing_format"] = "auto_round:auto_awq"
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(PipelineError, match="packing_format is 'auto_round:auto_awq'"):
+    with pytest.raises(UserError, match="packing_format is 'auto_round:auto_awq'"):
         load_runtime(folder, CPU)
 
 
@@ -70,7 +70,7 @@ def test_other_models_are_refused(tmp_path: Path) -> None:
     folder = Path(shutil.copytree(MODEL, tmp_path / "model"))
     config = read_json(folder / "config.json", "")
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "qwen3_vl"}))
-    with pytest.raises(PipelineError, match="model_type is 'qwen3_vl'"):
+    with pytest.raises(UserError, match="model_type is 'qwen3_vl'"):
         load_runtime(folder, CPU)
 
 

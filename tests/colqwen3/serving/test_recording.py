@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from stages.colqwen3.serving.recording import agree, record
+from colqwen3.serving.recording import agree, record
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 

@@ -12,13 +12,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from stages.colqwen3.loading import load_model
-from stages.colqwen3.serving import Runtime, load_runtime
-from stages.colqwen3.serving.fused import PLAIN
-from stages.colqwen3.serving.runtime import Mode, page_positions
-from stages.embed import embed
-from stages.inspect_model import inspect_folder
-from tests.rounded import rounded
+from colqwen3.checkpoint.inspection import inspect_folder
+from colqwen3.embedding.batches import embed
+from colqwen3.model.loading import load_model
+from colqwen3.serving import Runtime, load_runtime
+from colqwen3.serving.fused import PLAIN
+from colqwen3.serving.runtime import Mode, page_positions
+from tests.helpers.rounded import rounded
 
 GOLDEN = Path("tests/golden")
 META = json.loads((GOLDEN / "golden_meta.json").read_text())

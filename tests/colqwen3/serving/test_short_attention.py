@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch.nn import functional
 
-from stages.colqwen3.serving.fused import rotate_heads
+from colqwen3.serving.fused import rotate_heads
 
 pytest.importorskip("triton")
 if not torch.cuda.is_available():
     pytest.skip("Triton kernels need a GPU", allow_module_level=True)
 
-from stages.colqwen3.serving.short_attention import short_attention
+from colqwen3.serving.short_attention import short_attention
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import torch
 
-from stages.colqwen3 import ColQwen3Config
-from stages.colqwen3.loading import load_model
-from stages.colqwen3.serving.fused import PLAIN
-from stages.colqwen3.serving.weights import Weights, build_tower
-from stages.files import read_json
+from colqwen3.model import ColQwen3Config
+from colqwen3.model.loading import load_model
+from colqwen3.serving.fused import PLAIN
+from colqwen3.serving.weights import Weights, build_tower
+from colqwen3.system.files import read_json
 
 GOLDEN, CPU, F32 = Path("tests/golden/model"), torch.device("cpu"), torch.float32
 GRIDS = [(1, 4, 6), (1, 4, 6), (1, 8, 2), (1, 4, 6), (1, 12, 10)]

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from stages.colqwen3.serving.weights import Weights
-from stages.errors import PipelineError
+from colqwen3.serving.weights import Weights
+from colqwen3.system.errors import UserError
 
 GOLDEN, CPU, F32 = Path("tests/golden/model"), torch.device("cpu"), torch.float32
 ATTENTION = "vlm.model.language_model.layers.1.self_attn"
@@ -36,5 +36,5 @@ def test_legacy_names_are_found(tmp_path: Path) -> None:
     weights = Weights(folder, CPU, F32, None)
     name = "vlm.model.language_model.norm.weight"
     assert torch.equal(weights.tensor(name), stored()[name].float())
-    with pytest.raises(PipelineError, match=r"lacks the tensor vlm\.lm_head\.weight"):
+    with pytest.raises(UserError, match=r"lacks the tensor vlm\.lm_head\.weight"):
         weights.tensor("vlm.lm_head.weight")

@@ -1,0 +1,41 @@
+"""Finding the folder of a model, on this disk or on the Hub."""
+
+import re
+from pathlib import Path
+
+from colqwen3.system.errors import UserError, first_line
+from colqwen3.system.files import path_is
+
+PATTERNS = (
+    "*.json", "*.txt", "*.jinja", "*.safetensors", "LICEN[SC]E*", "NOTICE*", "README.md",
+)  # fmt: skip
+
+
+def find_model(source: str, revision: str | None = None, trust_remote_code: bool = False) -> Path:
+    """Return the folder of a model: `source` itself, or its snapshot from the Hub.
+
+    Only JSON, text and safetensors files are fetched, and Python files when the user trusts them.
+    ``HF_HUB_OFFLINE`` and ``HF_TOKEN`` are honoured by huggingface_hub.
+
+    Raises
+    ------
+    UserError
+        If `source` is neither a folder nor a Hub id whose files can be fetched.
+    """
+    folder = Path(source).expanduser()
+    if source and path_is(folder, Path.is_dir):
+        return folder
+    if not re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", source) or ".." in source:
+        raise UserError(f"{source}: no such folder; give a model folder or a Hub id (owner/name)")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = [*PATTERNS, "*.py"] if trust_remote_code else list(PATTERNS)
+    try:
+        return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        at = f" at revision {revision}" if revision else ""
+        raise UserError(
+            f"{source}{at}: no such folder, and the Hub cannot provide it ({first_line(error)}); "
+            "check the name (repositories move), the revision, the network and HF_TOKEN"
+        ) from None

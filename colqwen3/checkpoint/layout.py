@@ -1,0 +1,208 @@
+"""What tensors a ColQwen3 checkpoint holds, computed from its config without torch.
+
+Names are the published ones: ``vlm.model.language_model.*``, ``vlm.model.visual.*`` and
+``embedding_proj_layer.*``. Shapes follow transformers' Qwen3-VL modules.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+MODEL_TYPE = "colqwen3"
+ARCHITECTURE = "ColQwen3"
+BLOCKS = "vlm.model.language_model.layers"
+"""The module list whose linears are quantized."""
+VISION = "vlm.model.visual"
+"""The vision tower, whose linears an experiment quantizes too."""
+LEGACY_KEY_MAPPING = {
+    r"^model\.language_model\.": "vlm.model.language_model.",
+    r"^model\.visual\.": "vlm.model.visual.",
+    r"^language_model\.": "vlm.model.language_model.",
+    r"^visual\.": "vlm.model.visual.",
+    r"^custom_text_proj\.": "embedding_proj_layer.",
+}
+"""Older key names (regular expression -> replacement) that loaders also accept."""
+UNUSED_KEYS = r"^(vlm\.)?lm_head\."
+"""The language-model head, stored by some checkpoints and never used in forward."""
+
+Shape = tuple[int, ...]
+
+BITS, GROUP_SIZES = (2, 3, 4, 8), (32, 64, 128)
+"""The weight formats that recipes may ask for."""
+
+MAX_SIZE, MAX_LAYERS = 2**31, 1000  # far beyond any model, and listed in no time
+PACKED = 32  # AutoRound leaves a linear alone whose sizes are no multiple of this
+# what Qwen3VLTextConfig takes where a config is silent
+TEXT_DEFAULTS = {"head_dim": 128, "num_key_value_heads": 32}
+
+
+def _size(config: Mapping[str, Any], key: str, most: int = MAX_SIZE) -> int:
+    """Return a size from a config section.
+
+    Raises
+    ------
+    KeyError
+        If it is absent.
+    ValueError
+        If it is no whole number between 1 and `most`.
+    """
+    value = config[key] if key in config or key not in TEXT_DEFAULTS else TEXT_DEFAULTS[key]
+    if type(value) is not int or not 1 <= value <= most:
+        raise ValueError(f"{key} is {repr(value)[:40]}, not a whole number from 1 to {most}")
+    return value
+
+
+def published_name(name: str) -> str:
+    """Return the published name of a tensor stored under that or a legacy name."""
+    for pattern, replacement in LEGACY_KEY_MAPPING.items():
+        renamed, count = re.subn(pattern, replacement, name)
+        if count:
+            return renamed
+    return name
+
+
+def is_unused(name: str) -> bool:
+    """Whether a stored tensor is one that loading ignores."""
+    return re.match(UNUSED_KEYS, name) is not None
+
+
+def component(name: str) -> str:
+    """Return the part of the model that a tensor of this published name belongs to."""
+    if name.startswith("vlm.model.visual."):
+        return "vision"
+    if name.startswith("vlm.model.language_model.embed_tokens."):
+        return "token_embeddings"
+    if name.startswith("vlm.model.language_model."):
+        return "language_model"
+    return "projection"
+
+
+def linears(config: Mapping[str, Any]) -> dict[str, Shape]:
+    """Return the linears to quantize, module name -> (out_features, in_features), in order."""
+    text = config["text_config"]
+    hidden, inner = _size(text, "hidden_size"), _size(text, "intermediate_size")
+    head_dim = _size(text, "head_dim")
+    queries = _size(text, "num_attention_heads") * head_dim
+    # a null stands for as many as there are query heads
+    shared = text.get("num_key_value_heads", 0) is None
+    keys = queries if shared else _size(text, "num_key_value_heads") * head_dim
+    block = {
+        "self_attn.q_proj": (queries, hidden),
+        "self_attn.k_proj": (keys, hidden),
+        "self_attn.v_proj": (keys, hidden),
+        "self_attn.o_proj": (hidden, queries),
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+    }
+    return {
+        f"{BLOCKS}.{i}.{name}": shape
+        for i in range(_size(text, "num_hidden_layers", MAX_LAYERS))
+        for name, shape in block.items()
+    }
+
+
+def all_linears(config: Mapping[str, Any]) -> dict[str, Shape]:
+    """Return the linears of language model and vision tower, as `linears` does.
+
+    The projection is not among them: the model reads the dtype of its weight.
+    """
+    found = linears(config)
+    for name, shape in _vision(config["vision_config"]).items():
+        module = name.removesuffix(".weight")
+        if module != name and len(shape) == 2 and not module.endswith(".pos_embed"):
+            found[module] = (shape[0], shape[1])
+    return found
+
+
+def tensors(config: Mapping[str, Any]) -> dict[str, Shape]:
+    """Return every tensor of the checkpoint, published name -> shape.
+
+    Raises
+    ------
+    KeyError, TypeError, ValueError
+        If the config lacks a size, or holds something else in its place.
+    """
+    hidden, width = _size(config["text_config"], "hidden_size"), _size(config, "embed_dim")
+    shapes: dict[str, Shape] = {}
+    shapes.update(_vision(config["vision_config"]))
+    shapes.update(_language_model(config))
+    shapes["embedding_proj_layer.weight"] = (width, hidden)
+    shapes["embedding_proj_layer.bias"] = (width,)
+    return shapes
+
+
+def _language_model(config: Mapping[str, Any]) -> dict[str, Shape]:
+    text = config["text_config"]
+    hidden, head_dim = _size(text, "hidden_size"), _size(text, "head_dim")
+    prefix = "vlm.model.language_model"
+    shapes: dict[str, Shape] = {
+        f"{prefix}.embed_tokens.weight": (_size(text, "vocab_size"), hidden)
+    }
+    for name, shape in linears(config).items():
+        shapes[f"{name}.weight"] = shape
+        if text.get("attention_bias") and ".self_attn." in name:
+            shapes[f"{name}.bias"] = shape[:1]
+    for i in range(_size(text, "num_hidden_layers", MAX_LAYERS)):
+        shapes[f"{BLOCKS}.{i}.input_layernorm.weight"] = (hidden,)
+        shapes[f"{BLOCKS}.{i}.post_attention_layernorm.weight"] = (hidden,)
+        shapes[f"{BLOCKS}.{i}.self_attn.q_norm.weight"] = (head_dim,)
+        shapes[f"{BLOCKS}.{i}.self_attn.k_norm.weight"] = (head_dim,)
+    shapes[f"{prefix}.norm.weight"] = (hidden,)
+    return shapes
+
+
+def _vision(vision: Mapping[str, Any]) -> dict[str, Shape]:
+    hidden, inner = _size(vision, "hidden_size"), _size(vision, "intermediate_size")
+    patch, out = _size(vision, "patch_size"), _size(vision, "out_hidden_size")
+    merged = hidden * _size(vision, "spatial_merge_size") ** 2
+    depth, deepstack = _size(vision, "depth", MAX_LAYERS), vision["deepstack_visual_indexes"]
+    if not all(type(index) is int and 0 <= index < depth for index in deepstack):
+        raise ValueError(f"deepstack_visual_indexes names layers beyond the {depth} of depth")
+    prefix = VISION
+    shapes: dict[str, Shape] = {
+        f"{prefix}.pos_embed.weight": (_size(vision, "num_position_embeddings"), hidden)
+    }
+
+    def add(name: str, *weight: int) -> None:
+        """Add a module with a weight and a bias of the weight's first size."""
+        shapes[f"{prefix}.{name}.weight"] = weight
+        shapes[f"{prefix}.{name}.bias"] = weight[:1]
+
+    add(
+        "patch_embed.proj",
+        hidden,
+        _size(vision, "in_channels"),
+        _size(vision, "temporal_patch_size"),
+        patch,
+        patch,
+    )
+    for i in range(depth):
+        add(f"blocks.{i}.norm1", hidden)
+        add(f"blocks.{i}.norm2", hidden)
+        add(f"blocks.{i}.attn.qkv", 3 * hidden, hidden)
+        add(f"blocks.{i}.attn.proj", hidden, hidden)
+        add(f"blocks.{i}.mlp.linear_fc1", inner, hidden)
+        add(f"blocks.{i}.mlp.linear_fc2", hidden, inner)
+    mergers = {"merger": hidden}
+    for i in range(len(deepstack)):
+        mergers[f"deepstack_merger_list.{i}"] = merged
+    for name, norm in mergers.items():
+        add(f"{name}.norm", norm)
+        add(f"{name}.linear_fc1", merged, merged)
+        add(f"{name}.linear_fc2", out, merged)
+    return shapes
+
+
+def quantized_bytes(shape: Shape, bits: int, group_size: int) -> int:
+    """Return the bytes of one linear in the ``auto_round`` format.
+
+    Weights and zero points are packed into int32 words; a group has one float16 scale.
+    """
+    out_features, in_features = shape
+    groups = in_features // group_size
+    words = math.ceil(in_features * bits / 32) * out_features + groups * math.ceil(
+        out_features * bits / 32
+    )
+    return 4 * words + 2 * groups * out_features

@@ -1,0 +1,179 @@
+"""Rounding to nearest, and the packed weights of the ``auto_round`` checkpoint format."""
+
+import torch
+
+SMALLEST_SCALE = 1e-5  # AutoRound's own bound: float16 still divides by it
+ROWS = 256  # rounded at a time: temporaries stay in the processor's cache
+IN_BYTE = {2: torch.int32, 4: torch.int16, 8: torch.uint8}
+"""Bits that divide a byte -> type of a word with as many bytes as a byte holds values."""
+PACKED_TENSORS = ("qweight", "qzeros", "scales")
+
+
+def round_to_nearest(
+    weight: torch.Tensor, bits: int, group_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round a weight to nearest, symmetrically, as AutoRound does without tuning.
+
+    A group's scale is its largest magnitude divided by ``2 ** (bits - 1)``, negative when the
+    largest value is at least as far from zero as the smallest: that end of the range has one code
+    more. Source: AutoRound's ``rtn_int_sym``.
+
+    Parameters
+    ----------
+    weight
+        Float [out_features, in_features].
+    bits
+        Bits of one weight.
+    group_size
+        Weights of a row that share one scale; divides in_features.
+
+    Returns
+    -------
+    tuple
+        Codes, int8 [out_features, in_features] from ``-2 ** (bits - 1)``, and scales, float16
+        [out_features, groups].
+    """
+    most = 2 ** (bits - 1)
+    codes = torch.empty(weight.shape, dtype=torch.int8)
+    scales = torch.empty(weight.shape[0], weight.shape[1] // group_size, dtype=torch.float16)
+    for start in range(0, len(weight), ROWS):
+        part = weight[start : start + ROWS].float()
+        groups = part.reshape(len(part), -1, group_size)
+        below, above = -groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+        scale = torch.where(above < below, below, -above).div_(most).half()
+        small = scale.float().abs() < SMALLEST_SCALE
+        scale[small] = torch.where(scale[small] < 0, -SMALLEST_SCALE, SMALLEST_SCALE).half()
+        scales[start : start + ROWS] = scale
+        found = groups.div_(scale.float().unsqueeze(-1)).round_().clamp_(-most, most - 1)
+        codes[start : start + ROWS] = found.flatten(1)
+    return codes, scales
+
+
+def restore_codes(
+    weight: torch.Tensor, scales: torch.Tensor, bits: int
+) -> tuple[torch.Tensor, float]:
+    """Find the codes of a weight that is already rounded.
+
+    Parameters
+    ----------
+    weight
+        Float [out_features, in_features], each a multiple of its group's scale.
+    scales
+        Float16 [out_features, groups].
+    bits
+        Bits of one weight.
+
+    Returns
+    -------
+    tuple
+        Codes, int8 of the weight's shape, and how far the weight is from them at most, in steps.
+    """
+    most = 2 ** (bits - 1)
+    groups = weight.float().reshape(*scales.shape, -1)
+    steps = groups / scales.float().unsqueeze(-1)
+    codes = steps.round().clamp(-most, most - 1)
+    gap = float((steps - codes).abs().max())
+    return codes.flatten(1).to(torch.int8), gap
+
+
+def relative_error(weight: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> float:
+    """Return the error of rounding relative to the weight, both as Frobenius norms."""
+    wrong = whole = 0.0
+    for start in range(0, len(weight), ROWS):
+        part = weight[start : start + ROWS].float()
+        scale = scales[start : start + ROWS].float().unsqueeze(-1)
+        made = codes[start : start + ROWS].float().reshape(*scale.shape[:2], -1) * scale
+        wrong += float(torch.linalg.vector_norm(made.flatten(1).sub_(part))) ** 2
+        whole += float(torch.linalg.vector_norm(part)) ** 2
+    return float((wrong / max(whole, 1e-24)) ** 0.5)
+
+
+def pack(codes: torch.Tensor, scales: torch.Tensor, bits: int) -> dict[str, torch.Tensor]:
+    """Pack symmetric codes as the ``auto_round`` format stores them (packing ``auto_gptq``).
+
+    A code is stored plus ``2 ** (bits - 1)``, 32 inputs of an output in `bits` words, lowest bits
+    first. The zero point is stored minus one.
+
+    Parameters
+    ----------
+    codes
+        Int8 [out_features, in_features] from ``-2 ** (bits - 1)``.
+    scales
+        Float16 [out_features, groups].
+    bits
+        Bits of one weight.
+
+    Returns
+    -------
+    dict
+        ``qweight`` int32 [in_features * bits / 32, out_features], ``qzeros`` int32
+        [groups, out_features * bits / 32] and ``scales`` float16 [groups, out_features].
+    """
+    zero = 2 ** (bits - 1)
+    zeros = torch.full((1, scales.shape[0]), zero - 1, dtype=torch.uint8, device=scales.device)
+    return {
+        # a sum beyond 255 wraps to what is meant
+        "qweight": _pack_rows(codes.view(torch.uint8) + zero, bits).T.contiguous(),
+        "qzeros": _pack_rows(zeros, bits).repeat(scales.shape[1], 1),
+        "scales": scales.T.contiguous(),
+    }
+
+
+def _pack_rows(values: torch.Tensor, bits: int) -> torch.Tensor:
+    """Pack uint8 rows of values below ``2 ** bits`` into int32 words."""
+    if bits not in IN_BYTE:  # values straddle bytes
+        from auto_round.utils.bit_packing import pack_bitstream
+
+        packed: torch.Tensor = pack_bitstream(values, bits, dim=1)
+        return packed
+    # the values of one byte lie in neighbouring bytes of one word; each moves down to its place
+    wide = values.contiguous().view(IN_BYTE[bits])
+    whole = torch.zeros_like(wide)
+    for place in range(8 // bits):
+        whole |= (wide >> (8 - bits) * place) & (2**bits - 1 << bits * place)
+    return whole.to(torch.uint8).view(torch.int32)
+
+
+def _unpack_rows(words: torch.Tensor, bits: int) -> torch.Tensor:
+    """Unpack int32 rows of words into int16 rows of unsigned values."""
+    if bits not in IN_BYTE:
+        from auto_round.utils.bit_packing import unpack_bitstream
+
+        unpacked: torch.Tensor = unpack_bitstream(words, bits, dim=1)
+        return unpacked.to(torch.int16)
+    whole = words.contiguous().view(torch.uint8)
+    size = (len(words), whole.shape[1] * 8 // bits)
+    values = torch.empty(size, dtype=torch.int16, device=words.device)
+    for place in range(8 // bits):
+        values[:, place :: 8 // bits] = (whole >> (place * bits)) & (2**bits - 1)
+    return values
+
+
+def dequantize(
+    qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor, bits: int
+) -> torch.Tensor:
+    """Return the dense weight of one packed linear.
+
+    A weight is ``scale * (q - zero)``, one scale and zero point a group of a row; zero points are
+    stored minus one, as GPTQ does.
+
+    Parameters
+    ----------
+    qweight
+        Int32 [in_features * bits / 32, out_features], packed along the inputs.
+    qzeros
+        Int32 [groups, out_features * bits / 32], packed along the outputs.
+    scales
+        Float16 [groups, out_features].
+    bits
+        Bits of one weight.
+
+    Returns
+    -------
+    torch.Tensor
+        Float32 [out_features, in_features].
+    """
+    groups = scales.shape[0]
+    q = _unpack_rows(qweight.T.contiguous(), bits).float().reshape(qweight.shape[1], groups, -1)
+    zeros = (_unpack_rows(qzeros, bits) + 1).float().T.unsqueeze(-1)
+    return q.sub_(zeros).mul_(scales.float().T.unsqueeze(-1)).flatten(1)

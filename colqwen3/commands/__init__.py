@@ -1,0 +1,1 @@
+"""The subcommands of `colqwen3`, one module each."""

@@ -1,0 +1,1 @@
+"""Document sets in the BEIR convention: pages, queries and relevance judgements."""

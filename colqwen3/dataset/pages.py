@@ -1,0 +1,199 @@
+"""Pages of a document set: image files, and the pages of PDFs, rendered when they are opened."""
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, UnidentifiedImageError
+
+from colqwen3.system.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+IMAGES = (".png", ".jpg", ".jpeg")
+PDF = ".pdf"
+# A4 and Letter then have 0.97 and 0.94 million pixels, within the 1.31 million that a ColQwen3 sees
+# by default: nothing is drawn only to be shrunk away, and small print stays as sharp as it can be.
+DPI = 100
+POINTS_PER_INCH = 72
+MAX_RATIO = 200  # Qwen's processor takes nothing longer; no page is
+ENCRYPTED = (4, 5)  # pdfium: a password is needed; the security scheme is unknown
+
+
+@dataclass(frozen=True)
+class Page:
+    """Where one page comes from: an image file, or a page of a PDF.
+
+    Attributes
+    ----------
+    path
+        The file.
+    number
+        Which page of the PDF, counted from 1 whatever is printed on it; None for an image.
+    """
+
+    path: Path
+    number: int | None = None
+
+    @property
+    def id(self) -> str:
+        """What qrels.tsv calls it: ``<stem>``, or ``<stem>-<number>`` for a page of a PDF."""
+        return self.path.stem if self.number is None else f"{self.path.stem}-{self.number}"
+
+    @property
+    def name(self) -> str:
+        """The file name; for a page of a PDF with its number, as URLs write it (RFC 8118)."""
+        return self.path.name if self.number is None else f"{self.path.name}#page={self.number}"
+
+    def __str__(self) -> str:
+        return str(self.path.with_name(self.name))
+
+
+def find_pages(folder: Path) -> dict[str, Page]:
+    """Return the pages of a folder by id, sorted by file name, those of a PDF in its own order.
+
+    A PNG or JPEG file is one page, its id the stem. Every page of a PDF is one, its id
+    ``<stem>-<number>``, counted from 1 and not padded, so that ids stay when a PDF grows:
+    ``manual.pdf`` gives ``manual-1``, ``manual-2``, ... Images are listed, PDFs opened to count.
+
+    Raises
+    ------
+    UserError
+        If there is no folder, no page in it, two pages of one id, or an unreadable PDF.
+    """
+    try:
+        entries = sorted(folder.iterdir(), key=lambda path: path.name)
+    except OSError as error:
+        reason = error.strerror
+        raise UserError(f"{folder}: cannot be read ({reason}); give the pages there") from None
+    # names with a leading dot are left by desktops and archivers beside the real files
+    files = [path for path in entries if path.is_file() and not path.name.startswith(".")]
+    pages: dict[str, Page] = {}
+    others = []
+    for path in files:
+        if path.suffix.lower() not in (*IMAGES, PDF):
+            others.append(path)
+            continue
+        check_name(path.stem, f"{folder}: the file name {path.name!r}")
+        for page in _pages_of(path):
+            if page.id in pages:
+                known = pages[page.id].name
+                raise UserError(f"{page}: has the same id as {known}, {page.id!r}; rename one")
+            pages[page.id] = page
+    if not pages:
+        raise UserError(f"{folder}: holds no PNG, JPEG or PDF; put the pages there")
+    if others:
+        logger.warning(
+            "%s: left out %d files, no PNG, JPEG or PDF: %s ...",
+            folder, len(others), others[0].name,
+        )  # fmt: skip
+    return pages
+
+
+def _pages_of(path: Path) -> list[Page]:
+    if path.suffix.lower() != PDF:
+        return [Page(path)]
+    with _open_pdf(path) as document:
+        return [Page(path, number) for number in range(1, len(document) + 1)]
+
+
+def open_page(page: Page) -> Image.Image:
+    """Read a whole page image, or render a page of a PDF in RGB at 100 dpi, filled forms included.
+
+    Raises
+    ------
+    UserError
+        If the file is missing, damaged, empty, of another format or encrypted, or the page has
+        more pixels than Pillow accepts, or is more than 200 times as long as wide.
+    """
+    image = _read_image(page.path) if page.number is None else _render(page, page.number)
+    if max(image.size) > MAX_RATIO * min(image.size):
+        width, height = image.size
+        raise UserError(
+            f"{page}: is {width} x {height} pixels, more than {MAX_RATIO} times as long as wide; "
+            "crop or split it"
+        )
+    return image
+
+
+def _read_image(path: Path) -> Image.Image:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            # by content: what a file is called does not choose the decoder
+            with Image.open(path, formats=("PNG", "JPEG")) as image:
+                image.load()
+                return _to_8_bits(image)
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        raise _too_large(path) from None
+    except UnidentifiedImageError:
+        reason = "is empty" if path.stat().st_size == 0 else "is no PNG or JPEG image"
+        raise UserError(f"{path}: {reason}; replace or remove it") from None
+    except (OSError, SyntaxError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"{path}: cannot be read ({reason}); replace or remove it") from None
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """Return a 16-bit grey image in 8 bits: Pillow would turn all but its darkest greys white."""
+    if not image.mode.startswith("I"):
+        return image
+    return image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
+
+
+def _render(page: Page, number: int) -> Image.Image:
+    from pypdfium2 import PdfiumError
+
+    scale = DPI / POINTS_PER_INCH
+    with _open_pdf(page.path) as document:
+        try:
+            document.init_forms()  # else what was typed into a form is not drawn
+            drawn = document[number - 1]
+            limit = Image.MAX_IMAGE_PIXELS  # a page may call itself 5 m wide: a bitmap of 1 GB
+            if limit and drawn.get_width() * drawn.get_height() * scale**2 > limit:
+                raise _too_large(page)
+            image: Image.Image = drawn.render(scale=scale).to_pil()
+        except PdfiumError as error:
+            raise UserError(
+                f"{page}: cannot be rendered ({error}); replace or remove the PDF"
+            ) from None
+    return image
+
+
+@contextmanager
+def _open_pdf(path: Path) -> Iterator[Any]:
+    """Open a PDF of at least one page that needs no password."""
+    from pypdfium2 import PdfDocument, PdfiumError  # here: sets of images need no native library
+
+    try:
+        document = PdfDocument(path)
+    except OSError:
+        raise UserError(f"{path}: cannot be read (no such file); replace it") from None
+    except PdfiumError as error:
+        if error.err_code in ENCRYPTED:
+            raise UserError(f"{path}: is encrypted; save it without a password") from None
+        empty = path.stat().st_size == 0
+        reason = "is empty" if empty else "is damaged, no PDF, or has no pages"
+        raise UserError(f"{path}: {reason}; replace or remove it") from None
+    with document:
+        yield document
+
+
+def _too_large(page: Path | Page) -> UserError:
+    return UserError(f"{page}: has more than {Image.MAX_IMAGE_PIXELS} pixels; shrink it")
+
+
+def check_name(name: str, what: str) -> None:
+    """Refuse a name that the files and libraries further on could not carry.
+
+    Raises
+    ------
+    UserError
+        If it is blank or holds unprintable characters; `what` says whose name it is.
+    """
+    if not name.strip() or not name.isprintable():
+        raise UserError(f"{what} is blank or holds unprintable characters; rename it")

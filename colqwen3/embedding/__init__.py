@@ -1,0 +1,1 @@
+"""Queries and pages to one vector per token, in batches, and the file that holds them."""

@@ -1,0 +1,68 @@
+"""Embeddings on disk while they are made, so that memory stays flat and a crash loses little."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from colqwen3.checkpoint.headers import TensorInfo, read_header
+from colqwen3.checkpoint.tensor_file import read_tensor
+from colqwen3.system.files import digest_file
+from colqwen3.system.resume import Scratch
+
+PART_ITEMS = 32  # 52 MB of pages of the 4B model
+
+
+class Parts:
+    """Embeddings kept in a scratch as they are made, some dozens of items a file.
+
+    What an earlier run left there is not made again.
+    """
+
+    def __init__(self, scratch: Scratch) -> None:
+        self._scratch = scratch
+        self._stored: dict[str, TensorInfo] = {}
+        self._new: dict[str, torch.Tensor] = {}
+        for name in sorted(scratch.files):
+            self._stored.update(read_header(scratch.folder / name))
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._stored
+
+    def add(self, kind: str, items: Mapping[str, torch.Tensor]) -> None:
+        """Add the items of one batch; `kind` is ``query`` or ``page``.
+
+        Batches are kept whole, so that whoever goes on makes the same ones.
+        """
+        self._new.update((f"{kind}/{name}", tensor) for name, tensor in items.items())
+        if len(self._new) >= PART_ITEMS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Store what was added."""
+        if not self._new:
+            return
+        path = self._scratch.folder / f"part-{len(self._scratch.files):05d}.safetensors"
+        save_file({name: tensor.contiguous() for name, tensor in self._new.items()}, path)
+        self._scratch.record({**self._scratch.files, path.name: digest_file(path)})
+        self._stored.update(read_header(path))
+        self._new = {}
+
+    def of(self, kind: str, names: Iterable[str]) -> Mapping[str, torch.Tensor]:
+        """Return stored items by name, each read when it is asked for."""
+        return _Stored(self._scratch.folder, {n: self._stored[f"{kind}/{n}"] for n in names})
+
+
+class _Stored(Mapping[str, torch.Tensor]):
+    def __init__(self, folder: Path, items: dict[str, TensorInfo]) -> None:
+        self._folder, self._items = folder, items
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return read_tensor(self._folder, self._items[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)

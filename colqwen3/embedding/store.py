@@ -1,0 +1,96 @@
+"""The embeddings file: one float32 tensor [tokens, embed_dim] a query or page, in safetensors."""
+
+import contextlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from colqwen3.checkpoint.tensor_file import Spec, TensorFile
+from colqwen3.system.errors import UserError, disk_is_full
+
+KINDS = {"queries": "query", "pages": "page"}
+# safetensors writes several metadata keys in an order that changes from run to run; one key keeps
+# the bytes deterministic
+ORDER = "order"
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """Token embeddings [tokens, embed_dim] by query ``_id`` and by page stem, in input order."""
+
+    queries: dict[str, torch.Tensor]
+    pages: dict[str, torch.Tensor]
+
+
+def write_embeddings(
+    path: Path, queries: Mapping[str, torch.Tensor], pages: Mapping[str, torch.Tensor]
+) -> None:
+    """Write embeddings as float32 under ``query/<_id>`` and ``page/<stem>``, by rename.
+
+    safetensors sorts its entries, so the input order is kept in the metadata: key ``order``, JSON
+    of the lists ``queries`` and ``pages``. Equal input gives equal bytes. Items are asked for
+    twice, and one at a time: a mapping that reads them from a disk needs no memory.
+
+    Raises
+    ------
+    ValueError
+        If a tensor is not [tokens, embed_dim] with at least one token.
+    UserError
+        If the file cannot be written.
+    """
+    specs: dict[str, Spec] = {}
+    for kind, items in (("query", queries), ("page", pages)):
+        for name in items:
+            shape = tuple(items[name].shape)
+            if len(shape) != 2 or 0 in shape:
+                raise ValueError(f"{kind}/{name}: {list(shape)} is not [tokens, embed_dim]")
+            specs[f"{kind}/{name}"] = ("F32", shape)
+    order = json.dumps({"queries": list(queries), "pages": list(pages)})
+    partial = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with TensorFile(partial, specs, {ORDER: order}) as file:
+            for kind, items in (("query", queries), ("page", pages)):
+                for name in items:
+                    file.write(f"{kind}/{name}", items[name].detach().float())
+        os.replace(partial, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        if disk_is_full(error):
+            raise
+        raise UserError(f"{path}: cannot be written ({error}); mend the path") from None
+
+
+def read_embeddings(path: Path) -> Embeddings:
+    """Read a file of `write_embeddings`, items in their input order.
+
+    Raises
+    ------
+    UserError
+        If the file is missing, damaged, or not of this kind.
+    """
+    mend = "run `dvc repro` to embed again"
+    try:
+        with safe_open(path, framework="pt") as file:
+            order = json.loads((file.metadata() or {})[ORDER])
+            items = {
+                kind: {name: file.get_tensor(f"{prefix}/{name}") for name in order[kind]}
+                for kind, prefix in KINDS.items()
+            }
+            stored = len(file.keys())
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); {mend}") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: lacks the order of its items; {mend}") from None
+    tensors = [tensor for kind in items.values() for tensor in kind.values()]
+    if stored != len(tensors):
+        raise UserError(f"{path}: holds tensors that its order does not name; {mend}")
+    if any(item.dim() != 2 or 0 in item.shape or item.dtype != torch.float32 for item in tensors):
+        raise UserError(f"{path}: holds a tensor not float32 [tokens, embed_dim]; {mend}")
+    return Embeddings(**items)

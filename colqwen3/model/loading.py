@@ -1,0 +1,195 @@
+"""Loading a ColQwen3 from a folder, original or quantized, checked before any weight is read."""
+
+import contextlib
+import json
+import logging
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoModel, AutoProcessor
+
+from colqwen3.checkpoint.headers import Checkpoint, read_headers, weight_files
+from colqwen3.checkpoint.layout import MODEL_TYPE
+from colqwen3.checkpoint.packing import dequantize
+from colqwen3.checkpoint.tensor_file import DTYPES
+from colqwen3.model import ColQwen3, ColQwen3Config, ColQwen3Processor
+from colqwen3.system.errors import UserError, first_line
+from colqwen3.system.files import read_json
+
+logger = logging.getLogger(__name__)
+
+PACKING_FORMAT = "auto_round:auto_gptq"  # what this pipeline writes
+
+
+def quantization_config(folder: Path) -> dict[str, Any] | None:
+    """Return the ``quantization_config`` of a model folder, None for an original.
+
+    Raises
+    ------
+    UserError
+        If config.json is missing or damaged, or the model is no ColQwen3.
+    """
+    path = folder / "config.json"
+    config = read_json(path, "give a complete model folder")
+    if not isinstance(config, dict) or config.get("model_type") != MODEL_TYPE:
+        found = config.get("model_type") if isinstance(config, dict) else None
+        raise UserError(f"{path}: model_type is {found!r}; only {MODEL_TYPE!r} is supported")
+    quantization: dict[str, Any] | None = config.get("quantization_config")
+    return quantization
+
+
+def load_processor(
+    folder: Path, max_num_visual_tokens: int, trust_remote_code: bool = False
+) -> ColQwen3Processor:
+    """Load the processor of a model folder.
+
+    Raises
+    ------
+    UserError
+        If tokenizer or image-processor files are missing or damaged.
+    """
+    quantization_config(folder)  # what is no ColQwen3 is better refused as that
+    _warn_of_trust(folder, trust_remote_code)
+    try:
+        processor: ColQwen3Processor = AutoProcessor.from_pretrained(
+            folder, max_num_visual_tokens=max_num_visual_tokens, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{folder}: processor cannot be loaded ({first_line(error)}); fetch the folder again "
+            "(code of its own runs only with model.trust_remote_code: true)"
+        ) from None
+    if not processor.tokenizer("a")["input_ids"] or processor.image_token_id is None:
+        raise UserError(
+            f"{folder}: its tokenizer knows no text or no page; fetch tokenizer.json again"
+        )
+    return processor
+
+
+def load_model(
+    folder: Path, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False
+) -> ColQwen3:
+    """Load a model for embedding, in evaluation mode, with dense weights of `dtype`.
+
+    Quantized weights are dequantized once: the embeddings are those of the 4-bit weights, free of
+    a kernel's own rounding, and on a CPU dense weights are much faster than packed ones.
+
+    Raises
+    ------
+    UserError
+        If a file is damaged, or the tensors are not those of a ColQwen3.
+    """
+    quantization = quantization_config(folder)
+    read_headers(folder)
+    _warn_of_trust(folder, trust_remote_code)
+    with as_user_error(folder):
+        if quantization is None:
+            model = AutoModel.from_pretrained(
+                folder, dtype=dtype, trust_remote_code=trust_remote_code
+            )
+        else:
+            model = _dense_from_packed(folder, quantization, dtype)
+        check_finite(model)
+    loaded: ColQwen3 = model.eval().to(device)
+    return loaded
+
+
+def source_dtype(source: Checkpoint) -> torch.dtype:
+    """Return the dtype of the stored weights, read from the headers (that of the projection).
+
+    Raises
+    ------
+    UserError
+        If there is no projection.
+    """
+    projection = source.tensors.get("embedding_proj_layer.weight")
+    if projection is not None:
+        return DTYPES[projection.dtype]
+    raise UserError(
+        f"{source.folder}: lacks the tensor embedding_proj_layer.weight; fetch it again"
+    )
+
+
+def _dense_from_packed(folder: Path, quantization: dict[str, Any], dtype: torch.dtype) -> Any:
+    """Build the model of an ``auto_round`` checkpoint with its weights dequantized."""
+    raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    del raw["quantization_config"]
+    check_packing(quantization)
+    state = dict(dense_tensors(folder, quantization["bits"], dtype))
+    config = ColQwen3Config.from_dict(raw)
+    return ColQwen3.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
+
+
+def dense_tensors(
+    folder: Path, bits: int, dtype: torch.dtype
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield every tensor of a quantized folder by its unquantized name, packed ones as `dtype`."""
+    for path in weight_files(folder):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - the file is no dictionary
+                module, _, kind = name.rpartition(".")
+                if kind == "qweight":
+                    zeros, scales = (
+                        file.get_tensor(f"{module}.{part}") for part in ("qzeros", "scales")
+                    )
+                    dense = dequantize(file.get_tensor(name), zeros, scales, bits)
+                    yield f"{module}.weight", dense.to(dtype)
+                elif kind not in ("qzeros", "scales"):
+                    yield name, file.get_tensor(name)
+
+
+def _warn_of_trust(folder: Path, trust_remote_code: bool) -> None:
+    if trust_remote_code:
+        logger.warning("model.trust_remote_code is true: Python files of %s may run", folder)
+
+
+def check_packing(quantization: dict[str, Any]) -> None:
+    """Refuse packings that would be read wrongly, such as zero points that are not minus one.
+
+    Raises
+    ------
+    ValueError
+        Naming the key of ``quantization_config``.
+    """
+    wanted = {"quant_method": "auto-round", "packing_format": PACKING_FORMAT}
+    for key, value in wanted.items():
+        if quantization.get(key) != value:
+            found = quantization.get(key)
+            raise ValueError(f"quantization_config.{key} is {found!r}, only {value!r} can be read")
+    if quantization.get("bits") not in (2, 3, 4, 8):
+        raise ValueError("quantization_config.bits is not 2, 3, 4 or 8")
+
+
+def check_finite(module: Any, prefix: str = "") -> None:
+    """Refuse parameters with NaN or Inf; `prefix` goes before their names in the error.
+
+    Raises
+    ------
+    ValueError
+        Naming the first.
+    """
+    for name, parameter in module.named_parameters():
+        # NaN passes through both; one pass without temporaries, 30 times faster than isfinite
+        if not all(map(math.isfinite, parameter.detach().aminmax())):
+            raise ValueError(f"{prefix}{name} holds NaN or infinite weights")
+
+
+@contextlib.contextmanager
+def as_user_error(folder: Path) -> Iterator[None]:
+    """Turn what transformers, torch and safetensors raise for a bad folder into a UserError.
+
+    Raises
+    ------
+    UserError
+        In place of their errors.
+    """
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise UserError(
+            f"{folder}: model cannot be loaded ({first_line(error)}); fetch it or make it again"
+        ) from None

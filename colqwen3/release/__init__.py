@@ -1,0 +1,1 @@
+"""What a released folder says about itself, and whether that is true."""

@@ -1,0 +1,163 @@
+"""What a forward does between its linears: each function one kernel where torch compiles it."""
+
+import functools
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn import functional
+
+Operation = Callable[..., Any]
+
+
+class Operations(NamedTuple):
+    """The functions below, compiled or not, and what does several of them at once."""
+
+    rms_norm: Operation
+    add_rms_norm: Operation
+    rotate_heads: Operation
+    gate: Operation
+    add_layer_norm: Operation
+    rotate_vision: Operation
+    gelu: Operation
+    short_attention: Operation | None = None
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Normalise the last dimension by its root mean square, in float32."""
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * wide.to(x.dtype)
+
+
+def add_rms_norm(
+    x: torch.Tensor, change: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the sum of a residual and its change [tokens, hidden], and the norm of it."""
+    x = x + change
+    return x, rms_norm(x, weight, eps)
+
+
+def add_layer_norm(
+    x: torch.Tensor, change: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the sum of a residual and its change [patches, hidden], and the layer norm of it."""
+    x = x + change
+    return x, functional.layer_norm(x, weight.shape, weight, bias, eps=1e-6)
+
+
+def rotate_half(x: torch.Tensor) -> torch.Tensor:
+    """Return ``(-second half, first half)`` of the last dimension."""
+    first, second = x.chunk(2, -1)
+    return torch.cat((-second, first), -1)
+
+
+def rotate_heads(
+    qkv: torch.Tensor,
+    q_norm: torch.Tensor,
+    k_norm: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    heads: int,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Normalise each head of queries and keys, and rotate it by its position.
+
+    Parameters
+    ----------
+    qkv
+        [tokens, heads + 2 x key heads, head_dim].
+    q_norm, k_norm
+        [head_dim].
+    cos, sin
+        [tokens, head_dim].
+    heads
+        Of the queries.
+    eps
+        Of the norms.
+
+    Returns
+    -------
+    tuple
+        [tokens, heads, head_dim] and [tokens, key heads, head_dim].
+    """
+    both = (qkv.shape[1] + heads) // 2
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    q = rms_norm(qkv[:, :heads], q_norm, eps)
+    k = rms_norm(qkv[:, heads:both], k_norm, eps)
+    return q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
+
+
+def rotate_vision(
+    qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotate queries and keys of the vision tower, in float32.
+
+    Parameters
+    ----------
+    qkv
+        [patches, 3, heads, head_dim].
+    cos, sin
+        [patches, head_dim].
+
+    Returns
+    -------
+    tuple
+        [patches, heads, head_dim], twice.
+    """
+    wide = qkv[:, :2].float()
+    cos, sin = cos[:, None, None], sin[:, None, None]
+    q, k = (wide * cos + rotate_half(wide) * sin).to(qkv.dtype).unbind(1)
+    return q, k
+
+
+def gate(gate_up: torch.Tensor) -> torch.Tensor:
+    """Return SiLU of the first half of the features times the second half."""
+    first, second = gate_up.chunk(2, -1)
+    return functional.silu(first) * second
+
+
+def gelu(x: torch.Tensor) -> torch.Tensor:
+    """Return GELU by its tanh approximation."""
+    return functional.gelu(x, approximate="tanh")
+
+
+PLAIN = Operations(rms_norm, add_rms_norm, rotate_heads, gate, add_layer_norm, rotate_vision, gelu)
+
+
+def _compile(function: Operation) -> Operation:
+    """Compile a function for any number of rows in its tensors, once for each of their widths."""
+    compiled: dict[Any, Operation] = {}
+
+    def call(first: torch.Tensor, *others: Any) -> Any:
+        key = first.shape[1:], first.dtype, first.device
+        made = compiled.get(key)
+        if made is None:
+            # code of its own: torch counts how often a code is compiled, and gives up at eight
+            code = FunctionType(function.__code__.replace(), function.__globals__)
+            made = compiled[key] = torch.compile(
+                code, fullgraph=True, options={"triton.enable_pdl": True}
+            )
+            for value in (first, *others):
+                if isinstance(value, torch.Tensor) and len(value) == len(first):
+                    torch._dynamo.maybe_mark_dynamic(value, 0)
+        return made(first, *others)
+
+    return call
+
+
+@functools.cache
+def compiled_operations() -> Operations:
+    """Return the functions compiled."""
+    from colqwen3.serving.short_attention import short_attention
+
+    plain = PLAIN._asdict()
+    plain.pop("short_attention")
+    compiled = {name: _compile(function) for name, function in plain.items()}
+    return Operations(**compiled, short_attention=short_attention)
+
+
+def choose_operations(device: torch.device) -> Operations:
+    """Return the compiled functions on a GPU, else the plain ones."""
+    return compiled_operations() if device.type == "cuda" else PLAIN

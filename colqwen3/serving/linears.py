@@ -1,0 +1,175 @@
+"""Linears for serving: dense, or 4-bit by the fastest kernel that is there and right."""
+
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from colqwen3.checkpoint.packing import dequantize
+from colqwen3.system.errors import first_line
+
+logger = logging.getLogger(__name__)
+
+Linear = Callable[[torch.Tensor], torch.Tensor]
+"""[tokens, in_features] -> [tokens, out_features]."""
+Parts = Mapping[str, torch.Tensor]
+"""``qweight``, ``qzeros`` and ``scales`` of a packed linear, as `stages.packing.pack` makes them."""
+
+# humming wants its weights in whole tiles
+HUMMING_OUT, HUMMING_IN = 64, 32
+# 16-bit inputs, weights and outputs are each off by 2^-9 at most: an honest kernel is far below
+MOST_ERROR = 0.02
+
+
+def dense(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
+    """Return the linear of a dense weight [out_features, in_features]."""
+    return lambda x: functional.linear(x, weight, bias)
+
+
+def humming(parts: Parts, bits: int, group_size: int, dtype: torch.dtype) -> Linear:
+    """Return a packed linear that the humming kernels compute; it takes over the device of `parts`.
+
+    The weights are laid out anew, so that `parts` can be let go.
+
+    Raises
+    ------
+    ImportError
+        If humming is not installed.
+    """
+    from humming.layer import HummingLayer
+    from humming.schema.autoround import AutoRoundWeightSchema
+
+    qweight = parts["qweight"]
+    layer: Any = HummingLayer(
+        shape_n=qweight.shape[1],
+        shape_k=qweight.shape[0] * 32 // bits,
+        weight_config=AutoRoundWeightSchema(
+            bits=bits, group_size=group_size, sym=True, packing_format="auto_round:auto_gptq"
+        ),
+        pad_n_to_multiple=HUMMING_OUT,
+        pad_k_to_multiple=HUMMING_IN,
+        torch_dtype=dtype,
+    )
+    layer.load_from_tensors({**parts, "scales": parts["scales"].to(dtype)})
+    layer = layer.to(qweight.device)
+    layer.transform()
+    return _without_overhead(layer)
+
+
+def _without_overhead(layer: Any) -> Linear:
+    """Return what a humming layer computes, its configuration written out once.
+
+    The tuning is humming's own, but each kernel begins while the one before it still ends.
+    """
+    from humming import ops
+    from humming.tune import get_heuristics_config
+
+    found = get_heuristics_config(layer.humming_config, device=layer.weight.device)
+    tuning = json.dumps([[least, most, {**how, "use_pdl": True}] for least, most, how in found])
+    config = layer.humming_config.to_str()
+    weight, scale, locks = layer.weight.data, layer.weight_scale.data, layer.locks
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        made: torch.Tensor = ops.humming_gemm(
+            layer_config=config,
+            tuning_config=tuning,
+            inputs=x,
+            weight=weight,
+            weight_scale=scale,
+            locks=locks,
+        )
+        return made
+
+    return call
+
+
+def auto_round_lib(parts: Parts, bits: int, group_size: int, dtype: torch.dtype) -> Linear:
+    """Return a packed linear that auto-round-lib computes on a CPU.
+
+    Raises
+    ------
+    ImportError
+        If auto-round-lib is not installed.
+    """
+    from auto_round_kernel.qlinear import QuantLinearGPTQ
+
+    rows, outputs = parts["qweight"].shape
+    layer: Any = QuantLinearGPTQ(
+        bits, group_size, True, rows * 32 // bits, outputs, False, weight_dtype=dtype
+    )
+    layer.qweight, layer.qzeros = parts["qweight"], parts["qzeros"]
+    layer.scales = parts["scales"].to(dtype)
+    layer.post_init()
+    made: Linear = layer
+    return made
+
+
+def dequantized(parts: Parts, bits: int, group_size: int, dtype: torch.dtype) -> Linear:
+    """Return a packed linear with its weight dequantized once."""
+    weight = dequantize(parts["qweight"], parts["qzeros"], parts["scales"], bits)
+    return dense(weight.to(dtype))
+
+
+KERNELS = {"dense": dequantized, "humming": humming, "auto-round-lib": auto_round_lib}
+"""Name -> how to make a packed linear of it."""
+
+
+def choose_kernel(parts: Parts, bits: int, group_size: int, dtype: torch.dtype) -> str:
+    """Return the name of the kernel for packed linears, by a trial with the linear `parts`.
+
+    On a GPU that is humming when it is installed, on a CPU auto-round-lib when it is installed and
+    takes less time than a dense weight; each only if it computes what the dequantized weight does.
+    Else linears are dense; on a GPU a warning says so.
+    """
+    gpu = parts["qweight"].device.type == "cuda"
+    inputs = parts["qweight"].shape[0] * 32 // bits
+    name, module = ("humming", "humming") if gpu else ("auto-round-lib", "auto_round_kernel")
+    if find_spec(module) is None:
+        problem = f"{name} is not installed (see README.md, Serving)"
+    else:
+        try:
+            made = KERNELS[name](parts, bits, group_size, dtype)
+            error = kernel_error(made, parts, bits, dtype)
+            plain = dequantized(parts, bits, group_size, dtype)
+            if not error < MOST_ERROR:  # NaN is none
+                problem = f"{name} is off by {error:.2g}"
+            elif gpu or _cpu_seconds(made, inputs, dtype) < _cpu_seconds(plain, inputs, dtype):
+                return name
+            else:
+                return "dense"
+        except Exception as failure:  # a kernel library can fail in any way: compiler, driver, CPU
+            problem = f"{name} fails ({first_line(failure)})"
+    message = "%s: 4-bit weights are served dense, as fast as the original and as large"
+    logger.log(logging.WARNING if gpu else logging.INFO, message, problem)
+    return "dense"
+
+
+@torch.inference_mode()
+def _cpu_seconds(made: Linear, inputs: int, dtype: torch.dtype) -> float:
+    """Return the least time of some calls with a query's tokens."""
+    x = torch.ones(26, inputs, dtype=dtype)
+    taken = []
+    for _ in range(5):
+        start = time.perf_counter()
+        made(x)
+        taken.append(time.perf_counter() - start)
+    return min(taken)
+
+
+@torch.inference_mode()
+def kernel_error(made: Linear, parts: Parts, bits: int, dtype: torch.dtype) -> float:
+    """Return how far a linear is from the dequantized weight, relative, on random inputs."""
+    weight = dequantize(parts["qweight"], parts["qzeros"], parts["scales"], bits)
+    generator = torch.Generator(weight.device).manual_seed(0)
+    errors = []
+    for tokens in (16, 64, 256):  # kernels differ by size
+        x = torch.randn(tokens, weight.shape[1], generator=generator, device=weight.device)
+        wanted = x.to(dtype).float() @ weight.T
+        found = made(x.to(dtype)).float()
+        errors.append((found - wanted).norm() / wanted.norm())
+    return float(torch.stack(errors).max())  # NaN stays NaN

@@ -1,0 +1,94 @@
+"""Loads a model folder, original or quantized, as a serving runtime."""
+
+import time
+from pathlib import Path
+from typing import get_args
+
+import torch
+from torch.nn import functional
+
+from colqwen3.model.configuration_colqwen3 import ColQwen3Config
+from colqwen3.model.loading import (
+    as_user_error,
+    check_packing,
+    load_processor,
+    quantization_config,
+)
+from colqwen3.serving.runtime import Mode, Runtime
+from colqwen3.serving.weights import Weights
+from colqwen3.system.files import read_json
+
+LEAST_VISUAL_TOKENS = 4  # as in params.yaml
+
+
+def load_runtime(
+    folder: Path | str,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    mode: Mode = "graphs",
+    max_num_visual_tokens: int = 1280,
+) -> Runtime:
+    """Load a ColQwen3 folder, original or made by this pipeline, ready to serve.
+
+    Weights go to the device tensor by tensor; 4-bit ones stay so when a kernel for them is
+    installed and agrees with their dequantized values, which is tried once here. Where something
+    is missing, a warning says what, and what it costs.
+
+    Parameters
+    ----------
+    folder
+        The model.
+    device
+        Default: the GPU when there is one.
+    dtype
+        Of the arithmetic. Default: bfloat16 on a GPU, else whichever of float32 and bfloat16 this
+        processor multiplies faster.
+    mode
+        ``graphs``: compiled, and a CUDA graph for each size of query batch; ``compiled``;
+        ``eager``. The last two are for comparison.
+    max_num_visual_tokens
+        A page is shrunk until it has at most so many.
+
+    Raises
+    ------
+    UserError
+        If the folder is damaged, no ColQwen3, or packed in a way that is not this pipeline's.
+    ValueError
+        If an argument makes no sense.
+    """
+    folder = Path(folder)
+    if mode not in get_args(Mode):
+        raise ValueError(f"mode is {mode!r}; give one of {', '.join(get_args(Mode))}")
+    if max_num_visual_tokens < LEAST_VISUAL_TOKENS:
+        raise ValueError(f"max_num_visual_tokens is {max_num_visual_tokens}; give at least 4")
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device is {str(place)!r}, but torch sees no GPU; give 'cpu'")
+    quantization = quantization_config(folder)
+    chosen = dtype or (torch.bfloat16 if place.type == "cuda" else faster_dtype())
+    processor = load_processor(folder, max_num_visual_tokens)
+    with as_user_error(folder):
+        with torch.device("cpu"):
+            config = ColQwen3Config.from_dict(read_json(folder / "config.json", "fetch it again"))
+            if quantization is not None:
+                check_packing(quantization)
+            weights = Weights(folder, place, chosen, quantization)
+            runtime = Runtime(config, processor, weights, place, chosen)
+        runtime.use(mode)  # outside of torch.device, which compiled code would be bound to
+    return runtime
+
+
+def faster_dtype(features: int = 2048, tokens: int = 26) -> torch.dtype:
+    """Return float32 or bfloat16, whichever a query's linear takes less time in on this CPU."""
+    taken = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        x, weight = (
+            torch.ones(tokens, features, dtype=dtype),
+            torch.ones(features, features, dtype=dtype),
+        )
+        functional.linear(x, weight)
+        start = time.perf_counter()
+        for _ in range(5):
+            functional.linear(x, weight)
+        taken[dtype] = time.perf_counter() - start
+    return min(taken, key=taken.__getitem__)

@@ -1,0 +1,365 @@
+"""The serving runtime: queries and pages in, one unit vector a token out.
+
+The arithmetic is that of `ColQwen3`, in a form that a GPU runs with few launches: linears that
+read the same input are one, what lies between linears is compiled, queries are padded to a few
+sizes and each size is recorded once as a CUDA graph, so that the processor only says "go".
+"""
+
+import contextlib
+import functools
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbedding
+
+from colqwen3.model.configuration_colqwen3 import ColQwen3Config
+from colqwen3.model.processing_colqwen3 import ColQwen3Processor
+from colqwen3.serving.decoder import Decoder
+from colqwen3.serving.fused import PLAIN, Operations, choose_operations
+from colqwen3.serving.recording import Recording, Work, agree, record
+from colqwen3.serving.vision import Grid, Places, Tower
+from colqwen3.serving.weights import TEXT, Weights, build_decoder, build_tower
+from colqwen3.system.errors import first_line
+
+logger = logging.getLogger(__name__)
+
+Mode = Literal["eager", "compiled", "graphs"]
+
+TOKEN_STEP = 4  # queries are padded to a multiple
+BATCHES = (1, 2, 4, 8, 16, 32, 64)  # and batches to one of these
+MOST_TOKENS = 6000  # in a recorded forward; beyond, launches cost nothing beside the arithmetic
+KEPT_PLACES = 64  # cosines and sines of text lengths, and of page sizes
+RECORDED_PAGES = 16  # sizes of page batches that are kept recorded
+LONG = 256  # tokens from which cuDNN's attention is the faster one
+
+
+@dataclass(frozen=True)
+class PageBatch:
+    """The pages of a batch, on the device.
+
+    Attributes
+    ----------
+    ids
+        Integers [pages, tokens], padded on the right.
+    pixels
+        [patches, channels x temporal patch x patch x patch].
+    places
+        What their sizes determine in the vision tower.
+    visual
+        Places of the visual tokens among all pages x tokens.
+    cos, sin
+        [pages x tokens, head_dim].
+    """
+
+    ids: torch.Tensor
+    pixels: torch.Tensor
+    places: Places
+    visual: torch.Tensor
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+
+class Runtime:
+    """A ColQwen3 ready to serve; made by `load_runtime`. It is for one thread.
+
+    Attributes
+    ----------
+    device, dtype
+        Where and in what it computes.
+    kernel
+        What computes the quantized linears, one of `stages.colqwen3.serving.linears.KERNELS`.
+    mode
+        ``graphs``, ``compiled`` or ``eager``.
+    """
+
+    def __init__(
+        self,
+        config: ColQwen3Config,
+        processor: ColQwen3Processor,
+        weights: Weights,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self._config, self._processor = config, processor
+        self._decoder: Decoder = build_decoder(weights, config)
+        self._tower: Tower = build_tower(weights, config)
+        self._embeddings = weights.tensor(f"{TEXT}.embed_tokens.weight")
+        self._recorded_queries: dict[tuple[int, int], Recording] = {}
+        self._recorded_pages: OrderedDict[Any, Recording | None] = OrderedDict()
+        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self._pad: int = processor.tokenizer.pad_token_id
+        self.device, self.dtype, self.kernel = device, dtype, weights.kernel
+        self.mode: Mode = "eager"
+        self._operations: Operations = PLAIN
+        # without a reference to the runtime, whose memory is free as soon as nobody holds it
+        rotary = Qwen3VLTextRotaryEmbedding(config.text_config)
+        cos_sin = functools.partial(_cos_sin, rotary, dtype, device)
+        kept = functools.lru_cache(KEPT_PLACES)
+        self._text_places = kept(functools.partial(_text_places, cos_sin))
+        self._grid_places = kept(functools.partial(_grid_places, cos_sin, self._tower.merge))
+
+    def use(self, mode: Mode) -> None:
+        """Compute in another mode from here on.
+
+        A short text and a small page are embedded by plain torch, and by what is compiled. When
+        that fails or does not agree, a warning says so and plain torch is used.
+        """
+        self.mode, self._operations = mode, PLAIN
+        wanted = self._trial()
+        if mode == "eager":
+            return
+        problem = "are wrong"
+        try:
+            self._operations = choose_operations(self.device)
+            if self._operations is PLAIN or all(map(agree, self._trial(), wanted)):
+                return
+        except Exception as error:  # a compiler can fail in many ways
+            problem = f"fail ({first_line(error)})"
+        logger.warning("compiled kernels %s here: plain torch is used, and slower", problem)
+        self._operations = PLAIN
+
+    def runs(self, mode: Mode) -> bool:
+        """Whether it computes in this mode, and has not fallen back to a slower one."""
+        return self.mode == mode and (mode == "eager" or self._operations is not PLAIN)
+
+    @torch.inference_mode()
+    def _trial(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embed a short text and a small page, without recording anything."""
+        page = self._processor.process_images([Image.linear_gradient("L")])
+        batch = self._page_batch(page)
+        return self._unrecorded_queries([torch.arange(24)]), self._pages(batch, batch.pixels)
+
+    # ---- Queries -------------------------------------------------------------------------------
+
+    def embed_queries(self, texts: Sequence[str]) -> list[torch.Tensor]:
+        """Embed queries, or passages of text.
+
+        Returns
+        -------
+        list
+            Float32 [tokens, embed_dim] on the runtime's device for each text.
+
+        Raises
+        ------
+        TypeError
+            If it is given anything but a list of strings.
+        """
+        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+            raise TypeError("embed_queries takes a list of strings")
+        made: list[torch.Tensor] = []
+        for start in range(0, len(texts), BATCHES[-1]):
+            rows = self.token_ids(self._processor.process_texts(texts[start : start + BATCHES[-1]]))
+            vectors = self.run_queries(rows)
+            made += [vectors[i, : len(row)] for i, row in enumerate(rows)]
+        return made
+
+    def token_ids(self, inputs: Any) -> list[torch.Tensor]:
+        """Return the token ids of each row of a processor's batch, without padding."""
+        masks = inputs["attention_mask"].bool()
+        return [ids[mask] for ids, mask in zip(inputs["input_ids"], masks, strict=True)]
+
+    @torch.inference_mode()
+    def run_queries(self, rows: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Embed rows of token ids without images, at most 64.
+
+        Returns
+        -------
+        torch.Tensor
+            Float32 [at least len(rows), at least the longest row, embed_dim].
+        """
+        longest = max(map(len, rows))
+        tokens = -(-longest // TOKEN_STEP) * TOKEN_STEP
+        batch = next(size for size in BATCHES if size >= len(rows))
+        if not self._records(batch * tokens):
+            return self._unrecorded_queries(rows)
+        ids = self._padded(rows, batch, tokens)
+        recording = self._recorded_queries.get((batch, tokens))
+        if recording is None:
+            places = self._text_places(tokens)
+            work = functools.partial(self._queries, *places)
+            recording = self._record(work, ids.to(self.device), places)
+            if recording is None:
+                return self._unrecorded_queries(rows)
+            self._recorded_queries[batch, tokens] = recording
+        return recording.replay(ids)
+
+    def _unrecorded_queries(self, rows: Sequence[torch.Tensor]) -> torch.Tensor:
+        tokens = max(map(len, rows))
+        ids = self._padded(rows, len(rows), tokens)
+        return self._queries(*self._text_places(tokens), ids.to(self.device))
+
+    def _records(self, tokens: int) -> bool:
+        return self.mode == "graphs" and self.device.type == "cuda" and tokens <= MOST_TOKENS
+
+    def _padded(self, rows: Sequence[torch.Tensor], batch: int, tokens: int) -> torch.Tensor:
+        ids = torch.full((batch, tokens), self._pad)
+        for place, row in zip(ids, rows, strict=False):
+            place[: len(row)] = row
+        return ids
+
+    def _queries(self, cos: torch.Tensor, sin: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        batch, tokens = ids.shape
+        cos, sin = cos.repeat(batch, 1), sin.repeat(batch, 1)
+        with _attention(tokens):
+            hidden = functional.embedding(ids, self._embeddings)
+            return self._decoder.run(hidden, cos, sin, self._operations)
+
+    def _record(self, work: Work, inputs: torch.Tensor, kept: object) -> Recording | None:
+        """Record `work`; if that fails, warn, and record nothing any more."""
+        try:
+            return record(work, inputs, self._pool, kept)
+        except Exception as error:  # torch, a kernel library or the driver
+            reason = first_line(error)
+            logger.warning("CUDA graphs do not work here (%s): serving is slower", reason)
+            self.mode = "compiled"
+            return None
+
+    # ---- Pages ---------------------------------------------------------------------------------
+
+    def embed_pages(self, pages: Sequence[Image.Image]) -> list[torch.Tensor]:
+        """Embed page images, all in one batch.
+
+        Returns
+        -------
+        list
+            Float32 [tokens, embed_dim] on the runtime's device for each page.
+
+        Raises
+        ------
+        TypeError
+            If it is given anything but a list of PIL images.
+        ValueError
+            If a page is more than 200 times as long as wide.
+        """
+        if not pages:
+            return []
+        if not all(isinstance(page, Image.Image) for page in pages):
+            raise TypeError("embed_pages takes a list of PIL images")
+        inputs = self._processor.process_images(pages)
+        vectors = self.run_pages(inputs)
+        rows = self.token_ids(inputs)
+        return [vectors[i, : len(row)] for i, row in enumerate(rows)]
+
+    @torch.inference_mode()
+    def run_pages(self, inputs: Any) -> torch.Tensor:
+        """Embed the pages of one batch of the processor.
+
+        Returns
+        -------
+        torch.Tensor
+            Float32 [pages, tokens of the longest, embed_dim].
+        """
+        batch = self._page_batch(inputs)
+        if not self._records(batch.ids.numel()):
+            return self._pages(batch, batch.pixels)
+        # the prompt of a page is always the same, so its grid says all but the pixels
+        key = tuple(batch.places.runs)
+        recording = self._recorded_pages.get(key)
+        if recording is None and key in self._recorded_pages:  # the second batch of this kind
+            work = functools.partial(self._pages, batch)
+            recording = self._record(work, batch.pixels, batch)
+        self._recorded_pages[key] = recording
+        self._recorded_pages.move_to_end(key)
+        if len(self._recorded_pages) > RECORDED_PAGES:
+            self._recorded_pages.popitem(last=False)
+        return recording.replay(batch.pixels) if recording else self._pages(batch, batch.pixels)
+
+    def _page_batch(self, inputs: Any) -> PageBatch:
+        grids: list[Grid] = [(t, h, w) for t, h, w in inputs["image_grid_thw"].tolist()]
+        rows = self.token_ids(inputs)
+        tokens = max(map(len, rows))
+        ids = self._padded(rows, len(rows), tokens)
+        places = [
+            self._page_places(row, grid, tokens) for row, grid in zip(rows, grids, strict=True)
+        ]
+        cos, sin = (torch.cat(part) for part in zip(*places, strict=True))
+        visual = (ids.flatten() == self._config.image_token_id).nonzero().flatten()
+        return PageBatch(
+            ids.to(self.device),
+            inputs["pixel_values"].to(self.device, self.dtype),
+            self._tower.places(grids),
+            visual.to(self.device),
+            cos,
+            sin,
+        )
+
+    def _pages(self, batch: PageBatch, pixels: torch.Tensor) -> torch.Tensor:
+        with _attention(batch.ids.shape[1]):
+            made, features = self._tower.run(pixels, batch.places, self._operations)
+            hidden = functional.embedding(batch.ids, self._embeddings)
+            hidden.view(-1, hidden.shape[-1]).index_copy_(0, batch.visual, made)
+            return self._decoder.run(
+                hidden, batch.cos, batch.sin, self._operations, (batch.visual, features)
+            )
+
+    def _page_places(
+        self, row: torch.Tensor, grid: Grid, tokens: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        start = int((row == self._config.image_token_id).nonzero()[0])
+        return self._grid_places(grid, start, len(row), tokens)
+
+
+CosSin = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+def _cos_sin(
+    rotary: torch.nn.Module, dtype: torch.dtype, device: torch.device, positions: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return cosine and sine [tokens, head_dim] of positions [3, tokens]."""
+    cos, sin = rotary(torch.empty(0, dtype=dtype), positions.unsqueeze(1))
+    return cos[0].to(device), sin[0].to(device)
+
+
+def _text_places(cos_sin: CosSin, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return cos_sin(torch.arange(tokens).expand(3, -1))
+
+
+def _grid_places(
+    cos_sin: CosSin, merge: int, grid: Grid, start: int, length: int, tokens: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    positions = page_positions(grid, merge, start, length)
+    return cos_sin(functional.pad(positions, (0, tokens - length)))
+
+
+def page_positions(grid: Grid, merge: int, start: int, length: int) -> torch.Tensor:
+    """Return the M-RoPE positions of a page and the prompt around it.
+
+    Text counts up in all three; a visual token is `start` plus its frame, row and column; the text
+    after a page goes on behind its longer side (Qwen2-VL, arXiv:2409.12191).
+
+    Parameters
+    ----------
+    grid
+        Frames, patch rows, patch columns.
+    merge
+        Patches a side of a visual token.
+    start
+        Text tokens before the first visual one.
+    length
+        Of the whole prompt, visual tokens included.
+
+    Returns
+    -------
+    torch.Tensor
+        Integers [3, length].
+    """
+    frames, rows, columns = grid[0], grid[1] // merge, grid[2] // merge
+    visual = torch.cartesian_prod(*map(torch.arange, (frames, rows, columns))).T + start
+    after = torch.arange(length - start - visual.shape[1]) + start + max(rows, columns)
+    return torch.cat([torch.arange(start).expand(3, -1), visual, after.expand(3, -1)], 1)
+
+
+@contextlib.contextmanager
+def _attention(tokens: int) -> Iterator[None]:
+    """Prefer the attention that is the faster one for sequences of this length."""
+    long = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
+    order = long if tokens >= LONG else long[::-1]
+    with sdpa_kernel([*order, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH], set_priority=True):
+        yield

@@ -1,0 +1,106 @@
+"""Norm, rotation and causal attention of a short sequence in one Triton kernel.
+
+For a query of some thirty tokens these are four kernels of a few microseconds, nearly all of it
+launches. One program does one head of one sequence; keys and values fit in registers.
+"""
+
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+# what Triton compiles has types of its own
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _half_normed(first, second, weight, columns, half, eps):  # pragma: no cover - on a GPU
+    size = tl.sum(first * first, 1) + tl.sum(second * second, 1)
+    scale = tl.rsqrt(size / (2 * half) + eps)[:, None]
+    low = tl.load(weight + columns)[None, :]
+    high = tl.load(weight + half + columns)[None, :]
+    return (first * scale).to(low.dtype) * low, (second * scale).to(low.dtype) * high
+
+
+@triton.jit
+def _attend(
+    qkv, q_norm, k_norm, cos, sin, out,
+    tokens, heads, key_heads, eps, scale,
+    ROWS: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip  # pragma: no cover - runs on a GPU
+    sequence, head = tl.program_id(0), tl.program_id(1)
+    key_head = heads + head // (heads // key_heads)
+    rows, columns = tl.arange(0, ROWS), tl.arange(0, HALF)
+    inside = (rows < tokens)[:, None]
+    width: tl.constexpr = 2 * HALF
+    token = sequence * tokens + rows
+    line = (token * (heads + 2 * key_heads) * width)[:, None] + columns[None, :]
+    angle = (token * width)[:, None] + columns[None, :]
+    cos_low = tl.load(cos + angle, mask=inside, other=0.0)
+    sin_low = tl.load(sin + angle, mask=inside, other=0.0)
+    # the two halves of the angles are alike
+    q = qkv + line + head * width
+    q_low = tl.load(q, mask=inside, other=0.0).to(tl.float32)
+    q_high = tl.load(q + HALF, mask=inside, other=0.0).to(tl.float32)
+    q_low, q_high = _half_normed(q_low, q_high, q_norm, columns, HALF, eps)
+    k = qkv + line + key_head * width
+    k_low = tl.load(k, mask=inside, other=0.0).to(tl.float32)
+    k_high = tl.load(k + HALF, mask=inside, other=0.0).to(tl.float32)
+    k_low, k_high = _half_normed(k_low, k_high, k_norm, columns, HALF, eps)
+    kind = q_low.dtype
+    q1 = (q_low * cos_low - q_high * sin_low).to(kind)
+    q2 = (q_high * cos_low + q_low * sin_low).to(kind)
+    k1 = (k_low * cos_low - k_high * sin_low).to(kind)
+    k2 = (k_high * cos_low + k_low * sin_low).to(kind)
+    scores = (tl.dot(q1, tl.trans(k1)) + tl.dot(q2, tl.trans(k2))) * scale
+    scores = tl.where(rows[:, None] >= rows[None, :], scores, float("-inf"))
+    scores = tl.exp(scores - tl.max(scores, 1)[:, None])
+    weights = (scores / tl.sum(scores, 1)[:, None]).to(kind)
+    v = qkv + line + (key_head + key_heads) * width
+    v_low = tl.load(v, mask=inside, other=0.0)
+    v_high = tl.load(v + HALF, mask=inside, other=0.0)
+    place = out + ((token * heads + head) * width)[:, None] + columns[None, :]
+    tl.store(place, tl.dot(weights, v_low).to(kind), mask=inside)
+    tl.store(place + HALF, tl.dot(weights, v_high).to(kind), mask=inside)
+
+
+def short_attention(
+    qkv: torch.Tensor,
+    q_norm: torch.Tensor,
+    k_norm: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    heads: int,
+    eps: float,
+    tokens: int,
+) -> torch.Tensor:
+    """Norm and rotate queries and keys, and attend causally within each sequence.
+
+    Parameters
+    ----------
+    qkv
+        [sequences x tokens, heads + 2 x key heads, head_dim]; head_dim a power of two from 32.
+    q_norm, k_norm
+        [head_dim].
+    cos, sin
+        [sequences x tokens, head_dim], the same in both halves.
+    heads
+        Of the queries.
+    eps
+        Of the norms.
+    tokens
+        Of each sequence; beyond 64, registers run out.
+
+    Returns
+    -------
+    torch.Tensor
+        [sequences x tokens, heads x head_dim].
+    """
+    total, width = qkv.shape[0], qkv.shape[2]
+    out = torch.empty(total, heads * width, dtype=qkv.dtype, device=qkv.device)
+    _attend[total // tokens, heads](
+        qkv, q_norm, k_norm, cos, sin, out,
+        tokens, heads, (qkv.shape[1] - heads) // 2, eps, width**-0.5,
+        ROWS=max(16, triton.next_power_of_2(tokens)), HALF=width // 2,
+    )  # fmt: skip
+    return out

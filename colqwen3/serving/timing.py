@@ -1,0 +1,131 @@
+"""Timing of serving runtimes against each other, in turns, and the memory that they take."""
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+
+from colqwen3.model.processing_colqwen3 import AUGMENTATION_TOKENS
+
+BEST = "best"
+WARMUP_GRAPHS = 3  # a page batch is recorded the second time it is seen
+
+Work = Callable[[], object]
+
+
+def query_rows(ids: Sequence[torch.Tensor], tokens: int, count: int) -> list[torch.Tensor]:
+    """Return `count` rows of `tokens` token ids, made of real queries.
+
+    Their text is cut or repeated; the augmentation tokens at the end stay.
+    """
+    rows = []
+    for number in range(count):
+        row = ids[number % len(ids)]
+        text, suffix = row[:-AUGMENTATION_TOKENS], row[-AUGMENTATION_TOKENS:]
+        length = tokens - AUGMENTATION_TOKENS
+        rows.append(torch.cat([text.repeat(-(-length // len(text)))[:length], suffix]))
+    return rows
+
+
+def timed_ms(work: Work, device: torch.device) -> float:
+    """Return the milliseconds of one call, by the GPU's own events where there is one."""
+    if device.type == "cuda":
+        event: Any = torch.cuda.Event
+        begin, end = event(enable_timing=True), event(enable_timing=True)
+        torch.cuda.synchronize(device)
+        begin.record()
+        work()
+        end.record()
+        torch.cuda.synchronize(device)
+        return float(begin.elapsed_time(end))
+    start = time.perf_counter()
+    work()
+    return 1000 * (time.perf_counter() - start)
+
+
+def median_ms(
+    works: Sequence[Work], device: torch.device, warmup: int, repeats: int
+) -> list[float]:
+    """Return the median milliseconds of each of several works, called in turns."""
+    times: list[list[float]] = [[] for _ in works]
+    for number in range(warmup + repeats):
+        for work, taken in zip(works, times, strict=True):
+            found = timed_ms(work, device)
+            if number >= warmup:
+                taken.append(found)
+    return [statistics.median(taken) for taken in times]
+
+
+def compare_times(times: dict[str, list[float]], items: int) -> dict[str, Any]:
+    """Turn milliseconds by mode, original and quantized, into what is reported.
+
+    Parameters
+    ----------
+    times
+        Mode -> milliseconds of the original and of the quantized model.
+    items
+        Queries or pages in the batch.
+
+    Returns
+    -------
+    dict
+        Each mode with ``speedup``, the original's time by the quantized model's, and
+        ``speedup_to_best``, the original's in its fastest mode instead; and ``best``: the fastest
+        mode of each, with items per second.
+    """
+    best = [min(column) for column in zip(*times.values(), strict=True)]
+    made: dict[str, Any] = {
+        mode: {**_pair(*pair), "speedup_to_best": round(best[0] / pair[1], 3)}
+        for mode, pair in times.items()
+    }
+    made[BEST] = {
+        **_pair(*best),
+        "original_per_second": round(1000 * items / best[0], 2),
+        "quantized_per_second": round(1000 * items / best[1], 2),
+    }
+    return made
+
+
+def _pair(original: float, quantized: float) -> dict[str, float]:
+    return {
+        "original_ms": round(original, 3),
+        "quantized_ms": round(quantized, 3),
+        "speedup": round(original / quantized, 3),
+    }
+
+
+def token_cosines(found: Iterable[torch.Tensor], wanted: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Return the cosine of every token; rows of `found` may go on behind the last one."""
+    pairs = zip(found, wanted, strict=True)
+    return torch.cat(
+        [
+            torch.cosine_similarity(ours[: len(theirs)].double().cpu(), theirs.double(), dim=-1)
+            for ours, theirs in pairs
+        ]
+    )
+
+
+def loaded_memory(device: torch.device) -> dict[str, int]:
+    """Return what a runtime's tensors take of the GPU once it is loaded; nothing on a CPU."""
+    if device.type != "cuda":
+        return {}
+    return {"gpu_loaded_bytes": torch.cuda.memory_allocated(device)}
+
+
+def memory(device: torch.device) -> dict[str, int]:
+    """Return the peak of what torch held of the GPU since it was last asked; nothing on a CPU."""
+    if device.type != "cuda":
+        return {}
+    torch.cuda.synchronize(device)
+    return {"gpu_peak_reserved_bytes": torch.cuda.max_memory_reserved(device)}
+
+
+def free_memory(device: torch.device) -> None:
+    """Give memory that nothing refers to back to the GPU, and measure its peak anew."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)

@@ -1,0 +1,1 @@
+"""What any long computation needs: files, disk, device, progress, locks, resuming."""

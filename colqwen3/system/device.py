@@ -1,0 +1,53 @@
+"""Device selection and determinism."""
+
+import logging
+import platform
+from pathlib import Path
+
+import torch
+
+from colqwen3.system.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device for ``compute.device``; ``auto`` takes a CUDA GPU when there is one.
+
+    Raises
+    ------
+    UserError
+        If CUDA is asked for and there is none.
+    """
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise UserError(
+            "params.yaml: compute.device is cuda, but torch sees no GPU; set auto or cpu"
+        )
+    device = torch.device("cuda:0" if available and name != "cpu" else "cpu")
+    logger.info(
+        "running on %s", torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
+    )
+    return device
+
+
+def device_name(device: torch.device) -> str:
+    """Return the model name of a GPU, or of this machine's CPU."""
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not on macOS
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"CPU, {names[0] if names else platform.processor() or platform.machine()}"
+
+
+def make_deterministic(seed: int = 0) -> None:
+    """Seed torch and ask it for deterministic kernels, warning where there is none."""
+    torch.manual_seed(seed)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    # filling every new tensor finds reads of unwritten memory; it costs time, and changes nothing
+    setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010

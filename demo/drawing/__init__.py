@@ -1,0 +1,1 @@
+"""Draws the demo's page sets and calibration texts."""

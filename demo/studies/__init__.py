@@ -1,0 +1,1 @@
+"""Studies: what calibration is worth, and what happens as models grow."""

@@ -1,0 +1,1 @@
+"""What calibration is worth: recipes made and measured by the stages of the pipeline."""

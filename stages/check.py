@@ -1,0 +1,107 @@
+"""Stage `check`: parameters, datasets and model, before any other stage touches a result.
+
+DVC deletes the outs of a stage before it runs the stage, so a typo that a stage itself found would
+have cost a finished result. Every stage depends on this one, whose own out never changes.
+"""
+
+import logging
+import re
+from pathlib import Path
+
+from colqwen3.checkpoint import layout
+from colqwen3.checkpoint.inspection import read_config
+from colqwen3.system.errors import UserError, run
+from colqwen3.system.files import write_json
+from stages.checking.datasets import check_calibration, check_evaluation
+from stages.checking.params import Params
+from stages.pipeline.params import load_params
+from stages.pipeline.paths import CHECKED
+from stages.pipeline.stage import claim, stage_parser
+from stages.quantization.recipes import RtnRecipe
+
+logger = logging.getLogger(__name__)
+
+NAMED_FORMAT = re.compile(r"(?:^|-)w(\d)g(\d+)(?:-|$)")
+"""What the name of a recipe says of its bits and group size."""
+
+
+def check_results_folder(folder: Path) -> None:
+    """Reject a results folder that is a symbolic link: DVC would refuse it after all the work.
+
+    Raises
+    ------
+    UserError
+        Saying what to do instead.
+    """
+    if folder.is_symlink():
+        raise UserError(
+            f"{folder}: is a symbolic link, and DVC tracks nothing outside of the repository; remove "
+            "the link, then mount the larger disk there (`mount --bind DISK artifacts`), or move "
+            "DVC's cache to it: `dvc cache dir --local DISK` and "
+            "`dvc config --local cache.type symlink`"
+        )
+
+
+def check_model(params: Params) -> None:
+    """Check a model folder's config, and that every recipe's group size fits its linears.
+
+    A Hub id is checked by `inspect`, which fetches it.
+
+    Raises
+    ------
+    UserError
+        If the folder is not an unquantized ColQwen3, or a group size does not fit.
+    """
+    folder = Path(params.model.source).expanduser()
+    if not folder.is_dir():
+        return
+    config = read_config(folder)
+    for name, recipe in params.recipes.items():
+        everything = isinstance(recipe, RtnRecipe) and recipe.linears == "all"
+        try:
+            linears = layout.all_linears(config) if everything else layout.linears(config)
+        except (KeyError, TypeError, AttributeError, ValueError):
+            return  # `inspect` names what is wrong with the config
+        for linear, (_, in_features) in linears.items():
+            if in_features % recipe.group_size:
+                raise UserError(
+                    f"params.yaml: recipes.{name}.group_size is {recipe.group_size}, which does not "
+                    f"divide the {in_features} inputs of {linear}; choose a smaller one"
+                )
+
+
+def misleading_names(params: Params) -> list[str]:
+    """Return a line for every recipe whose name contradicts its bits or group size."""
+    lines = []
+    for name, recipe in params.recipes.items():
+        said = NAMED_FORMAT.search(name)
+        if said and said.groups() != (str(recipe.bits), str(recipe.group_size)):
+            lines.append(
+                f"recipes.{name} has {recipe.bits} bits and group size {recipe.group_size}, which "
+                "its name contradicts; rename it"
+            )
+    return lines
+
+
+def main() -> None:
+    """Check everything; write artifacts/checked.json."""
+    stage_parser("check", __doc__).parse_args()
+    check_results_folder(CHECKED.parent)
+    params = load_params(Params)
+    claim("check")
+    check_model(params)
+    if any(recipe.method == "autoround" for recipe in params.recipes.values()):
+        check_calibration(params.calibration)
+    check_evaluation(Path(params.evaluate.dataset))
+    for line in misleading_names(params):
+        logger.warning("%s", line)
+    if Path(params.calibration.dataset).resolve() == Path(params.evaluate.dataset).resolve():
+        logger.warning(
+            "calibration.dataset and evaluate.dataset are the same folder: every figure is measured "
+            "on pages that the recipe was tuned on, and looks better than on others"
+        )
+    write_json(CHECKED, {"checked": True})
+
+
+if __name__ == "__main__":
+    run(main)

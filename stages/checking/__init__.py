@@ -1,0 +1,1 @@
+"""The whole of params.yaml, checked before any stage touches a result."""

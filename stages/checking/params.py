@@ -1,0 +1,115 @@
+"""The whole of params.yaml, and what its sections must agree on."""
+
+from collections.abc import Collection, Mapping
+
+from pydantic import Field, field_validator, model_validator
+
+from stages.evaluation.limits import GateParams
+from stages.pipeline.params import (
+    BenchmarkParams,
+    ComputeParams,
+    EmbedParams,
+    EvaluateParams,
+    ModelParams,
+    Section,
+    check_names,
+    quote,
+    suggest,
+)
+from stages.publishing.options import ReleaseOptions
+from stages.quantization.recipes import AnyRecipe, AutoRoundRecipe, Recipe, RtnRecipe
+from stages.quantization.sets import NO_SAMPLES, CalibrationParams
+
+RESERVED_NAMES = {"original"}  # artifacts/embeddings/original.safetensors
+
+
+def check_sets(
+    recipes: Mapping[str, AnyRecipe], sets: Collection[str], recipes_key: str, sets_key: str
+) -> None:
+    """Reject a recipe that is tuned on a set that does not exist.
+
+    Parameters
+    ----------
+    recipes, sets
+        Recipes by name, and names of sets.
+    recipes_key, sets_key
+        Where they stand, for the error.
+
+    Raises
+    ------
+    ValueError
+        Naming the recipe.
+    """
+    for name, recipe in recipes.items():
+        if isinstance(recipe, AutoRoundRecipe) and recipe.calibration not in sets:
+            raise ValueError(
+                f"{recipes_key}.{name}.calibration: {quote(recipe.calibration)} is not a set of "
+                f"{sets_key}{suggest(recipe.calibration, sets)} (known: {', '.join(sets) or 'none yet'})"
+            )
+
+
+class Params(Section):
+    """The whole of params.yaml."""
+
+    model: ModelParams
+    calibration: CalibrationParams
+    recipes: dict[str, Recipe]
+    fallbacks: dict[str, str] = Field(default_factory=dict)
+    release: dict[str, ReleaseOptions] = Field(default_factory=dict)
+    embed: EmbedParams
+    evaluate: EvaluateParams
+    benchmark: BenchmarkParams
+    gate: GateParams
+    compute: ComputeParams
+
+    @field_validator("recipes")
+    @classmethod
+    def _recipe_names(cls, recipes: dict[str, AnyRecipe]) -> dict[str, AnyRecipe]:
+        if not recipes:
+            raise ValueError("is empty; give at least one recipe")
+        return check_names(recipes, RESERVED_NAMES)
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> "Params":
+        check_sets(self.recipes, self.calibration.sets, "recipes", "calibration.sets")
+        for section, names in (("fallbacks", self.fallbacks), ("release", self.release)):
+            for name in names:
+                if name not in self.recipes:
+                    raise ValueError(
+                        f"{section}.{name}: no such recipe{suggest(name, self.recipes)} "
+                        f"(known: {', '.join(self.recipes)})"
+                    )
+        for name, fallback in self.fallbacks.items():
+            self._check_fallback(name, fallback)
+        for name, options in self.release.items():
+            self._check_format(name, options)
+        return self
+
+    def _check_fallback(self, name: str, fallback: str) -> None:
+        """Reject a fallback that does not exist, or needs more than the recipe's stage has."""
+        other = self.recipes.get(fallback)
+        if other is None or fallback == name:
+            known = ", ".join(key for key in self.recipes if key != name) or "none"
+            raise ValueError(
+                f"fallbacks.{name}: {quote(fallback)} is not another recipe (known: {known})"
+            )
+        if other.calibration not in (NO_SAMPLES, self.recipes[name].calibration):
+            raise ValueError(
+                f"fallbacks.{name}: {fallback} is tuned on {other.calibration}, which {name} does "
+                "not wait for; name a recipe of the same set, or of method rtn"
+            )
+
+    def _check_format(self, name: str, options: ReleaseOptions) -> None:
+        """Reject a format that cannot hold the recipe's weights."""
+        recipe = self.recipes[name]
+        if options.format == "llm_compressor" and recipe.bits not in (4, 8):
+            raise ValueError(
+                f"release.{name}.format: llm_compressor takes 4 or 8 bits, not {recipe.bits}: the "
+                "kernels that read its packed weights support no others"
+            )
+        vision_too = isinstance(recipe, RtnRecipe) and recipe.linears == "all"
+        if options.format == "auto_gptq" and vision_too:
+            raise ValueError(
+                f"release.{name}.format: auto_gptq cannot hold a recipe with linears: all, because "
+                "that format names one list of blocks and the vision tower is a second one"
+            )

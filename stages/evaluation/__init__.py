@@ -1,0 +1,1 @@
+"""Judging a quantized model: cosines, retrieval, sizes, heat maps, limits."""

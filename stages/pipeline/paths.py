@@ -1,0 +1,27 @@
+"""Where the stages leave their results; dvc.yaml names the same places."""
+
+from pathlib import Path
+
+CHECKED = Path("artifacts/checked.json")
+MANIFEST = Path("artifacts/manifest.json")
+CALIBRATION = Path("artifacts/calibration")  # one folder per set of samples
+CHECKPOINTS = Path("artifacts/checkpoints")  # one folder per recipe
+QUANTIZED = Path("artifacts/quantize")  # how each checkpoint was made, one file per recipe
+SCRATCH = Path(
+    "artifacts/scratch"
+)  # unfinished work, one folder per stage; nothing in it is an out
+LOCKS = Path("artifacts/locks")  # one file per stage, locked while it runs; no outs either
+RELEASES = Path("artifacts/release")  # one folder per recipe, for others
+EMBEDDINGS = Path("artifacts/embeddings")  # one file per recipe, and that of the original
+BENCHMARKS = Path("artifacts/benchmark")  # what was timed, one file per recipe
+SPEED = Path("artifacts/speed")  # timings of this machine, one file per checkpoint; no outs
+VERDICTS = Path("artifacts/gate")  # one file per recipe
+REPORT = Path("artifacts/report")
+METRICS = Path("metrics")
+MODEL_METRICS = METRICS / "model.json"
+QUALITY_METRICS = METRICS / "quality"  # one file per recipe, as in the folders below
+QUANTIZE_METRICS = METRICS / "quantize"
+SUMMARIES = METRICS / "summary"
+QUERY_METRICS = METRICS / "queries"
+PLOTS = METRICS / "plots"
+NDCG_PLOT = PLOTS / "ndcg.json"

@@ -1,0 +1,1 @@
+"""The released folder: card, weight formats, the model code that travels."""

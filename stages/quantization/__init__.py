@@ -1,0 +1,1 @@
+"""Quantizing linears: recipes, calibration samples, rounding and AutoRound, the checkpoint."""

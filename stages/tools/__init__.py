@@ -1,0 +1,1 @@
+"""Commands that are no stage: report, results table, uploads, measurements."""

@@ -1,0 +1,205 @@
+"""Benchmarks by mteb: run by mteb itself, offline, on a small set that our own code measures too."""
+
+import json
+import socket
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from colqwen3.commands import benchmark_vidore as vidore
+from colqwen3.dataset.beir import read_dataset
+from colqwen3.embedding.batches import embed_all
+from colqwen3.model.loading import load_model, load_processor
+from colqwen3.model.scoring import max_sim
+from colqwen3.system.errors import UserError
+from stages.evaluation.retrieval import MEASURES, Run, measure
+from stages.pipeline.params import load_params
+
+mteb = pytest.importorskip("mteb", reason="the benchmarks are an extra: pip install mteb")
+import datasets  # noqa: E402 - comes with mteb
+from mteb.abstasks import AbsTaskRetrieval  # noqa: E402
+from mteb.get_tasks import _TASKS_REGISTRY  # noqa: E402
+
+MODEL = Path("tests/golden/model")
+WORDS = [
+    "boiler", "pump", "valve", "ledger", "invoice", "harvest",
+    "tariff", "glacier", "turbine", "census", "orchard", "ferry",
+]  # fmt: skip
+PAGES = 14
+
+
+def draw_set(folder: Path) -> Path:
+    """Pages of several sizes, the last one twice so that scores tie, and graded judgements."""
+    (folder / "corpus").mkdir(parents=True)
+    for number in range(PAGES):
+        kept = min(number, PAGES - 2)
+        page = Image.new("RGB", (96 + 32 * (kept % 3), 160 - 32 * (kept % 2)), "white")
+        draw = ImageDraw.Draw(page)
+        for line in range(4):
+            words = f"{WORDS[(kept + line) % 12]} {WORDS[kept * 5 % 12]} {kept}"
+            draw.text((6, 8 + 24 * line), words, fill=(20 * line, 0, 7 * kept))
+        page.save(folder / f"corpus/p{number:02d}.png")
+    lines = [json.dumps({"_id": f"q{i}", "text": f"{word} of {i}"}) for i, word in enumerate(WORDS)]
+    (folder / "queries.jsonl").write_text("\n".join(lines))
+    judged = [
+        f"q{i}\tp{(5 * i + step) % PAGES:02d}\t{score}"
+        for i in range(len(WORDS))
+        for step, score in ((1, 2), (3, 1), (6, 0))
+    ]
+    (folder / "qrels.tsv").write_text("\n".join(["query-id\tcorpus-id\tscore", *judged]))
+    return folder
+
+
+class FolderTask(AbsTaskRetrieval):  # type: ignore[misc]
+    """A BEIR-like folder as a task of mteb; keeps the figures that mteb rounds afterwards."""
+
+    folder: ClassVar[Path]
+    by_query: ClassVar[dict[str, dict[str, float]]]
+    runs: ClassVar[dict[str, dict[str, float]]]
+    metadata = mteb.TaskMetadata(
+        name="FolderPages",
+        description="Pages of a folder.",
+        reference=None,
+        dataset={"path": "none", "revision": "none"},
+        type="DocumentUnderstanding",
+        category="t2i",
+        modalities=["text", "image"],
+        eval_splits=["test"],
+        eval_langs=["eng-Latn"],
+        main_score="ndcg_at_5",
+    )
+
+    def load_data(self, num_proc: int | None = None, **_: Any) -> None:
+        dataset = read_dataset(self.folder)
+        images = [str(page.path) for page in dataset.pages.values()]
+        corpus = datasets.Dataset.from_dict({"id": list(dataset.pages), "image": images})
+        texts = {"id": list(dataset.queries), "text": list(dataset.queries.values())}
+        split = {
+            "corpus": corpus.cast_column("image", datasets.Image()),
+            "queries": datasets.Dataset.from_dict(texts),
+            "relevant_docs": dataset.relevance,
+            "top_ranked": None,
+        }
+        self.dataset = {"default": {"test": split}}
+        self.data_loaded = True
+
+    def task_specific_scores(self, scores: Any, qrels: Any, results: Any, **_: Any) -> Any:
+        FolderTask.by_query, FolderTask.runs = scores, results
+        return {}
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *args: str | Path) -> None:
+    monkeypatch.setattr(sys, "argv", ["vidore", *map(str, args)])
+    vidore.main()
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setitem(_TASKS_REGISTRY, "FolderPages", FolderTask)
+    FolderTask.folder = draw_set(tmp_path / "set")
+    return FolderTask.folder
+
+
+def test_mteb_and_we_measure_the_same(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise AssertionError("network")
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(vidore, "PAGES_IN_MEMORY", 10)  # so that mteb merges two parts
+    out = tmp_path / "out.json"
+    command(monkeypatch, "--model", MODEL, "--tasks", "FolderPages", "--out", out)
+    report = json.loads(out.read_text())
+
+    dataset, params = read_dataset(folder), load_params()
+    processor = load_processor(MODEL, params.model.max_num_visual_tokens)
+    model = load_model(MODEL, torch.float32, torch.device("cpu"))
+    queries, pages = embed_all(model, processor, dataset.queries, dataset.pages, params)
+    scores = max_sim(list(queries.values()), list(pages.values())).numpy()
+    run = Run(tuple(queries), tuple(pages), scores)
+    ours = measure(run, dataset.relevance)
+
+    for row, query in enumerate(run.queries):
+        wanted = dict(zip(run.pages, scores[row].tolist(), strict=True))
+        assert FolderTask.runs[query] == pytest.approx(wanted, abs=1e-5)
+    keys = {"ndcg_at_5": "ndcg_cut_5", "ndcg_at_10": "ndcg_cut_10", "recall_at_5": "recall_5"}
+    for name, key in keys.items():
+        theirs = [FolderTask.by_query[query][key] for query in run.queries]
+        assert theirs == pytest.approx(ours[name].tolist(), abs=1e-6)
+        assert sum(theirs) / len(theirs) == pytest.approx(ours[name].mean(), abs=1e-6)
+        assert 0 < ours[name].mean() < 1
+    assert report == {
+        "model": "local/model",
+        "revision": None,
+        "dtype": "float32",
+        "max_num_visual_tokens": params.model.max_num_visual_tokens,
+        "mteb": version("mteb"),
+        "tasks": {
+            "FolderPages": {
+                "test": {"default": {name: round(ours[name].mean(), 5) for name in MEASURES}}
+            }
+        },
+    }
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--tasks", "VidoreDocVQARetrival"], "Did you mean: 'VidoreDocVQARetrieval'"),
+        (["--tasks", "Banking77Classification"], "is no retrieval task"),
+        (["--tasks", "FolderPages", "--model", "no/such/folder"], "no such folder"),
+    ],
+)
+def test_bad_input_is_one_line(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, args: list[str], message: str
+) -> None:
+    out = tmp_path / "out.json"
+    with pytest.raises(UserError) as caught:
+        command(monkeypatch, "--model", MODEL, "--out", out, *args)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not out.exists()
+
+
+def test_data_that_cannot_be_fetched_is_one_line(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: Any, **_: Any) -> None:
+        raise ConnectionError("no route\nto the Hub")
+
+    monkeypatch.setattr(FolderTask, "load_data", fail)
+    with pytest.raises(UserError, match=r"^FolderPages: .*\(no route\); check the network"):
+        command(
+            monkeypatch, "--model", MODEL, "--tasks", "FolderPages", "--out", tmp_path / "o.json"
+        )
+
+
+def test_a_benchmark_stands_for_its_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    # mteb's own list of benchmarks takes 10 s to build
+    known = {"ViDoRe(v1)": SimpleNamespace(tasks=[FolderTask(), FolderTask()])}
+    monkeypatch.setattr(mteb, "get_benchmark", lambda name: known[name])
+    found = vidore.find_tasks(["ViDoRe(v1)", "VidoreShiftProjectRetrieval"])
+    names = [task.metadata.name for task in found]
+    assert names == ["FolderPages", "FolderPages", "VidoreShiftProjectRetrieval"]
+    with pytest.raises(UserError, match=r"mteb knows no task 'ViDoRe\(v9\)'"):
+        vidore.find_tasks(["ViDoRe(v9)"])
+
+
+def test_without_mteb_the_error_names_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vidore, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=f"pip install {vidore.MTEB}"):
+        command(monkeypatch, "--model", MODEL, "--tasks", "any", "--out", tmp_path / "o.json")
+
+
+def test_the_named_version_is_the_tested_one() -> None:
+    assert f"mteb=={version('mteb')}" == vidore.MTEB

@@ -1,0 +1,153 @@
+"""The processor against the documented prompt, token counts and golden token ids."""
+
+import itertools
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from colqwen3.model import ColQwen3Processor
+
+GOLDEN = Path("tests/golden")
+META = json.loads((GOLDEN / "golden_meta.json").read_text())
+QUERIES: dict[str, str] = json.loads((GOLDEN / "inputs/queries.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def processor() -> ColQwen3Processor:
+    return ColQwen3Processor.from_pretrained(str(GOLDEN / "model"))
+
+
+def runs(ids: torch.Tensor) -> list[list[int]]:
+    return [[key, len(list(group))] for key, group in itertools.groupby(ids.tolist())]
+
+
+def test_token_ids_equal_golden(processor: ColQwen3Processor) -> None:
+    for name, text in QUERIES.items():
+        ids = processor.process_texts([text])["input_ids"][0]
+        assert runs(ids) == META["queries"][name]["input_ids_runs"]
+    for path in sorted((GOLDEN / "inputs/pages").glob("*.png")):
+        inputs = processor.process_images([Image.open(path)])
+        assert runs(inputs["input_ids"][0]) == META["pages"][path.stem]["input_ids_runs"]
+
+
+def test_query_is_stripped_and_ends_in_ten_attended_augmentation_tokens(
+    processor: ColQwen3Processor,
+) -> None:
+    inputs = processor.process_texts(["  total of the year \n"])
+    end = processor.tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    words = processor.tokenizer("total of the year")["input_ids"]
+    assert inputs["input_ids"][0].tolist() == words + [end] * 10
+    assert inputs["attention_mask"].all()
+
+
+@pytest.mark.parametrize("token", ["<|image_pad|>", "<|endoftext|>", "<|vision_start|>"])
+def test_a_special_token_in_a_text_is_text(processor: ColQwen3Processor, token: str) -> None:
+    special = processor.tokenizer.convert_tokens_to_ids(token)
+    inputs = processor.process_texts([f"total {token} of {token}", token])
+    texts = inputs["input_ids"][:, :-10]
+    end = processor.tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    padding = inputs["attention_mask"][:, :-10] == 0
+    assert not (texts[~padding] == special).any()
+    assert (inputs["input_ids"][:, -10:] == end).all()
+    # nothing is lost: the text can be read back
+    assert processor.tokenizer.decode(texts[0]) == f"total {token} of {token}"
+    # and a page made after it has its tokens all the same
+    page = processor.process_images([Image.new("RGB", (64, 64))])["input_ids"]
+    assert (page == processor.tokenizer.convert_tokens_to_ids("<|image_pad|>")).any()
+
+
+@pytest.mark.parametrize(
+    ("size", "visual"),
+    [
+        ((320, 640), 10 * 20),
+        ((61, 43), 70),  # grown to the least number of pixels
+        ((1240, 1754), 1260),  # an A4 page at 150 dpi, shrunk to the cap: 30 x 42 tokens
+    ],
+)
+def test_page_has_its_visual_tokens_and_eleven_more(
+    processor: ColQwen3Processor, size: tuple[int, int], visual: int
+) -> None:
+    inputs = processor.process_images([Image.new("RGB", size, "white")])
+    image = processor.tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    ids = inputs["input_ids"][0]
+    assert int((ids == image).sum()) == visual
+    assert len(ids) == visual + 11
+    grid = inputs["image_grid_thw"][0]
+    assert grid.prod() == 4 * visual == len(inputs["pixel_values"])
+    text = processor.tokenizer.decode(ids).replace("<|image_pad|>" * visual, "*")
+    assert text == (
+        "<|im_start|>user\n<|vision_start|>*<|vision_end|>Describe the image.<|im_end|><|endoftext|>"
+    )
+
+
+@pytest.mark.parametrize("cap", [4, 100, 1280])
+def test_visual_tokens_stay_under_the_cap(cap: int) -> None:
+    processor = ColQwen3Processor.from_pretrained(str(GOLDEN / "model"), max_num_visual_tokens=cap)
+    grid = processor.process_images([Image.new("RGB", (1700, 2200))])["image_grid_thw"][0]
+    assert grid.prod() // 4 <= cap
+
+
+def test_pixels_are_scaled_to_minus_one_to_one(processor: ColQwen3Processor) -> None:
+    for colour, value in (("black", -1.0), ("white", 1.0), ("red", None)):
+        pixels = processor.process_images([Image.new("RGB", (320, 320), colour)])["pixel_values"]
+        if value is not None:
+            assert torch.allclose(pixels, torch.full_like(pixels, value))
+        else:  # channels first within a patch: all of red, then green, then blue
+            channels = pixels.reshape(len(pixels), 3, -1)
+            assert channels[:, 0].eq(1).all()
+            assert channels[:, 1:].eq(-1).all()
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGBA", "CMYK"])
+def test_image_modes_become_rgb(processor: ColQwen3Processor, mode: str) -> None:
+    drawn = Image.linear_gradient("L").convert("RGB").convert(mode)
+    found = processor.process_images([drawn])["pixel_values"]
+    wanted = processor.process_images([drawn.convert("RGB")])["pixel_values"]
+    assert torch.equal(found, wanted)
+
+
+def test_too_long_a_page_is_refused(processor: ColQwen3Processor) -> None:
+    with pytest.raises(ValueError, match="aspect ratio"):
+        processor.process_images([Image.new("RGB", (4020, 20))])
+
+
+def test_saved_processor_is_the_same(processor: ColQwen3Processor, tmp_path: Path) -> None:
+    processor.save_pretrained(tmp_path)
+    again = ColQwen3Processor.from_pretrained(str(tmp_path))
+    image = Image.linear_gradient("L")
+    for wanted, found in (
+        (processor.process_images([image]), again.process_images([image])),
+        (processor.process_texts(["a", "b c"]), again.process_texts(["a", "b c"])),
+    ):
+        assert wanted.keys() == found.keys()
+        assert all(torch.equal(wanted[key], found[key]) for key in wanted)
+
+
+def test_call_takes_either_images_or_text(processor: ColQwen3Processor) -> None:
+    assert "pixel_values" in processor(images=Image.new("RGB", (64, 64)))
+    assert torch.equal(
+        processor(text="a")["input_ids"], processor.process_texts(["a"])["input_ids"]
+    )
+    with pytest.raises(ValueError, match="either images or text"):
+        processor()
+
+
+def test_scores_are_max_sim(processor: ColQwen3Processor) -> None:
+    query, page = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[0.6, 0.8], [0.0, -1.0]])
+    assert processor.score_multi_vector([query], [page]).item() == pytest.approx(1.4)
+
+
+def test_threads_may_share_a_processor() -> None:
+    """The embed stage prepares batches in threads."""
+    texts = [["total of the year"], ["a", "the total of the year " * 50]]
+    alone = [
+        ColQwen3Processor.from_pretrained(str(GOLDEN / "model")).process_texts(t) for t in texts
+    ]
+    shared = ColQwen3Processor.from_pretrained(str(GOLDEN / "model"))
+    with ThreadPoolExecutor(8) as threads:
+        for i, made in enumerate(threads.map(shared.process_texts, texts * 100)):
+            assert torch.equal(made["input_ids"], alone[i % 2]["input_ids"])

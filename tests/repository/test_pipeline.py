@@ -1,0 +1,223 @@
+"""The whole pipeline in a temporary clone, on a smaller setting, and what a change reruns."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from colqwen3.system.lock import Lock
+from tests.helpers.clone import (
+    change,
+    commit,
+    copy_tree,
+    dvc,
+    processes_of,
+    results,
+    small_dataset,
+    start_dvc,
+)
+
+RECIPES = ("w4g128", "rtn-w4g128")
+CHAIN = ("quantize", "embed", "evaluate", "benchmark")
+PAGES = 12
+ABLATION = {
+    "rtn": {
+        "method": "rtn", "calibration": "none", "bits": 3, "group_size": 128, "sym": True
+    },
+    "text-seed1": {
+        "method": "autoround", "calibration": "text-seed1", "deepstack": False,
+        "bits": 3, "group_size": 128, "sym": True, "iters": 2, "lr": 0.005, "seed": 1,
+    },
+}  # fmt: skip
+
+pytestmark = pytest.mark.e2e
+
+
+def stale(clone: Path) -> set[str]:
+    """Stages whose own deps or params changed, without what only follows from them."""
+    return set(json.loads(dvc(clone, "status", "--json", "dvc.yaml").stdout or "{}"))
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository of the working tree's files, with few pages and few tuning steps."""
+    folder = tmp_path_factory.mktemp("clone")
+    copy_tree(folder)
+    for name in ("evaluation", "evaluation2"):
+        small_dataset(folder / "demo/pages" / name, PAGES)
+    for keys, value in {
+        ("calibration", "sets", "mixed", "queries"): 2,
+        ("calibration", "sets", "mixed", "pages"): 2,
+        ("recipes", "w4g128", "iters"): 2,
+        ("recipes", "w4g128", "lr"): 0.005,
+        ("benchmark", "warmup"): 0,
+        ("benchmark", "repeats"): 1,
+        ("ablation", "sets", "text-seed1", "passages"): 2,
+        ("ablation", "recipes"): ABLATION,
+    }.items():
+        change(folder, *keys, value=value)
+    commit(folder)
+    done = dvc(folder, "repro")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def test_every_result_is_there(clone: Path) -> None:
+    for recipe in RECIPES:
+        quality = json.loads((clone / f"metrics/{recipe}.json").read_text())
+        assert quality["data"]["pages"] == PAGES
+        assert 0.9 < quality["pages"]["cosine"]["mean"] < 1
+        made = json.loads((clone / f"metrics/quantize/{recipe}.json").read_text())
+        assert made["linears"]["planned"] == made["linears"]["quantized"] > 0
+        wanted = {"queries": 2, "pages": 2, "samples": 4} if recipe == "w4g128" else {"samples": 0}
+        assert wanted.items() <= made["calibration"].items()
+        speed = json.loads((clone / f"metrics/speed/{recipe}.json").read_text())
+        assert speed["query"]["batches"]["1"]["best"]["quantized_ms"] > 0
+        assert (clone / f"artifacts/checkpoints/{recipe}/model.safetensors").exists()
+
+
+def test_nothing_leaks_a_path(clone: Path) -> None:
+    for path in [
+        *clone.glob("metrics/**/*.json"),
+        clone / "dvc.lock",
+        clone / "artifacts/manifest.json",
+    ]:
+        assert str(clone.parent) not in path.read_text(), path
+
+
+def test_second_run_does_nothing(clone: Path) -> None:
+    before = (clone / "dvc.lock").read_bytes()
+    done = dvc(clone, "repro")
+    assert done.returncode == 0
+    assert "Running stage" not in done.stdout
+    assert (clone / "dvc.lock").read_bytes() == before
+
+
+def test_forced_release_gives_the_same_folder(clone: Path) -> None:
+    before = (clone / "dvc.lock").read_bytes()
+    assert dvc(clone, "repro", "-f", "-s", "release@rtn-w4g128").returncode == 0
+    assert (clone / "dvc.lock").read_bytes() == before
+
+
+def test_two_runs_and_a_killed_one_end_well(clone: Path) -> None:
+    """`python -m tests.slow.kill_repro` does this at many moments of a whole run."""
+    before = results(clone)
+    lock, log = Lock(clone / "artifacts/locks/embed@original.lock"), clone / ".git/log"
+    assert lock.take()
+    with log.open("w") as file:
+        first = start_dvc(clone, "repro", "-f", "-s", "embed_original", log=file)
+        while "is working on embed@original; waiting" not in log.read_text():
+            assert first.poll() is None, log.read_text()
+            time.sleep(0.1)
+        second = dvc(clone, "repro", "-s", "embed_original")
+        assert second.returncode != 0
+        assert f"(PID {first.pid})" in second.stderr  # DVC says who is at it
+        first.send_signal(signal.SIGTERM)
+        first.wait()
+    lock.release()
+    third = dvc(clone, "repro")
+    assert third.returncode == 0, third.stderr
+    assert not processes_of(clone)
+    assert results(clone) == before
+
+
+def test_no_secret_is_written_anywhere(clone: Path) -> None:
+    """The Hub's token is in the environment of a verbose run, and nowhere else."""
+    token = "hf_" + "canaryCANARY0123456789canary0123456"
+    logs = ""
+    for stage in ("inspect", "embed_original"):
+        done = dvc(clone, "repro", "-v", "-f", "-s", stage, env={"HF_TOKEN": token})
+        assert done.returncode == 0, done.stderr
+        logs += done.stdout + done.stderr
+    assert "Running stage" in logs
+    assert token not in logs
+    for path in clone.rglob("*"):
+        if path.is_file():
+            assert token.encode() not in path.read_bytes(), path
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "wanted"),
+    [
+        (("recipes", "rtn-w4g128", "group_size"), 64, {"quantize@rtn-w4g128"}),
+        (("recipes", "w4g128", "iters"), 3, {"quantize@w4g128"}),
+        (("calibration", "sets", "mixed", "pages"), 1, {"calibrate"}),
+        (("benchmark", "repeats"), 2, {f"benchmark@{recipe}" for recipe in RECIPES}),
+        (("gate", "min_page_cosine"), 0.25, {"gate"}),
+    ],
+)
+def test_change_makes_only_its_branch_stale(
+    clone: Path, keys: tuple[str, ...], value: object, wanted: set[str]
+) -> None:
+    before = (clone / "params.yaml").read_text()
+    try:
+        change(clone, *keys, value=value)
+        assert stale(clone) == wanted
+    finally:
+        (clone / "params.yaml").write_text(before)
+
+
+def test_changed_calibration_reruns_the_tuned_branch_only(clone: Path) -> None:
+    change(clone, "calibration", "seed", value=43)
+    plan = dvc(clone, "repro", "--dry")
+    running = {
+        line.split("'")[1] for line in plan.stdout.splitlines() if line.startswith("Running")
+    }
+    assert "calibrate" in running
+    assert not running & {"inspect", "embed_original"}
+    done = dvc(clone, "repro", "calibrate")
+    assert done.returncode == 0, done.stderr
+    assert stale(clone) == {"quantize@w4g128"}
+
+
+def test_forced_quantization_gives_the_same_checkpoint(clone: Path) -> None:
+    assert dvc(clone, "repro", "-f", "-s", "quantize@rtn-w4g128").returncode == 0
+    assert "quantize@rtn-w4g128" not in stale(clone)
+    assert "embed@rtn-w4g128" not in stale(clone)
+
+
+def test_a_release_is_got_by_name_and_verifies(clone: Path) -> None:
+    git = ["git", "-c", "user.name=test", "-c", "user.email=test@localhost"]
+    tag = ["tag", "-a", "w4g128@v1.0.0", "-m", "as `gto register` makes it"]
+    for command in (["add", "-A"], ["commit", "-qm", "results"], tag):
+        subprocess.run([*git, *command], cwd=clone, check=True)
+    got = dvc(clone, "artifacts", "get", ".", "w4g128", "-o", "got")
+    assert got.returncode == 0, got.stderr
+    verified = subprocess.run(
+        [sys.executable, "-m", "stages.verify", "got"], cwd=clone, capture_output=True, text=True
+    )
+    assert verified.returncode == 0, verified.stderr
+    metadata = json.loads((clone / "got/quantization_metadata.json").read_text())
+    assert len(metadata["pipeline"]["commit"]) == 40
+    shutil.rmtree(clone / "got")
+
+
+def test_the_ablation_runs_only_when_asked_and_touches_nothing_else(clone: Path) -> None:
+    assert not (clone / "ablation/metrics").exists()
+    before = stale(clone)
+    done = dvc(clone, "repro", "ablation/dvc.yaml")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert stale(clone) == before
+    for recipe in ABLATION:
+        made = json.loads((clone / f"ablation/metrics/{recipe}.json").read_text())
+        for dataset in ("evaluation", "evaluation2"):
+            assert made[dataset]["data"]["pages"] == PAGES
+            assert 0.8 < made[dataset]["pages"]["cosine"]["mean"] < 1
+        assert made["evaluation"]["pages"] != made["evaluation2"]["pages"]
+    assert made["quantize"]["calibration"]["passages"] == 2
+    assert not list((clone / "artifacts/ablation/work").iterdir())
+    assert not list(clone.glob("metrics/**/text-seed1*"))
+    assert "text-seed1" not in dvc(clone, "repro", "--dry").stdout
+
+
+def test_broken_limit_fails_by_name(clone: Path) -> None:
+    change(clone, "gate", "max_bytes", value=1000)
+    done = dvc(clone, "repro", "-s", "gate")
+    assert done.returncode != 0
+    assert "gate.max_bytes 1000" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,148 @@
+"""Check a released folder in clean virtual environments, one for each supported transformers line.
+
+    PYTHONPATH=. python tests/slow/check_release.py artifacts/release/w4g128 [--versions 4.57.6 5.24.0]
+
+Each environment holds transformers, torch and pillow, the library that owns the folder's format,
+and what they bring. There `probe_release.py` embeds queries and pages from the folder; here this project's own
+loaders do the same. It fails when a token differs by more than `LEAST` in cosine. It takes
+minutes and a package index, so it is no part of the tests; they do the same with the transformers that
+is installed.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import venv
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from colqwen3.release.provenance import METADATA
+
+PROBE = Path(__file__).with_name("probe_release.py")
+INPUTS = Path(__file__).with_name("golden") / "inputs"
+VERSIONS = ("4.57.6", "5.24.0")
+PACKAGES = ("pillow==13.0.0",)
+OWNERS = {
+    "auto_round": ("torch==2.13.0", "auto-round==0.16.1"),
+    "auto_gptq": ("torch==2.14.1", "optimum==2.3.0", "gptqmodel==7.7.0", "accelerate"),
+    "llm_compressor": ("torch==2.13.0", "compressed-tensors==0.20.0", "accelerate"),
+}
+"""Format of the weights -> the packages that read it."""
+LEAST = 0.99999
+
+Vectors = dict[str, torch.Tensor]
+
+
+def own_embeddings(folder: Path, inputs: Path, packed: bool) -> Vectors:
+    """Return what this project's loader makes of the same inputs: packed kernel, or dense weights."""
+    from colqwen3.embedding.batches import embed
+    from colqwen3.model.loading import load_model, load_packed, load_processor
+
+    load = load_packed if packed else load_model
+    model = load(folder, torch.float32, torch.device("cpu"))
+    processor = load_processor(folder, 1280)
+    queries = json.loads((inputs / "queries.json").read_text(encoding="utf-8"))
+    made = {f"query/{key}": processor.process_texts([text]) for key, text in queries.items()}
+    for path in sorted((inputs / "pages").glob("*.png")):
+        made[f"page/{path.stem}"] = processor.process_images([Image.open(path)])
+    return {key: embed(model, each)[0] for key, each in made.items()}
+
+
+def worst_cosine(found: Vectors, wanted: Vectors) -> float:
+    """Return the smallest cosine of a token; 0 when an item or a token is missing."""
+    if found.keys() != wanted.keys():
+        return 0.0
+    worst = 1.0
+    for key, vectors in wanted.items():
+        if found[key].shape != vectors.shape:
+            return 0.0
+        cosines = torch.nn.functional.cosine_similarity(found[key].double(), vectors.double())
+        worst = min(worst, float(cosines.min()))
+    return worst
+
+
+def probe(
+    python: Path, folder: Path, inputs: Path, work: Path, *dtype: str
+) -> tuple[dict[str, Any], Vectors]:
+    """Run the probe in another process, from which nothing of this project can be imported."""
+    out = work / "probe.safetensors"
+    env = {
+        key: value
+        for key, value in os.environ.items()
+        if key in ("PATH", "HOME", "OMP_NUM_THREADS", "LD_LIBRARY_PATH")
+    }
+    env |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(work / "hf"), "TOKENIZERS_PARALLELISM": "false"}
+    command = [
+        str(python),
+        str(PROBE),
+        str(folder.resolve()),
+        str(inputs.resolve()),
+        str(out),
+        *dtype,
+    ]
+    with tempfile.TemporaryDirectory() as elsewhere:
+        # -P: not even the probe's own folder
+        command.insert(1, "-P")
+        done = subprocess.run(command, cwd=elsewhere, env=env, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    return json.loads(done.stdout.strip().splitlines()[-1]), load_file(out)
+
+
+def make_environment(folder: Path, version: str, owners: Iterable[str]) -> Path:
+    """Return the interpreter of an environment with one version of transformers."""
+    python, complete = folder / "bin" / "python", folder / "complete"
+    wanted = [f"transformers=={version}", *PACKAGES, *owners]
+    if not complete.exists() or complete.read_text() != repr(wanted):
+        venv.create(folder, clear=True, with_pip=True)
+        subprocess.run([str(python), "-m", "pip", "install", "--quiet", *wanted], check=True)
+        complete.write_text(repr(wanted))
+    return python
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="PYTHONPATH=. python tests/slow/check_release.py", description=__doc__
+    )
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--versions", nargs="+", default=VERSIONS)
+    parser.add_argument("--environments", type=Path, help="keep them here, and use what is there")
+    parser.add_argument(
+        "--reference",
+        type=Path,
+        help="checkpoint of the recipe, for formats that our own loaders do not read",
+    )
+    args = parser.parse_args()
+    kind = json.loads((args.folder / METADATA).read_text(encoding="utf-8"))["format"]
+    reference = args.reference or args.folder
+    wanted = {
+        "packed": own_embeddings(reference, INPUTS, packed=True),
+        "dense": own_embeddings(reference, INPUTS, packed=False),
+    }
+    failed = False
+    with tempfile.TemporaryDirectory() as temporary:
+        work = Path(temporary)
+        for version in args.versions:
+            # absolute, since it is run in another folder
+            home = (args.environments or work).absolute() / f"transformers-{version}-{kind}"
+            python = make_environment(home, version, OWNERS[kind])
+            # other formats' libraries take the config's bfloat16, whose own noise is 0.0006
+            dtype = () if kind == "auto_round" else ("float32",)
+            facts, found = probe(python, args.folder, INPUTS, work, *dtype)
+            worst = {key: worst_cosine(found, each) for key, each in wanted.items()}
+            tokens = sum(len(vectors) for vectors in found.values())
+            print(f"{facts}: {tokens} tokens, least cosine to our own loaders {worst}", flush=True)
+            failed |= min(worst.values()) < LEAST
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()

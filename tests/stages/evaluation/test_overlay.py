@@ -1,0 +1,106 @@
+import io
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFont
+
+from stages.evaluation.overlay import COLOURS, LIMIT, Map, colour, encode, overlay, picture, wrap
+
+WHITE, RED = COLOURS[0], COLOURS[-1]
+CAPTIONS = ("original", "recipe")
+
+
+def spot(row: int, column: int, value: float = 1.0) -> Map:
+    values = np.zeros((4, 3))
+    values[row, column] = value
+    return values
+
+
+def centre(panel: Image.Image, row: int, column: int) -> tuple[int, ...]:
+    pixel = panel.getpixel(
+        (round((column + 0.5) * panel.width / 3), round((row + 0.5) * panel.height / 4))
+    )
+    assert isinstance(pixel, tuple)
+    return pixel
+
+
+def test_colours_run_from_white_at_low_or_less_to_red_at_high() -> None:
+    row = colour(np.array([[-9.0, 0.0, 0.5, 1.0]]), 0, 1)
+    assert [row.getpixel((x, 0)) for x in (0, 1, 3)] == [WHITE, WHITE, RED]
+    ladder = np.asarray(colour(np.linspace(0, 1, 50)[None], 0, 1)).astype(int).sum(-1)[0]
+    assert (np.diff(ladder) <= 0).all()
+    assert len(set(ladder.tolist())) == 16
+
+
+def test_equal_values_are_white() -> None:
+    assert colour(np.full((1, 1), 0.3), 0.3, 0.3).getpixel((0, 0)) == WHITE
+
+
+def test_cells_lie_where_the_map_says() -> None:
+    panel = overlay(Image.new("RGB", (300, 400), "white"), spot(2, 1), 0, 1, 400)
+    assert panel.size == (300, 400)
+    assert centre(panel, 2, 1) == RED
+    assert {centre(panel, row, column) for row, column in ((1, 2), (2, 0), (0, 1))} == {WHITE}
+
+
+def test_print_stays_darker_than_its_cell_and_dark_pages_turn_light() -> None:
+    page = Image.new("L", (300, 400), 255)
+    page.paste(0, (100, 0, 200, 100))
+    panel = overlay(page, spot(0, 1), 0, 1, 400)
+    assert max(centre(panel, 0, 1)) < max(RED) / 3
+    dark = overlay(Image.new("L", (300, 400), 5), spot(0, 1), 0, 1, 400)
+    assert min(centre(dark, 3, 2)) > 240
+    assert centre(dark, 0, 1)[0] > 200
+
+
+def count_red(maps: list[Map]) -> list[int]:
+    """The red pixels in the left and right half of the picture, above its colour scale."""
+    made = picture(Image.new("RGB", (300, 400), "white"), maps, CAPTIONS, "title")
+    image = Image.open(io.BytesIO(made)).convert("RGB")
+    above = np.asarray(image)[: image.height - 60]
+    halves = np.array_split(above, 2, axis=1)
+    return [int((half == RED).all(-1).sum()) for half in halves]
+
+
+def test_both_pictures_have_one_scale() -> None:
+    left, right = count_red([spot(1, 1), spot(1, 1, 0.5)])
+    assert left > 1000
+    assert right == 0
+    left, right = count_red([spot(1, 1, 0.5), spot(1, 1)])
+    assert left == 0
+    assert right > 1000
+
+
+def test_a_picture_is_small_even_of_noise_and_always_the_same() -> None:
+    noise = np.random.default_rng(0)
+    page = Image.fromarray(noise.integers(0, 256, (1300, 1000, 3), dtype=np.uint8))
+    maps = [noise.random((40, 31)), noise.random((40, 31))]
+    made = picture(page, maps, CAPTIONS, "noise")
+    assert len(made) <= LIMIT
+    assert made == picture(page, maps, CAPTIONS, "noise")
+
+
+def test_sixteen_greys_of_sixteen_colours_are_kept() -> None:
+    image = Image.new("RGB", (2, 1), WHITE)
+    image.putpixel((1, 0), RED)
+    kept = Image.open(io.BytesIO(encode(image)))
+    assert kept.mode == "P"
+    assert [kept.convert("RGB").getpixel((x, 0)) for x in (0, 1)] == [WHITE, RED]
+
+
+@pytest.mark.parametrize("size", [(1600, 8), (8, 1600), (1, 1)])
+def test_odd_pages_can_be_drawn(size: tuple[int, int]) -> None:
+    columns, rows = (max(1, side // 32) for side in size)
+    values = np.random.default_rng(0).random((rows, columns))
+    assert picture(Image.new("RGB", size), [values, values], CAPTIONS, "odd\npage")
+
+
+def test_titles_are_wrapped_and_cut_to_the_width() -> None:
+    font = ImageFont.load_default(17)
+    assert wrap("a short title", font, 300) == ["a short title"]
+    for text in ("many words " * 500, "x" * 5000, "one " + "x" * 5000, "two\nlines " * 90):
+        lines = wrap(text, font, 300)
+        assert 1 <= len(lines) <= 2
+        assert lines[-1].endswith(" ...")
+        assert all(font.getlength(line) <= 300 for line in lines)
+        assert "\n" not in "".join(lines)

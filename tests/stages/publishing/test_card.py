@@ -1,0 +1,109 @@
+"""The model card: valid for the Hub, true to the metrics, and its code runs as it is printed."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from huggingface_hub.repocard_data import eval_results_to_model_index
+
+from colqwen3.system.errors import UserError
+from stages.publishing.card import card_data, describe_fallback, read_source_card, write_card
+
+METRICS: dict[str, Any] = json.loads(Path("metrics/rtn-w4g128.json").read_text())
+FACTS: dict[str, Any] = {
+    "recipe": "rtn-w4g128",
+    "metrics": METRICS,
+    "licence_files": [],
+    "base_model": "owner/base",
+    "title": "base-rtn",
+    "bits": 3,
+    "dataset": "some/pages",
+    "measured_on": "7 pages of some/pages",
+}
+
+
+@pytest.fixture(scope="module")
+def card(released: Path) -> Any:
+    return ModelCard.load(released / "README.md")
+
+
+def test_metadata_survive_the_librarys_own_reading(card: Any) -> None:
+    data = card.data
+    assert (data.base_model, data.base_model_relation) == ("demo/model", "quantized")
+    assert (data.license, data.library_name) == ("apache-2.0", "transformers")
+    assert data.pipeline_tag == "visual-document-retrieval"
+    assert {"colqwen3", "4-bit", "demonstration"} <= set(data.tags)
+    # what the Hub reads results by: written again, it is the same
+    block = yaml.safe_load(card.content.split("---")[1])
+    assert eval_results_to_model_index(data.model_name, data.eval_results) == block["model-index"]
+    values = {result.metric_type: result.metric_value for result in data.eval_results}
+    assert values["ndcg_at_5"] == METRICS["retrieval"]["ndcg_at_5"]["quantized"]
+    assert all("demo/pages/evaluation" in result.dataset_name for result in data.eval_results)
+
+
+def test_figures_are_those_of_the_metrics_and_say_of_what(card: Any) -> None:
+    ndcg = METRICS["retrieval"]["ndcg_at_5"]
+    for figure in (
+        f"| nDCG@5 | {ndcg['original']:.4f} | {ndcg['quantized']:.4f} ",
+        f"| {METRICS['pages']['cosine']['mean']:.5f} |",
+        f"{METRICS['size']['files']['quantized']:,} instead of",
+        "Measured on 126 pages and 252 queries of demo/pages/evaluation",
+        "demonstration of 5,784,832 parameters, not for use",
+        "rounding to nearest",
+        "group size 128",
+    ):
+        assert figure in card.text
+    assert not re.search(r"None|\{\{|\{%", card.content)
+
+
+def test_code_of_the_card_runs_as_it_is_printed(released: Path, tmp_path: Path) -> None:
+    code = re.findall(r"```python\n(.*?)```", (released / "README.md").read_text(), re.DOTALL)
+    assert len(code) == 2
+    kept = {key: value for key, value in os.environ.items() if key in ("PATH", "OMP_NUM_THREADS")}
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(code)],
+        cwd=released, env={**kept, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    first, second, third, fourth, alone = map(float, re.findall(r"\d+\.\d+", done.stdout))
+    assert first > second and third < fourth  # each query finds its page
+    assert 0 < alone < first  # a blank page
+
+
+def test_licence_language_and_tags_come_from_the_source(tmp_path: Path) -> None:
+    source = {
+        "license": "other",
+        "license_name": "mine",
+        "language": "de",
+        "tags": ["x", "colqwen3"],
+    }
+    data: Any = card_data(source, FACTS)
+    assert (data.license, data.license_name, data.language) == ("other", "mine", "de")
+    assert data.tags.count("colqwen3") == 1
+    assert {"x", "3-bit"} <= set(data.tags)
+    silent: Any = card_data({"tags": "no list"}, FACTS)
+    assert silent.license == "unknown"
+    assert read_source_card(tmp_path) == {}
+
+
+def test_damaged_source_card_and_missing_figures_are_one_line(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("---\n- [\n---\n")
+    with pytest.raises(UserError, match=r"README\.md: has a damaged metadata block"):
+        read_source_card(tmp_path)
+    with pytest.raises(UserError, match=r"lacks a figure of the card \('retrieval'\)"):
+        write_card(tmp_path, {}, {**FACTS, "metrics": {}})
+
+
+def test_a_fallback_is_said() -> None:
+    assert describe_fallback({"ran": "a", "values": {}}) is None
+    said = describe_fallback({"ran": "b", "instead_of": "a", "because": "out of memory"})
+    assert said is not None
+    assert all(part in said for part in ("`b`", "`a`", "out of memory"))

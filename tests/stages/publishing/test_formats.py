@@ -1,0 +1,105 @@
+"""Other formats hold the same weights, decoded here bit by bit as their own documents describe them.
+
+`tests/slow/check_release.py` reloads them by the libraries that own them.
+"""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from colqwen3.checkpoint.packing import PARTS, dequantize
+from stages.publishing.formats import export_weights
+
+LINEAR = "vlm.model.language_model.layers.1.mlp.down_proj"
+BITS = 4
+
+
+@pytest.fixture(scope="module")
+def checkpoint(workspace: Path) -> Path:
+    return workspace / "artifacts/checkpoints/rtn-w4g128"
+
+
+@pytest.fixture(scope="module")
+def wanted(checkpoint: Path) -> torch.Tensor:
+    tensors = load_file(checkpoint / "model.safetensors")
+    qweight, zeros, scales = (tensors[f"{LINEAR}.{part}"] for part in PARTS)
+    return dequantize(qweight, zeros, scales, BITS)
+
+
+def export(checkpoint: Path, folder: Path, kind: str) -> tuple[dict[str, torch.Tensor], Any]:
+    shutil.copyfile(checkpoint / "config.json", folder / "config.json")
+    export_weights(checkpoint, folder, kind)
+    config = json.loads((folder / "config.json").read_text())
+    return load_file(folder / "model.safetensors"), config["quantization_config"]
+
+
+def unpack(word: int) -> list[int]:
+    """The eight values of a 32-bit word, the lowest bits first."""
+    return [(word >> (BITS * place)) & (2**BITS - 1) for place in range(32 // BITS)]
+
+
+def others(tensors: dict[str, torch.Tensor], parts: tuple[str, ...]) -> set[str]:
+    return {name for name in tensors if not name.endswith(parts)}
+
+
+def test_compressed_tensors_hold_the_same_weights(
+    checkpoint: Path, wanted: torch.Tensor, tmp_path: Path
+) -> None:
+    tensors, config = export(checkpoint, tmp_path, "llm_compressor")
+    packed, scales = (tensors[f"{LINEAR}.weight_{part}"] for part in ("packed", "scale"))
+    assert tensors[f"{LINEAR}.weight_shape"].tolist() == list(wanted.shape)
+    for row in (0, 100, 255):
+        codes = [code - 8 for word in packed[row].tolist() for code in unpack(word)]
+        scale = scales[row].float().repeat_interleave(128)
+        assert torch.equal(torch.tensor(codes) * scale, wanted[row])
+    group = config["config_groups"]["group_0"]
+    assert (config["format"], group["weights"]["group_size"]) == ("pack-quantized", 128)
+    (target,) = group["targets"]
+    matching = re.compile(target.removeprefix("re:"))
+    quantized = {name[: -len(".weight_packed")] for name in tensors if name.endswith("_packed")}
+    dense = {name.removesuffix(".weight") for name in tensors if name.endswith(".weight")}
+    assert len(quantized) == 28
+    assert all(matching.match(name) for name in quantized)
+    assert not any(matching.match(name) for name in dense)
+
+
+def test_gptq_holds_the_same_weights(
+    checkpoint: Path, wanted: torch.Tensor, tmp_path: Path
+) -> None:
+    tensors, config = export(checkpoint, tmp_path, "auto_gptq")
+    qweight, zeros, scales, groups = (
+        tensors[f"{LINEAR}.{part}"] for part in ("qweight", "qzeros", "scales", "g_idx")
+    )
+    for column in (0, 100, 255):
+        codes = [code for word in qweight[:, column].tolist() for code in unpack(word)]
+        # the first version of the format stores zero points minus one
+        zero = [unpack(row[column // 8])[column % 8] + 1 for row in zeros.tolist()]
+        made = [
+            (code - zero[group]) * float(scales[group, column])
+            for code, group in zip(codes, groups.tolist(), strict=True)
+        ]
+        assert torch.equal(torch.tensor(made), wanted[column])
+    assert config["checkpoint_format"] == "gptq"
+    assert config == json.loads((tmp_path / "quantize_config.json").read_text())
+    # gptqmodel leaves out what a pattern of `dynamic` matches
+    patterns = [key.removeprefix("-:") for key in config["dynamic"]]
+    for name in tensors:
+        packed = name.endswith(("qweight", "qzeros", "scales", "g_idx"))
+        vision = "visual" in name or "embedding_proj" in name
+        assert any(re.match(pattern, name) for pattern in patterns) == vision
+        assert not (packed and vision)
+
+
+@pytest.mark.parametrize("kind", ["auto_gptq", "llm_compressor"])
+def test_what_is_not_quantized_stays_as_it_is(checkpoint: Path, tmp_path: Path, kind: str) -> None:
+    parts = ("qweight", "qzeros", "scales", "g_idx", "_packed", "_scale", "_shape")
+    before = load_file(checkpoint / "model.safetensors")
+    after, _ = export(checkpoint, tmp_path, kind)
+    assert others(before, parts) == others(after, parts)
+    assert all(torch.equal(before[name], after[name]) for name in others(before, parts))

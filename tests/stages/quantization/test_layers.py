@@ -1,0 +1,68 @@
+"""The model layer by layer gives what the whole model gives."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from colqwen3.checkpoint.headers import read_used_headers
+from colqwen3.checkpoint.layout import BLOCKS
+from colqwen3.model.loading import load_model, load_processor
+from colqwen3.system.errors import UserError
+from stages.quantization.layers import load_block, load_front
+from tests.golden.variants import Variant, write_variant
+
+GOLDEN = Path("tests/golden/model")
+CPU = torch.device("cpu")
+
+
+def first_input(model: Any) -> torch.Tensor:
+    seen: list[torch.Tensor] = []
+    model.get_submodule(BLOCKS)[0].register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(args[0]), with_kwargs=True
+    )
+    image = Image.linear_gradient("L").resize((160, 128))
+    with torch.inference_mode():
+        model(**load_processor(GOLDEN, 64).process_images([image]))
+    return seen[0]
+
+
+@pytest.mark.parametrize("variant", ["published", "legacy", "lm_head"])
+def test_front_and_layers_are_those_of_the_whole_model(tmp_path: Path, variant: str) -> None:
+    source = GOLDEN
+    if variant != "published":
+        source = tmp_path / "source"
+        name: Variant = "legacy" if variant == "legacy" else "lm_head"
+        write_variant(name, source)
+    whole = load_model(GOLDEN, torch.float32, CPU)
+    front = load_front(source, torch.float32, CPU)
+    assert len(front.get_submodule(BLOCKS)) == 1
+    stored = read_used_headers(source)
+    for index, layer in enumerate(whole.get_submodule(BLOCKS)):
+        wanted = layer.state_dict()
+        found = load_block(source, stored, front, index, torch.float32).state_dict()
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+    assert torch.equal(first_input(front), first_input(whole))
+
+
+def test_layers_with_missing_or_broken_weights_are_refused(tmp_path: Path) -> None:
+    front = load_front(GOLDEN, torch.float32, CPU)
+    stored = read_used_headers(GOLDEN)
+    name = f"{BLOCKS}.1.mlp.up_proj.weight"
+    without = {key: tensor for key, tensor in stored.items() if key != name}
+    with pytest.raises(UserError, match=r"Missing key|Error\(s\) in loading"):
+        load_block(GOLDEN, without, front, 1, torch.float32)
+    tensors = load_file(GOLDEN / stored[name].file)
+    tensors[name][2, 1] = float("nan")
+    save_file(tensors, tmp_path / stored[name].file)
+    broken = {key: t for key, t in stored.items() if t.file == stored[name].file}
+    broken |= {key: t for key, t in stored.items() if key.startswith(f"{BLOCKS}.1.")}
+    for path in GOLDEN.glob("*.safetensors"):
+        if path.name != stored[name].file:
+            (tmp_path / path.name).symlink_to(path.resolve())
+    with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj\.weight holds NaN"):
+        load_block(tmp_path, stored, front, 1, torch.float32)
