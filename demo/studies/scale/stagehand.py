@@ -113,5 +113,5 @@ def _free_memory() -> None:
     """Give back what a stage left, as the end of its process would."""
     gc.unfreeze()
     gc.collect()
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.empty_cache()

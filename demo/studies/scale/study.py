@@ -193,7 +193,7 @@ def train(options: argparse.Namespace, model: Path, log: Path) -> None:
         return
     command = [sys.executable, "-m", TRAINING, "--shape", options.shape]
     command += ["--out", str(model), "--log", str(log), "--device", options.training_device]
-    for name in ("minutes", "wall_minutes", "workers", "every", "measure_minutes"):
+    for name in ("minutes", "wall_minutes", "workers", "every", "measure_minutes", "library"):
         if (value := getattr(options, name)) is not None:
             command += [f"--{name.replace('_', '-')}", str(value)]
     if options.fonts:
@@ -291,6 +291,8 @@ def measure_all(
         If a run fails, once all others are done.
     """
     missing = [run for run in runs if run.name not in results["recipes"]]
+    if not missing:
+        return
     problems = []
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, context) as pool:
@@ -371,6 +373,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     training.add_argument("--workers", type=int)
     training.add_argument("--every", type=int)
     training.add_argument("--measure-minutes", type=float)
+    training.add_argument("--library", type=Path, metavar="DIR")
     training.add_argument("--fonts", type=Path, nargs="*", default=[])
     training.add_argument(
         "--training-log", type=Path, help="of a --model; <out>/<shape>.training.json if it is there"
@@ -405,6 +408,7 @@ def main() -> None:
         return
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // options.jobs)))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # repeatable products on a GPU
     sha256 = digest_model(model)
     page_sets = tuple(path.resolve() for path in options.page_sets)
     bench = Bench(work / sha256[:12], model, page_sets)
