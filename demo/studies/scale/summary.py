@@ -210,11 +210,12 @@ def chart(every: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "field": "to_rounding",
         "type": "quantitative",
         "title": "loss / loss of plain rounding",
-        "scale": {"type": "log"},
+        "scale": {"type": "log", "nice": False, "padding": 10},
         "axis": {"format": "~g", "tickCount": 6},
     }
     colour = {**facet("contender"), "legend": {"orient": "top", "title": None}}
     return {
+        "title": "Study models trained for this, not the 4B model",
         "data": {"values": values},
         "facet": {"column": facet("figure"), "row": facet("page_set")},
         "spec": {
