@@ -87,6 +87,11 @@ def gb(count: float, digits: int = 1) -> str:
     return f"{count / 1e9:.{digits}f} GB"
 
 
+def times(ratio: float) -> str:
+    """Return a ratio."""
+    return f"{ratio:.2f}\N{MULTIPLICATION SIGN}"
+
+
 # ---- the demo: quality ---------------------------------------------------------------------------
 @figure
 def verdicts() -> str:
@@ -178,14 +183,12 @@ def demo_pages() -> str:
     for key, name in names.items():
         values = after["demo_pages"][key]
         described = f"{name}: {values['pages']} pages, {values['queries']} queries"
-        rows.append(
-            (described, f"{values['ndcg_at_5']:.2f}", f"{values['chance_ndcg_at_5']:.2f}")
-        )
+        rows.append((described, f"{values['ndcg_at_5']:.2f}", f"{values['chance_ndcg_at_5']:.2f}"))
     for values in after["real_manual_pages"]:
-        described = f"real manual `{values['document']}`: {values['pages']} pages, titles as queries"
-        rows.append(
-            (described, f"{values['ndcg_at_5']:.2f}", f"{values['chance_ndcg_at_5']:.2f}")
+        described = (
+            f"real manual `{values['document']}`: {values['pages']} pages, titles as queries"
         )
+        rows.append((described, f"{values['ndcg_at_5']:.2f}", f"{values['chance_ndcg_at_5']:.2f}"))
     return table(*rows)
 
 
@@ -391,7 +394,7 @@ def serving_speed() -> str:
                 (
                     f"{count} {kind if count == 1 else name}{tokens}", mode,
                     f"{best['original_ms']:.1f} ms", f"{best['quantized_ms']:.1f} ms",
-                    f"**{best['speedup']:.2f}×**", floors(kind, count),
+                    f"**{times(best['speedup'])}**", floors(kind, count),
                     f"{modes['eager']['original_ms']:.0f} / {modes['eager']['quantized_ms']:.0f} ms",
                 )
             )  # fmt: skip
@@ -402,10 +405,10 @@ def serving_speed() -> str:
     }
     rows += [
         ("all weights, as files", "", gb(files["read_bytes"], 2), gb(files["written_bytes"], 2),
-         f"{files['written_bytes'] / files['read_bytes']:.2f}×", "", ""),
+         times(files['written_bytes'] / files['read_bytes']), "", ""),
         ("peak GPU memory, loading included; query batches of 1, 8 and 64 and a page recorded", "",
          gb(memory["original"]), gb(memory["quantized"]),
-         f"{memory['quantized'] / memory['original']:.2f}×", "", ""),
+         times(memory['quantized'] / memory['original']), "", ""),
     ]  # fmt: skip
     return table(*rows)
 
@@ -413,19 +416,19 @@ def serving_speed() -> str:
 @figure
 def speedup_1_query() -> str:
     """Return 4-bit's speed-up for one query."""
-    return f"{gpu('speed')['query']['batches']['1']['best']['speedup']:.2f}×"
+    return times(gpu("speed")["query"]["batches"]["1"]["best"]["speedup"])
 
 
 @figure
 def speedup_64_queries() -> str:
     """Return 4-bit's speed-up for 64 queries."""
-    return f"{gpu('speed')['query']['batches']['64']['best']['speedup']:.2f}×"
+    return times(gpu("speed")["query"]["batches"]["64"]["best"]["speedup"])
 
 
 @figure
 def speedup_1_page() -> str:
     """Return 4-bit's speed-up for one page."""
-    return f"{gpu('speed')['page']['batches']['1']['best']['speedup']:.2f}×"
+    return times(gpu("speed")["page"]["batches"]["1"]["best"]["speedup"])
 
 
 @figure
@@ -448,9 +451,7 @@ def kernels_gpu() -> str:
         )
         rows.append((name, *(f"{total:,.0f}" for total in sums)))
     size = sum(shape["inputs"] * shape["outputs"] for shape in shapes)
-    reading = [
-        1e6 * size * width / rates["memory_bytes_per_second"] for width in (2, 0.5)
-    ]
+    reading = [1e6 * size * width / rates["memory_bytes_per_second"] for width in (2, 0.5)]
     floors = (
         f"{reading[0]:.0f} / {reading[1]:.0f} / {1e6 * 2 * size * count / rates['bf16_flops']:,.0f}"
         for count in tokens
@@ -536,7 +537,7 @@ def _code(text: str) -> str:
 @figure
 def stage_table() -> str:
     """Return what every stage reads and writes, from dvc.yaml."""
-    rows = [("stage", "what it is", "reads", "parameters", "writes")]
+    rows: list[tuple[str, ...]] = [("stage", "what it is", "reads", "parameters", "writes")]
     for name, body in stages().items():
         outs = [
             out if isinstance(out, str) else next(iter(out))
@@ -609,9 +610,7 @@ def stale(path: Path) -> list[str]:
     """Return the names of a file's figures that differ from their sources."""
     text = path.read_text(encoding="utf-8")
     return [
-        match["name"]
-        for match in MARK.finditer(text)
-        if fill(match.group(0)) != match.group(0)
+        match["name"] for match in MARK.finditer(text) if fill(match.group(0)) != match.group(0)
     ]
 
 
