@@ -15,11 +15,8 @@ RUN chown user:user /work
 USER user
 ENV PIP_NO_CACHE_DIR=1 PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
 
-# the environment first: it changes less often than the code
-COPY --chown=user:user Makefile requirements.txt pyproject.toml ./
-RUN make setup
-
-# with .git: DVC and the tests read it
+# .git too: DVC and the tests read it
 COPY --chown=user:user . .
+RUN make setup
 
 CMD ["make", "repro"]

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-MARK = re.compile(r"<!-- figure (?P<name>\S+) -->(?P<text>.*?)<!-- end -->", re.DOTALL)
+MARK = re.compile(r"(?<!`)<!-- figure (?P<name>\S+) -->(?P<text>.*?)<!-- end -->", re.DOTALL)
 RECIPES = ("w4g128", "rtn-w4g128")
 ABLATION = ROOT / "demo/studies/ablation"
 DEFAULT, ROUNDING = RECIPES
@@ -414,6 +414,21 @@ def serving_speed() -> str:
 
 
 @figure
+def rates() -> str:
+    """Return the measured rates of the card."""
+    measured = gpu("rates")
+    memory, arithmetic = measured["memory_bytes_per_second"], measured["bf16_flops"]
+    return f"{memory / 1e12:.2f} TB/s and {arithmetic / 1e12:.0f} bfloat16 TFLOP/s"
+
+
+@figure
+def parity_4_bit() -> str:
+    """Return the minimum cosine of the 4-bit runtime with transformers, on a page and on queries."""
+    cosine = gpu("speed")["alone"]["quantized"]["cosine"]
+    return f"{cosine['page']:.4f} on a page and {cosine['query']:.4f} on queries"
+
+
+@figure
 def speedup_1_query() -> str:
     """Return 4-bit's speed-up for one query."""
     return times(gpu("speed")["query"]["batches"]["1"]["best"]["speedup"])
@@ -505,8 +520,10 @@ def parity() -> str:
         values = models[model]["cosine"][pair][kind]
         return f"{1 - values['mean']:.5f} ({values['least']:.5f})"
 
-    rows = [("loss (minimum cosine of a token)", "4B shapes, random weights: pages", "queries",
-             "demo model, `w4g128`: pages", "queries")]  # fmt: skip
+    rows: list[tuple[str, ...]] = [
+        ("loss (minimum cosine of a token)", "4B shapes, random weights: pages", "queries",
+         "demo model, `w4g128`: pages", "queries")
+    ]  # fmt: skip
     for pair, name in pairs.items():
         cells = (
             cell(model, pair, kind)
@@ -573,7 +590,7 @@ def reruns() -> str:
         every = len(users) == len(stages())
         return "every stage" if every else ", ".join(f"`{user}`" for user in users)
 
-    rows = [("an edit of", "reruns", "of single files also")]
+    rows: list[tuple[str, ...]] = [("an edit of", "reruns", "of single files also")]
     for folder in sorted(folders | files):
         single = "; ".join(
             f"`{file}`: {names(users)}" for file, users in sorted(files.get(folder, {}).items())
