@@ -184,7 +184,9 @@ def codes(path: Path) -> Iterator[str]:
     yield from re.findall(r"`([^`]+)`", prose(path).replace("\n", " "))
 
 
-@pytest.mark.parametrize("path", [p for p in DOCUMENTS if p.name != "CHANGELOG.md"])
+@pytest.mark.parametrize(
+    "path", [p for p in DOCUMENTS if p.name != "CHANGELOG.md"], ids=lambda p: p.name
+)
 def test_files_that_a_page_names_exist(path: Path) -> None:
     folders = ("colqwen3", "stages", "demo", "tests", "metrics", "docs", "profiles")
     named = re.compile(rf"(?<![\w./<-])(?:{'|'.join(folders)})/[\w./-]+(?![\w<*{{$-])")
