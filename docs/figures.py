@@ -12,6 +12,7 @@ that differs. Sources are ``metrics/reference/`` (the authors' results; no run w
 
 import argparse
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -211,6 +212,31 @@ def demo_pages() -> str:
     return table(*rows)
 
 
+@figure
+def demo_card() -> str:
+    """Return the figures of the demo model's own card."""
+    training = read("metrics/demo_training.json")
+    held_out, after = training["held_out"][-1], training["measured_after_training"]
+    sets = [
+        ("held-out small pages (256 x 128)", held_out["small_pages"]),
+        ("held-out large pages (448 x 576)", held_out["large_pages"]),
+        ("`demo/pages/evaluation`", after["demo_pages"]["evaluation"]),
+        ("`demo/pages/evaluation2`, which look alike in fours", after["demo_pages"]["evaluation2"]),
+        ("`demo/pages/calibration`", after["demo_pages"]["calibration"]),
+    ]
+    described = [
+        (f"{values['pages']} pages, {values['queries']} queries: {name}", values)
+        for name, values in sets
+    ]
+    described += [
+        (f"{values['pages']} pages, a title each: manual {values['document']}", values)
+        for values in after["real_manual_pages"]
+    ]
+    keys = ("ndcg_at_5", "recall_at_1", "chance_ndcg_at_5")
+    rows = [(name, *(f"{values[key]:.3f}" for key in keys)) for name, values in described]
+    return table(("pages", "nDCG@5", "recall@1", "chance nDCG@5"), *rows)
+
+
 # ---- the ablation --------------------------------------------------------------------------------
 def ablation_tables() -> dict[str, str]:
     """Return the ablation's own tables, by dataset."""
@@ -359,6 +385,12 @@ def rtn_equal() -> str:
     if values["equal"] != values["tensors"]:
         raise ValueError("metrics/size/cpu.json: rtn-equal: not all tensors are equal")
     return f"{values['tensors']:,}"
+
+
+@figure
+def benchmark_memory() -> str:
+    """Return the GPU memory that original and quantized take when timed in one process."""
+    return gb(gpu("speed")["gpu_peak_reserved_bytes"], 0)
 
 
 @figure
@@ -651,7 +683,8 @@ def fill(text: str) -> str:
 
 def documents() -> list[Path]:
     """Return the files that may quote figures."""
-    return [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+    card = ROOT / "demo/model/README.md"
+    return [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), card]
 
 
 def stale(path: Path) -> list[str]:
@@ -667,6 +700,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python docs/figures.py", description=__doc__)
     parser.add_argument("--check", action="store_true", help="change nothing; fail if any differs")
     args = parser.parse_args()
+    os.chdir(ROOT)
+    sys.path.insert(0, str(ROOT))  # the ablation's own code makes its tables
     differing = {path: names for path in documents() if (names := stale(path))}
     for path, names in differing.items():
         print(f"{path.relative_to(ROOT)}: {', '.join(names)}")

@@ -19,7 +19,7 @@ from ruamel.yaml import YAML
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
-DOCUMENTS = [*sorted(ROOT.glob("*.md")), *PAGES]
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *PAGES, ROOT / "demo/model/README.md"]
 NAMES = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
 README = ROOT / "README.md"
 FENCE = re.compile(r"^( *)```.*?^\1```", re.MULTILINE | re.DOTALL)
@@ -141,6 +141,10 @@ def test_a_wrong_figure_is_named_and_rewritten(tmp_path: Path) -> None:
     assert FIGURES.stale(page) == ["size-4b"]
 
 
+def test_the_same_documents_are_filled_and_tested() -> None:
+    assert sorted(FIGURES.documents()) == sorted(DOCUMENTS)
+
+
 def test_an_unknown_figure_is_an_error() -> None:
     with pytest.raises(KeyError, match="nonsense"):
         FIGURES.fill("<!-- figure nonsense -->1<!-- end -->")
@@ -227,6 +231,15 @@ def test_every_folder_is_described() -> None:
     folders = {name.split("/")[0] for name in tracked if "/" in name and name[0] != "."}
     described = set(re.findall(r"^\| `([\w-]+)/` \|", README.read_text(), re.MULTILINE))
     assert folders <= described
+
+
+def test_the_tree_of_the_architecture_has_every_folder() -> None:
+    tree = (ROOT / "docs/architecture.md").read_text()
+    for top in ("colqwen3", "stages", "demo"):
+        part = tree[tree.index(f"\n{top}/") :]
+        for folder in (ROOT / top).iterdir():
+            if folder.is_dir() and folder.name != "__pycache__":
+                assert re.search(rf"^  .*\b{folder.name}/", part, re.MULTILINE), folder
 
 
 def test_the_diagram_shows_every_stage_and_only_true_dependencies() -> None:
