@@ -25,7 +25,7 @@ CODE = ("colqwen3", "stages", "demo")
 LAYERS = (
     ("colqwen3/",),
     ("stages/pipeline/", "stages/__init__.py"),
-    ("stages/quantization/", "stages/evaluation/", "stages/publishing/"),
+    ("stages/quantization/", "stages/calibration/", "stages/evaluation/", "stages/publishing/"),
     ("stages/checking/",),
     ("stages/",),
     ("demo/",),
@@ -77,7 +77,7 @@ def needed_modules(*modules: Path) -> set[Path]:
         path = queue.pop()
         if path not in needed:
             needed.add(path)
-            queue += imported_modules(path)
+            queue += [] if is_empty(path) else imported_modules(path)
     templates = {path.with_suffix(".md.jinja") for path in needed}
     return {path for path in needed | templates if path.exists() and not is_empty(path)}
 

@@ -13,11 +13,11 @@ from colqwen3.model.loading import load_processor
 from colqwen3.system.errors import UserError
 from colqwen3.system.files import write_json
 from stages import calibrate
-from stages.calibrate import draw, make_samples
+from stages.calibration.drawing import draw, make_samples
+from stages.calibration.sets import CalibrationParams, CalibrationSet
 from stages.checking.params import Params
 from stages.pipeline.params import load_params
 from stages.quantization.samples import INDEX, read_samples
-from stages.quantization.sets import CalibrationParams, CalibrationSet
 
 GOLDEN = Path("tests/golden")
 

@@ -7,6 +7,7 @@ import pytest
 from dvc.utils.serialize import parse_yaml
 
 from colqwen3.system.errors import UserError
+from stages.calibration.sets import CalibrationParams
 from stages.checking.params import RESERVED_NAMES, Params
 from stages.evaluation.limits import GateParams
 from stages.pipeline.params import (
@@ -20,7 +21,6 @@ from stages.pipeline.params import (
     load_params,
 )
 from stages.quantization.recipes import AutoRoundRecipe, RtnRecipe
-from stages.quantization.sets import CalibrationParams
 
 SHIPPED = Path("params.yaml")
 SECTIONS: dict[str, type[Section]] = {
