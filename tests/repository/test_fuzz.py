@@ -39,7 +39,6 @@ fuzz = settings(
 )
 WORK = Path(tempfile.mkdtemp(prefix="fuzz-"))
 SHIPPED = YAML(typ="safe", pure=True).load(Path("params.yaml").read_text())
-SHIPPED.pop("ablation")
 CONFIG = json.loads(Path("tests/golden/model/config.json").read_text())
 HEADERS = read_headers(Path("tests/golden/model"))
 
@@ -134,7 +133,7 @@ def dumped(value: Any) -> bytes:
 
 
 def check_params(data: bytes) -> None:
-    found = answer(load_params, file("params.yaml", data))
+    found = answer(load_params, Params, file("params.yaml", data))
     assert found is None or isinstance(found, Params)
 
 

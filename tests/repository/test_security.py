@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
+from tests.helpers.cli import error_line, run_command
 from tests.helpers.command import fork_stage
 from tests.helpers.work import make_work, write_params
 
@@ -119,12 +120,17 @@ def test_an_index_reads_nothing_outside(work: Path, place: str) -> None:
     }
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
     before, data = outside(work), stolen.read_bytes()
-    for words in (STAGES[0], ["embed", "--model", "model", "--pages", "data/corpus",
-                              "--out", "out.safetensors"]):  # fmt: skip
-        done = fork_stage(work, words)
-        assert done.code == 1
-        assert len(done.errors) == 1
-        assert "which is no file of the folder; mend the index" in done.errors[0]
+    problem = "which is no file of the folder; fix the index"
+    done = fork_stage(work, STAGES[0])
+    assert done.code == 1
+    assert len(done.errors) == 1
+    assert problem in done.errors[0]
+    for command in ("inspect", "embed"):
+        words = (
+            ["model"] if command == "inspect" else ["--model", "model", "--pages", "data/corpus"]
+        )
+        words += ["--out", "out.safetensors"] if command == "embed" else []
+        assert problem in error_line(run_command(command, *words, cwd=work))
     assert outside(work) == before
     assert stolen.read_bytes() == data
     assert not (work / "out.safetensors").exists()

@@ -155,5 +155,5 @@ def test_refuses_a_query_without_a_relevant_page(tmp_path: Path, lines: str) -> 
 
 
 def test_needs_no_torch() -> None:
-    code = "import sys, stages.dataset; sys.exit('torch' in sys.modules)"
+    code = "import sys, colqwen3.dataset.beir; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -209,7 +209,7 @@ def test_opens_the_largest_allowed_page(tmp_path: Path, monkeypatch: pytest.Monk
 def test_sets_of_images_load_no_pdf_library(tmp_path: Path) -> None:
     png(tmp_path)
     code = (
-        "import pathlib, sys; from stages.pages import find_pages, open_page;"
+        "import pathlib, sys; from colqwen3.dataset.pages import find_pages, open_page;"
         "[open_page(p) for p in find_pages(pathlib.Path(sys.argv[1])).values()];"
         "sys.exit('pypdfium2' in sys.modules)"
     )

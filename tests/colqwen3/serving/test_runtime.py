@@ -79,7 +79,7 @@ def test_a_wrong_or_failing_operation_is_not_used(
     name: str, broken: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     operations = PLAIN._replace(**{name: broken})
-    monkeypatch.setattr("stages.colqwen3.serving.runtime.choose_operations", lambda _: operations)
+    monkeypatch.setattr("colqwen3.serving.runtime.choose_operations", lambda _: operations)
     runtime = load_runtime(GOLDEN / "model", CPU, torch.float32)
     assert "plain torch is used, and slower" in caplog.text
     assert not runtime.runs("graphs")
@@ -91,7 +91,7 @@ def test_a_wrong_or_failing_operation_is_not_used(
 def test_without_a_compiler_plain_torch_is_used(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("stages.colqwen3.serving.runtime.choose_operations", raises)
+    monkeypatch.setattr("colqwen3.serving.runtime.choose_operations", raises)
     runtime = load_runtime(GOLDEN / "model", CPU, torch.float32, "compiled")
     assert "fail (no compiler here) here: plain torch is used, and slower" in caplog.text
     assert not runtime.runs("compiled")
@@ -99,7 +99,7 @@ def test_without_a_compiler_plain_torch_is_used(
 
 def test_a_right_operation_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     operations = PLAIN._replace(gelu=lambda x: PLAIN.gelu(x))
-    monkeypatch.setattr("stages.colqwen3.serving.runtime.choose_operations", lambda _: operations)
+    monkeypatch.setattr("colqwen3.serving.runtime.choose_operations", lambda _: operations)
     runtime = load_runtime(GOLDEN / "model", CPU, torch.float32, "compiled")
     assert runtime.runs("compiled")
     assert not runtime.runs("graphs")
