@@ -1,10 +1,11 @@
 """Processor of ColQwen3: pages and queries to tensors, and MaxSim; Pillow only, no torchvision."""
 
+import io
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, ImageCms
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
 
@@ -20,12 +21,67 @@ PAGE_PROMPT = "<|im_start|>user\n<|vision_start|>{image}<|vision_end|>Describe t
 IMAGE_TOKEN = "<|image_pad|>"
 AUGMENTATION_TOKEN = "<|endoftext|>"
 AUGMENTATION_TOKENS = 10
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation -> what sets the page upright."""
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Return a page in RGB; of 16-bit grey, all but the darkest would come out white."""
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Return a page as a viewer shows it: upright, in 8-bit RGB, transparency on white paper.
+
+    EXIF orientation is applied, also where XMP states it. 16-bit grey becomes 8-bit: Pillow would
+    turn all but its darkest greys white. CMYK goes through its ICC profile to sRGB where it has a
+    usable one; profiles of RGB and grey pages, which change little, are ignored.
+    """
+    try:
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # a viewer shows a page with damaged EXIF data as it is stored
+        turn = None
+    key = image.info.get("transparency")
+    if turn is not None:
+        image = image.transpose(turn)
+    alpha = None
     if image.mode.startswith("I"):
-        image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
+        wide = image.convert("I")
+        if isinstance(key, int):
+            alpha = wide.point([255 * (value != key) for value in range(1 << 16)], "L")
+        image = wide.point([value >> 8 for value in range(1 << 16)], "L")
+    elif image.mode == "CMYK":
+        image = _cmyk_to_srgb(image)
+    elif image.has_transparency_data:
+        if isinstance(key, tuple) and max(key) > 255:  # of 16-bit RGB, which Pillow reads as 8-bit
+            image = image.copy()
+            image.info["transparency"] = tuple(value >> 8 for value in key)
+        image = image.convert("RGBA")
+        alpha = image.getchannel("A")
+    page = image.convert("RGB")
+    if alpha is not None:
+        paper = Image.new("RGB", page.size, "white")
+        paper.paste(page, mask=alpha)
+        page = paper
+    page.info.clear()  # a page is not turned or made transparent twice
+    return page
+
+
+def _cmyk_to_srgb(image: Image.Image) -> Image.Image:
+    """Return a CMYK image in sRGB, by its ICC profile if it has one that Pillow can use."""
+    profile = image.info.get("icc_profile")
+    if profile:
+        try:
+            converted = ImageCms.profileToProfile(
+                image, io.BytesIO(profile), ImageCms.createProfile("sRGB"), outputMode="RGB"
+            )
+        except (ImportError, OSError, ImageCms.PyCMSError):  # no littlecms, or a damaged profile
+            converted = None
+        if converted is not None:
+            return converted
     return image.convert("RGB")
 
 
@@ -96,7 +152,7 @@ class ColQwen3Processor(ProcessorMixin):  # type: ignore[misc]
         return None if found == self.tokenizer.unk_token_id else found
 
     def process_images(self, images: Sequence[Image.Image]) -> BatchFeature:
-        """Turn pages into model inputs.
+        """Turn pages, in any mode of Pillow, into model inputs; see `to_rgb`.
 
         Returns
         -------
@@ -110,7 +166,7 @@ class ColQwen3Processor(ProcessorMixin):  # type: ignore[misc]
         ValueError
             If a page is more than 200 times as long as wide.
         """
-        pixels = self.image_processor([_to_rgb(image) for image in images], return_tensors="pt")
+        pixels = self.image_processor([to_rgb(image) for image in images], return_tensors="pt")
         counts = pixels["image_grid_thw"].prod(-1) // self.image_processor.merge_size**2
         image = self.image_token_id
         before, after = self._page_prompt

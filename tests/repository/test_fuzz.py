@@ -28,6 +28,7 @@ from colqwen3.dataset.pages import Page, open_page
 from colqwen3.system.errors import UserError
 from stages.checking.params import Params
 from stages.pipeline.params import load_params
+from tests.helpers.odd_pages import PAGES
 
 EXAMPLES = os.environ.get("FUZZ_EXAMPLES")
 fuzz = settings(
@@ -274,6 +275,17 @@ def picture(kind: str) -> bytes:
 @given(damaged(picture("PNG")) | damaged(picture("JPEG")))
 def test_damaged_page(data: bytes) -> None:
     answer(open_page, Page(file("p.png", data)))
+
+
+KINDS = ("turned 6 jpeg", "turned 3 png", "rgba", "palette, alpha as bytes", "rgb with a colour key",
+         "16-bit grey", "16-bit rgba", "cmyk with a profile")  # fmt: skip
+
+
+@fuzz
+@given(st.sampled_from(KINDS).flatmap(lambda kind: damaged(PAGES[kind][1]())))
+def test_damaged_page_of_another_kind(data: bytes) -> None:
+    page = answer(open_page, Page(file("p.png", data)))
+    assert page is None or page.mode == "RGB"
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -98,7 +98,16 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         without = shutil.ignore_patterns("__pycache__")
         shutil.copytree(name, source / name, ignore=without)
     out = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--quiet", "--wheel-dir", out]
+    command: list[str | Path] = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--quiet",
+        "--wheel-dir",
+        out,
+    ]
     if can_build():
         command.append("--no-build-isolation")
     done = subprocess.run([*command, source], capture_output=True, text=True, check=False)
@@ -144,7 +153,7 @@ def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("clean") / "venv"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", home], check=True)
     python = home / "bin/python"
-    install = [
+    install: list[str | Path] = [
         sys.executable,
         "-m",
         "pip",
@@ -230,7 +239,15 @@ def test_the_installed_command_embeds_a_query(
 def test_the_installed_command_says_what_to_install_for_benchmarks(
     environment: Path, tmp_path: Path
 ) -> None:
-    words = ["benchmark-vidore", "--model", MODEL, "--tasks", "any", "--out", "o.json"]
+    words: list[str | Path] = [
+        "benchmark-vidore",
+        "--model",
+        MODEL,
+        "--tasks",
+        "any",
+        "--out",
+        "o.json",
+    ]
     done = run_in(environment, tmp_path, "colqwen3", *words)
     assert done.returncode == 1
     assert re.search(r"^error: mteb is not installed; run `pip install mteb==", done.stderr, re.M)

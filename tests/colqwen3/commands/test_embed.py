@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from colqwen3.embedding.store import read_embeddings
 from tests.helpers.cli import error_line, execute, run_command
+from tests.helpers.golden import STEMS, write_golden_pages
 
 GOLDEN = Path("tests/golden")
 META = json.loads((GOLDEN / "golden_meta.json").read_text())
@@ -16,15 +17,15 @@ EMBEDDINGS = load_file(GOLDEN / "golden.safetensors")
 
 
 def test_command_gives_the_golden_embeddings(queries: Path, tmp_path: Path) -> None:
-    out = tmp_path / "new" / "out.safetensors"
+    pages, out = write_golden_pages(tmp_path / "pages"), tmp_path / "new" / "out.safetensors"
     done = run_command(
-        "embed", "--model", GOLDEN / "model", "--queries", queries, "--pages", GOLDEN / "inputs/pages",
+        "embed", "--model", GOLDEN / "model", "--queries", queries, "--pages", pages,
         "--out", out, "--dtype", "float32",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     stored_vectors = load_file(out)
     names = [json.loads(line)["_id"] for line in queries.read_text().splitlines()]
-    stems = sorted(path.stem for path in (GOLDEN / "inputs/pages").iterdir())
+    stems = STEMS
     assert stored_vectors.keys() == {f"query/{n}" for n in names} | {f"page/{s}" for s in stems}
     for key, vectors in stored_vectors.items():
         kind, name = key.split("/")

@@ -25,11 +25,12 @@ GOLDEN = Path("tests/golden")
 
 def test_batches_keep_order_and_budget() -> None:
     processor = load_processor(GOLDEN / "model", 1280)
-    sizes = {"a": (256, 256), "b": (256, 512), "c": (256, 256), "d": (512, 1024), "e": (256, 256)}
+    sizes = {"a": (256, 256), "b": (256, 512), "c": (256, 256), "d": (512, 1024)}
+    sizes |= {"e": (256, 256), "f": (256, 256)}  # after a large one, small ones go together again
     pages = [(name, Image.new("RGB", size)) for name, size in sizes.items()]
     tokens = {name: w * h // 1024 for name, (w, h) in sizes.items()}  # 32 x 32 pixels a token
     batches = [names for names, _ in page_batches(pages, processor, 300)]
-    assert batches == [["a", "b"], ["c"], ["d"], ["e"]]
+    assert batches == [["a", "b"], ["c"], ["d"], ["e", "f"]]
     assert [name for names in batches for name in names] == list(sizes)
     for names in batches:
         assert len(names) == 1 or len(names) * max(tokens[name] for name in names) <= 300

@@ -9,7 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
+from colqwen3.dataset.pages import Page, open_page
 from colqwen3.model import ColQwen3Processor
+from tests.helpers.odd_pages import PAGES as ODD_PAGES
+from tests.helpers.odd_pages import expected_page, write_page
 
 GOLDEN = Path("tests/golden")
 META = json.loads((GOLDEN / "golden_meta.json").read_text())
@@ -108,6 +111,34 @@ def test_image_modes_become_rgb(processor: ColQwen3Processor, mode: str) -> None
     found = processor.process_images([drawn])["pixel_values"]
     wanted = processor.process_images([drawn.convert("RGB")])["pixel_values"]
     assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("name", ODD_PAGES)
+def test_a_page_is_taken_upright_and_on_white_paper(
+    processor: ColQwen3Processor, tmp_path: Path, name: str
+) -> None:
+    expected, tolerance = expected_page(name)
+    with Image.open(write_page(name, tmp_path)) as image:
+        inputs = processor.process_images([image])
+        again = processor.process_images([image])  # and the image itself is left as it was
+    plain = processor.process_images([expected])
+    assert torch.equal(inputs["image_grid_thw"], plain["image_grid_thw"])
+    pixels, expected_pixels = inputs["pixel_values"], plain["pixel_values"]
+    # enlarging such a small page may overshoot by a fifth
+    bound = 1.2 * tolerance / 127.5 + 1e-6
+    torch.testing.assert_close(pixels, expected_pixels, atol=bound, rtol=0)
+    assert torch.equal(again["pixel_values"], pixels)
+
+
+def test_a_page_that_the_reader_has_opened_is_turned_once(
+    processor: ColQwen3Processor, tmp_path: Path
+) -> None:
+    path = write_page("turned 6 jpeg", tmp_path)
+    opened = processor.process_images([open_page(Page(path))])
+    with Image.open(path) as image:
+        direct = processor.process_images([image])
+    assert torch.equal(opened["image_grid_thw"], direct["image_grid_thw"])
+    assert torch.equal(opened["pixel_values"], direct["pixel_values"])
 
 
 def test_too_long_a_page_is_refused(processor: ColQwen3Processor) -> None:

@@ -18,19 +18,20 @@ from colqwen3.model.loading import load_model
 from colqwen3.serving import Runtime, load_runtime
 from colqwen3.serving.fused import PLAIN
 from colqwen3.serving.runtime import Mode, page_positions
+from tests.helpers.golden import STEMS, golden_page
 from tests.helpers.rounded import rounded
 
 GOLDEN = Path("tests/golden")
 META = json.loads((GOLDEN / "golden_meta.json").read_text())
 EMBEDDINGS = load_file(GOLDEN / "golden.safetensors")
 QUERIES: dict[str, str] = json.loads((GOLDEN / "inputs/queries.json").read_text())
-PAGES = sorted(path.stem for path in (GOLDEN / "inputs/pages").glob("*.png"))
+PAGES = STEMS
 CPU = torch.device("cpu")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 def page(stem: str) -> Image.Image:
-    return Image.open(GOLDEN / "inputs/pages" / f"{stem}.png")
+    return golden_page(stem)
 
 
 @pytest.fixture(scope="module")
