@@ -83,28 +83,42 @@ def test_nothing_of_a_hostile_folder_runs(work: Path) -> None:
     assert manifest["trust_remote_code"] is False
 
 
+EMBED = ("embed", "--model", "model", "--queries", "data/queries.jsonl", "--out", "out.safetensors")
+
+
 def test_code_of_a_tokenizer_runs_only_when_it_is_trusted(work: Path) -> None:
     """And then it does run: the canary above would have shown it."""
     before = outside(work)
     tokenizer = {"AutoTokenizer": ["evil.Tok", None]}
     edit(work / "model/tokenizer_config.json", auto_map=tokenizer, tokenizer_class="Tok")
-    assert fork_stage(work, ["inspect_model"]).code == 0
-    done = fork_stage(work, ["calibrate"])
-    assert done.code == 1
-    assert len(done.errors) == 1
-    assert "model.trust_remote_code" in done.errors[0]
+    assert "only with trust_remote_code" in error_line(run_command(*EMBED, cwd=work))
     assert outside(work) == before
+    done = run_command(*EMBED, "--trust-remote-code", cwd=work)
+    assert done.returncode == 0, done.stderr
+    assert "trust_remote_code is set: Python files of model may run" in done.stderr
+    assert outside(work) == before | {str(work.parent / "canary")}
 
+
+@pytest.mark.parametrize("trusted", [False, True])
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "config.json"])
+def test_a_tokenizer_with_code_is_not_quantized(work: Path, file: str, trusted: bool) -> None:
+    """A quantized folder carries no code, so it would tokenize otherwise than the original."""
+    before = outside(work)
     params = YAML(typ="safe").load(work / "params.yaml")
-    params["model"]["trust_remote_code"] = True
+    params["model"]["trust_remote_code"] = trusted
     write_params(work, params)
     assert fork_stage(work, ["inspect_model"]).code == 0
     manifest = json.loads((work / "artifacts/manifest.json").read_text())
-    assert manifest["trust_remote_code"] is True
-    done = fork_stage(work, ["calibrate"])
-    assert done.code == 0, done.err
-    assert "model.trust_remote_code is true: Python files of model may run" in done.err
-    assert outside(work) == before | {str(work.parent / "canary")}
+    assert manifest["trust_remote_code"] is trusted
+    auto_map = {**AUTO_MAP, "AutoTokenizer": ["evil.Tok", None]}
+    edit(work / "model" / file, auto_map=auto_map, tokenizer_class="Tok")
+    for stage in ("check", "inspect_model"):
+        done = fork_stage(work, [stage])
+        assert done.code == 1
+        assert len(done.errors) == 1
+        assert f"model/{file}: auto_map names code of the model's own" in done.errors[0]
+    assert "auto_map names code" in error_line(run_command("inspect", "model", cwd=work))
+    assert outside(work) == before
 
 
 @pytest.mark.parametrize("place", ["../stolen.safetensors", "{absolute}"])
