@@ -1,7 +1,7 @@
 """Stage `release@<recipe>`: the checkpoint as a folder for people who have never seen this project.
 
 Weights, configs, model code, licence, model card, and quantization_metadata.json, which
-`python -m stages.verify` checks the folder against.
+`colqwen3 verify` checks the folder against.
 """
 
 import os

@@ -1,6 +1,6 @@
 """Command `make report`: all results in one HTML file, artifacts/report/index.html, that opens offline.
 
-`python -m stages.report` reads what the other stages wrote under metrics/. Pictures are inlined;
+`python -m stages.tools.report` reads what the other stages wrote under metrics/. Pictures are inlined;
 nothing is fetched, and equal results give an equal file.
 """
 
@@ -196,7 +196,7 @@ def render(params: Params, results: Mapping[str, Result], queries: Mapping[str, 
 
 def main() -> None:
     """Write the report on the recipes of params.yaml."""
-    argparse.ArgumentParser(prog="python -m stages.report", description=__doc__).parse_args()
+    argparse.ArgumentParser(prog="python -m stages.tools.report", description=__doc__).parse_args()
     params = load_params()
     results = {recipe: read_result(recipe, params.gate) for recipe in params.recipes}
     queries = read_queries(Path(params.evaluate.dataset) / "queries.jsonl")

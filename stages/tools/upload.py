@@ -1,6 +1,6 @@
 """Show what an upload of a released folder would send, and the command that sends it.
 
-`python -m stages.upload FOLDER OWNER/NAME` verifies the folder, lists its files and sizes, and
+`python -m stages.tools.upload FOLDER OWNER/NAME` verifies the folder, lists its files and sizes, and
 prints the command of huggingface_hub that uploads them. Nothing is sent, and no token is read: that
 command takes it from ``HF_TOKEN`` or from ``hf auth login``.
 """
@@ -51,7 +51,7 @@ def upload_command(folder: Path, repo: str, names: list[str]) -> str:
 
 def main() -> None:
     """List what would be uploaded; fail if the folder is not as it was released."""
-    parser = argparse.ArgumentParser(prog="python -m stages.upload", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m stages.tools.upload", description=__doc__)
     parser.add_argument("folder", type=Path, help="a released folder")
     parser.add_argument("repo", metavar="OWNER/NAME", help="repository on the Hub")
     args = parser.parse_args()

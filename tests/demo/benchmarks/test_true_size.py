@@ -265,7 +265,7 @@ def test_a_config_that_cannot_serve_is_refused_by_the_command(
 
 
 def command(*args: str | Path) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "-m", "demo.true_size", *map(str, args)]
+    line = [sys.executable, "-m", "demo.benchmarks.true_size", *map(str, args)]
     return subprocess.run(line, capture_output=True, text=True, check=False)
 
 
