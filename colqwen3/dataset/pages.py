@@ -2,6 +2,7 @@
 
 import io
 import logging
+import unicodedata
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ PDF = ".pdf"
 # by default: nothing is drawn only to be shrunk away, and small print stays as sharp as it can be.
 DPI = 100
 POINTS_PER_INCH = 72
+SHOWN = 5  # names of files that are left out
 MAX_RATIO = 200  # Qwen's processor takes nothing longer; no page is
 ENCRYPTED = (4, 5)  # pdfium: a password is needed; the security scheme is unknown
 # TURNS and to_rgb are as in colqwen3/model/processing_colqwen3.py, which travels with checkpoints
@@ -53,8 +55,12 @@ class Page:
 
     @property
     def id(self) -> str:
-        """What qrels.tsv calls it: ``<stem>``, or ``<stem>-<number>`` for a page of a PDF."""
-        return self.path.stem if self.number is None else f"{self.path.stem}-{self.number}"
+        """What qrels.tsv calls it: ``<stem>``, or ``<stem>-<number>`` for a page of a PDF.
+
+        In Unicode normalisation form C, whichever form the disk or an archive has given the name.
+        """
+        stem = normalized(self.path.stem)
+        return stem if self.number is None else f"{stem}-{self.number}"
 
     @property
     def name(self) -> str:
@@ -83,12 +89,12 @@ def find_pages(folder: Path) -> dict[str, Page]:
         reason = error.strerror
         raise UserError(f"{folder}: cannot be read ({reason}); give the pages there") from None
     # names with a leading dot are left by desktops and archivers beside the real files
-    files = [path for path in entries if path.is_file() and not path.name.startswith(".")]
+    entries = [path for path in entries if not path.name.startswith(".")]
     pages: dict[str, Page] = {}
     others = []
-    for path in files:
-        if path.suffix.lower() not in (*IMAGES, PDF):
-            others.append(path)
+    for path in entries:
+        if not path.is_file() or path.suffix.lower() not in (*IMAGES, PDF):
+            others.append(_describe(path))
             continue
         check_name(path.stem, f"{folder}: the file name {path.name!r}")
         for page in _pages_of(path):
@@ -99,11 +105,25 @@ def find_pages(folder: Path) -> dict[str, Page]:
     if not pages:
         raise UserError(f"{folder}: holds no PNG, JPEG or PDF; put the pages there")
     if others:
+        shown = ", ".join(others[:SHOWN]) + (", ..." if len(others) > SHOWN else "")
         logger.warning(
-            "%s: left out %d files, no PNG, JPEG or PDF: %s ...",
-            folder, len(others), others[0].name,
-        )  # fmt: skip
+            "%s: left out %d entries, no PNG, JPEG or PDF: %s", folder, len(others), shown
+        )
     return pages
+
+
+def _describe(path: Path) -> str:
+    """Return the name of what is no page, and what it is unless it is a file."""
+    if path.is_file():
+        return path.name
+    if path.is_dir():
+        return f"{path.name} (a folder)"
+    return f"{path.name} (a link to nothing)" if path.is_symlink() else f"{path.name} (not a file)"
+
+
+def normalized(name: str) -> str:
+    """Return a name in Unicode normalisation form C: macOS and some archivers write form D."""
+    return unicodedata.normalize("NFC", name)
 
 
 def _pages_of(path: Path) -> list[Page]:

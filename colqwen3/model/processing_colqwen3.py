@@ -21,6 +21,7 @@ PAGE_PROMPT = "<|im_start|>user\n<|vision_start|>{image}<|vision_end|>Describe t
 IMAGE_TOKEN = "<|image_pad|>"
 AUGMENTATION_TOKEN = "<|endoftext|>"
 AUGMENTATION_TOKENS = 10
+MAXIMUM_RATIO = 200  # long side to short: Qwen's image processor takes nothing beyond
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -122,7 +123,7 @@ class ColQwen3Processor(ProcessorMixin):  # type: ignore[misc]
         pretrained_model_name_or_path
             A folder or Hub id.
         max_num_visual_tokens
-            A page is shrunk until it has at most so many visual tokens.
+            A page is shrunk until it has at most this many visual tokens.
         trust_remote_code
             Ignored unless the tokenizer comes with code of its own.
         **kwargs
@@ -148,8 +149,8 @@ class ColQwen3Processor(ProcessorMixin):  # type: ignore[misc]
     @property
     def image_token_id(self) -> int | None:
         """Id of the token that stands for a part of a page; None if the tokenizer lacks it."""
-        found: int | None = self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-        return None if found == self.tokenizer.unk_token_id else found
+        token_id: int | None = self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        return None if token_id == self.tokenizer.unk_token_id else token_id
 
     def process_images(self, images: Sequence[Image.Image]) -> BatchFeature:
         """Turn pages, in any mode of Pillow, into model inputs; see `to_rgb`.
@@ -164,14 +165,23 @@ class ColQwen3Processor(ProcessorMixin):  # type: ignore[misc]
         Raises
         ------
         ValueError
-            If a page is more than 200 times as long as wide.
+            If a page has no pixels, or is more than 200 times as long as wide.
         """
+        for number, image in enumerate(images, 1):
+            short, long = sorted(image.size)
+            if short == 0 or long > MAXIMUM_RATIO * short:
+                problem = (
+                    "it is empty" if short == 0 else f"its aspect ratio is over {MAXIMUM_RATIO}"
+                )
+                raise ValueError(
+                    f"page {number} of {len(images)} is {image.width} x {image.height} pixels: {problem}"
+                )
         pixels = self.image_processor([to_rgb(image) for image in images], return_tensors="pt")
         counts = pixels["image_grid_thw"].prod(-1) // self.image_processor.merge_size**2
-        image = self.image_token_id
+        token = self.image_token_id
         before, after = self._page_prompt
         return BatchFeature(
-            {**self._pad([before + [image] * int(count) + after for count in counts]), **pixels}
+            {**self._pad([before + [token] * int(count) + after for count in counts]), **pixels}
         )
 
     def process_texts(self, texts: Sequence[str]) -> BatchFeature:
@@ -191,11 +201,11 @@ class ColQwen3Processor(ProcessorMixin):  # type: ignore[misc]
     def _pad(self, rows: list[list[int]]) -> dict[str, torch.Tensor]:
         """Return ids and attention mask [rows, longest], padded on the left."""
         tensors = [torch.tensor(row) for row in rows]
-        kept = [torch.ones_like(row) for row in tensors]
+        masks = [torch.ones_like(row) for row in tensors]
         end = self.tokenizer.pad_token_id
         return {
             "input_ids": pad_sequence(tensors, True, end, padding_side="left"),
-            "attention_mask": pad_sequence(kept, True, 0, padding_side="left"),
+            "attention_mask": pad_sequence(masks, True, 0, padding_side="left"),
         }
 
     def __call__(

@@ -249,6 +249,7 @@ def truncate(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
 
+DEPTH = json.loads((GOLDEN / "config.json").read_text())["vision_config"]["depth"]
 NORM = "vlm.model.language_model.norm.weight"
 BIAS = "embedding_proj_layer.bias"
 DOWN = "vlm.model.language_model.layers.2.mlp.down_proj.weight"
@@ -280,6 +281,22 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "layers a float": (edit_config(text_config__num_hidden_layers=4.0), "config.json: ", "wrong size"),
     "no deepstack": (
         edit_config(vision_config__deepstack_visual_indexes=None), "config.json: ", "wrong size",
+    ),
+    "deepstack beyond the depth": (
+        edit_config(vision_config__deepstack_visual_indexes=[0, DEPTH]),
+        "config.json: ", f"deepstack_visual_indexes names layers beyond the {DEPTH} of depth",
+    ),
+    "deepstack before the first": (
+        edit_config(vision_config__deepstack_visual_indexes=[-1, 1]),
+        "config.json: ", "deepstack_visual_indexes names layers beyond",
+    ),
+    "deepstack a float": (
+        edit_config(vision_config__deepstack_visual_indexes=[0, 1.0]),
+        "config.json: ", "deepstack_visual_indexes names layers beyond",
+    ),
+    "deepstack a truth": (
+        edit_config(vision_config__deepstack_visual_indexes=[0, True]),
+        "config.json: ", "deepstack_visual_indexes names layers beyond",
     ),
     "no heads": (
         edit_config(text_config__num_attention_heads=0, text_config__head_dim=None),

@@ -1,6 +1,7 @@
 """Finding and opening pages: images, PDFs, and what is wrong with them."""
 
 import inspect
+import os
 import re
 import subprocess
 import sys
@@ -98,8 +99,29 @@ def test_names_the_files_that_are_left_out(
     (tmp_path / "scan.tiff").write_bytes(b"")
     (tmp_path / ".desktop").write_bytes(b"")
     assert set(find_pages(tmp_path)) == {"page"}
-    assert "left out 1 files" in caplog.text
+    assert "left out 1 entries" in caplog.text
     assert "scan.tiff" in caplog.text
+
+
+def test_names_links_to_nothing_pipes_and_folders_that_are_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    png(tmp_path)
+    (tmp_path / "a.png").symlink_to(tmp_path / "gone.png")
+    (tmp_path / "b.pdf").mkdir()
+    os.mkfifo(tmp_path / "c.jpg")  # opening it would wait for ever
+    assert set(find_pages(tmp_path)) == {"page"}
+    assert caplog.messages == [
+        f"{tmp_path}: left out 3 entries, no PNG, JPEG or PDF: "
+        "a.png (a link to nothing), b.pdf (a folder), c.jpg (not a file)"
+    ]
+    for number in range(6):
+        (tmp_path / f"d{number}.txt").touch()
+    find_pages(tmp_path)
+    assert caplog.messages[-1].endswith(
+        "left out 9 entries, no PNG, JPEG or PDF: "
+        "a.png (a link to nothing), b.pdf (a folder), c.jpg (not a file), d0.txt, d1.txt, ..."
+    )
 
 
 def test_renders_the_right_page_of_a_pdf_at_100_dpi(tmp_path: Path) -> None:

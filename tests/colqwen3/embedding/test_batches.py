@@ -62,6 +62,9 @@ def test_visual_tokens_are_counted_as_the_processor_makes_them() -> None:
         assert count_visual_tokens(path.stem, image, processor) == made
     with pytest.raises(UserError, match=r"page 'banner': .*aspect ratio"):
         count_visual_tokens("banner", Image.new("RGB", (4020, 20)), processor)
+    for size in ((0, 0), (0, 9), (9, 0)):
+        with pytest.raises(UserError, match=r"^page 'none': has no pixels; replace the page$"):
+            count_visual_tokens("none", Image.new("RGB", size), processor)
 
 
 class SlowFirst:

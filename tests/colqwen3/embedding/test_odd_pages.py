@@ -90,5 +90,7 @@ def recall_at_1(model: ColQwen3, processor: ColQwen3Processor, folder: Path) -> 
     }
     best = max_sim(list(query_vectors.values()), list(page_vectors.values())).argmax(1).tolist()
     names = list(page_vectors)
-    hits: list[bool] = [names[place] == answers[query] for query, place in zip(queries, best, strict=True)]
+    hits: list[bool] = [
+        names[place] == answers[query] for query, place in zip(queries, best, strict=True)
+    ]
     return hits.count(True) / len(hits)

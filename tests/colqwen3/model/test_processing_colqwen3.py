@@ -142,8 +142,23 @@ def test_a_page_that_the_reader_has_opened_is_turned_once(
 
 
 def test_too_long_a_page_is_refused(processor: ColQwen3Processor) -> None:
-    with pytest.raises(ValueError, match="aspect ratio"):
-        processor.process_images([Image.new("RGB", (4020, 20))])
+    good = Image.new("RGB", (64, 64))
+    for size in ((4020, 20), (20, 4020)):
+        with pytest.raises(
+            ValueError, match=r"^page 2 of 2 is .* pixels: its aspect ratio is over"
+        ):
+            processor.process_images([good, Image.new("RGB", size)])
+
+
+@pytest.mark.parametrize("size", [(0, 0), (0, 5), (5, 0)])
+def test_a_page_without_pixels_is_refused_by_its_number(
+    processor: ColQwen3Processor, size: tuple[int, int]
+) -> None:
+    pages = [Image.new("RGB", (64, 64)), Image.new("L", size), Image.new("RGB", (64, 64))]
+    with pytest.raises(ValueError) as caught:
+        processor.process_images(pages)
+    width, height = size
+    assert str(caught.value) == f"page 2 of 3 is {width} x {height} pixels: it is empty"
 
 
 def test_saved_processor_is_the_same(processor: ColQwen3Processor, tmp_path: Path) -> None:
