@@ -37,6 +37,7 @@ from colqwen3.system.device import DTYPES, choose_device, device_name
 from colqwen3.system.errors import run
 from colqwen3.system.files import write_json
 from colqwen3.system.progress import Progress
+from stages.evaluation.speed import checkpoint_digest, speed_file
 from stages.pipeline.manifest import find_inspected_model, read_manifest
 from stages.pipeline.params import (
     BenchmarkParams,
@@ -47,7 +48,6 @@ from stages.pipeline.params import (
     load_params,
 )
 from stages.pipeline.paths import BENCHMARKS, CHECKPOINTS
-from stages.evaluation.speed import checkpoint_digest, speed_file
 from stages.pipeline.stage import claim, parse_recipe
 
 LIBRARIES = ("torch", "transformers", "triton", "humming-kernels")

@@ -5,18 +5,20 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import Field
 
 from colqwen3.checkpoint.headers import Checkpoint
 from colqwen3.checkpoint.layout import BLOCKS
 from colqwen3.system.device import choose_device, make_deterministic
-from colqwen3.system.errors import disk_is_full, first_line, run
+from colqwen3.system.errors import NonFiniteWeightsError, first_line, run
 from colqwen3.system.files import publish_folder, write_json
 from colqwen3.system.resume import Scratch, work_key
 from stages.pipeline.manifest import find_inspected_model, read_manifest
 from stages.pipeline.params import ComputeParams, ModelParams, Sections, choose_recipe, load_params
 from stages.pipeline.paths import CALIBRATION, CHECKPOINTS, QUANTIZED, SCRATCH
 from stages.pipeline.stage import claim, parse_recipe
+from stages.quantization.autoround import SamplesLostError
 from stages.quantization.checkpoint import (
     check_checkpoint,
     count_bytes,
@@ -48,6 +50,19 @@ class RecipeFailedError(Exception):
     """A recipe failed by its own doing: what its fallback is for."""
 
 
+def is_reason_for_fallback(error: Exception) -> bool:
+    """Whether a fallback may run: memory ran out, samples were lost, or weights are not finite.
+
+    A full disk or a defect of this code would hit the fallback too, or be hidden by it.
+    """
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    if isinstance(error, SamplesLostError | NonFiniteWeightsError):
+        return True
+    # torch's allocator on a CPU
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
 def quantize(
     name: str,
     ran: str,
@@ -74,8 +89,8 @@ def quantize(
     UserError
         If inputs are missing or damaged, or another process makes the same recipe.
     RecipeFailedError
-        If the recipe itself cannot be carried out: out of memory, samples lost, weights not
-        finite, or a result that is not as planned.
+        If the recipe itself cannot be carried out: memory ran out, samples were lost, or weights
+        are not finite.
     """
     recipe = params.recipes[ran]
     linears = planned_linears(ran, recipe, manifest)
@@ -88,12 +103,13 @@ def quantize(
     with Scratch(work, work_key(inputs)) as scratch:
         try:
             job = Job(Checkpoint.read(source), linears, recipe, samples, device, scratch)
-            partial, errors = make_checkpoint(job)
-            check_checkpoint(partial, job)
+            partial, filled = make_checkpoint(job)
         except Exception as error:
-            if disk_is_full(error):
+            if not is_reason_for_fallback(error):
                 raise
             raise RecipeFailedError(str(error)) from error
+        check_checkpoint(partial, job)
+        errors = filled.weight_errors
         record = {
             "recipe": {
                 "ran": ran,
@@ -116,6 +132,11 @@ def quantize(
                 layer.removeprefix(BLOCKS + "."): round(errors[layer], 6)
                 for layer in sorted(errors, key=layer_order)
             },
+            "layers_worse_than_rounding": sum(not o.tuning_won for o in filled.outcomes),
+            "layer_errors": [
+                {"tuned": round(o.tuned, 6), "rounded": round(o.rounded, 6)}
+                for o in filled.outcomes
+            ],
         }
         write_json(QUANTIZED / f"{name}.json", record)
         publish_folder(partial, CHECKPOINTS / name)

@@ -26,6 +26,10 @@ class DiskFullError(UserError):
     """There is not enough free disk space for what is about to be written."""
 
 
+class NonFiniteWeightsError(UserError):
+    """A weight is NaN or infinite."""
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of an exception's message, or its type if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,7 +1,8 @@
-"""Progress of long work: a bar on a terminal, a line per tenth otherwise."""
+"""Progress of long work with the time left: a bar on a terminal, a line per tenth otherwise."""
 
 import logging
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
@@ -12,12 +13,23 @@ logger = logging.getLogger(__name__)
 
 
 class Progress:
-    """Counts items of work; use as a context manager and call `advance`."""
+    """Counts items of work; use as a context manager and call `advance`.
 
-    def __init__(self, what: str, total: int) -> None:
-        self.what, self.total, self.done = what, total, 0
+    Parameters
+    ----------
+    what
+        The items, in the plural.
+    total
+        How many there are.
+    done
+        How many an earlier run has done already.
+    """
+
+    def __init__(self, what: str, total: int, done: int = 0) -> None:
+        self.what, self.total, self.done = what, total, done
+        self._before, self._start = done, time.monotonic()
         hidden = not sys.stderr.isatty()
-        self.bar = tqdm(total=total, desc=what, unit=f" {what}", disable=hidden)
+        self.bar = tqdm(total=total, initial=done, desc=what, unit=f" {what}", disable=hidden)
 
     def __enter__(self) -> "Progress":
         return self
@@ -29,10 +41,16 @@ class Progress:
         """Count `items` as done."""
         before, self.done = self.done, self.done + items
         self.bar.update(items)
-        if self.bar.disable and before * 10 // max(self.total, 1) != self.done * 10 // max(
-            self.total, 1
-        ):
-            logger.info("%s: %d of %d", self.what, self.done, self.total)
+        total = max(self.total, 1)
+        if self.bar.disable and before * 10 // total != self.done * 10 // total:
+            logger.info("%s: %d of %d%s", self.what, self.done, self.total, self._time_left())
+
+    def _time_left(self) -> str:
+        left = self.total - self.done
+        if left <= 0:
+            return ""
+        seconds = (time.monotonic() - self._start) / (self.done - self._before) * left
+        return f", about {tqdm.format_interval(seconds)} left"
 
 
 def track(items: Iterable[T], what: str, total: int) -> Iterator[T]:

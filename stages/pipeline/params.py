@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -212,14 +213,19 @@ def _describe(error: ValidationError, schema: type[BaseModel]) -> str:
     return f"{key or 'the file'}: {message}{more}"
 
 
+def _literals(field: FieldInfo) -> tuple[Any, ...]:
+    """Return the values that a field of type Literal allows."""
+    return get_args(field.annotation)
+
+
 def _known_keys(annotation: Any, path: list[str], member: str | None) -> set[str]:
     """Return the keys that the section at `path` may have; `member` chooses among schemas."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         fields = annotation.model_fields
         if path:
             return _known_keys(fields[path[0]].annotation, path[1:], member)
-        method = fields["method"].annotation if "method" in fields else None
-        return set() if member and method and member not in get_args(method) else set(fields)
+        other = member and "method" in fields and member not in _literals(fields["method"])
+        return set() if other else set(fields)
     parts = get_args(annotation)
     if get_origin(annotation) is dict:
         return _known_keys(parts[1], path[1:], member) if path else set()

@@ -7,9 +7,12 @@ size. Its output in full precision and its output once quantized, both from Auto
 next layer's inputs; they are kept on disk, so that a killed run goes on where it stopped.
 """
 
+import copy
 import gc
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,8 +21,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from colqwen3.checkpoint.packing import round_to_nearest
 from colqwen3.system.errors import UserError, first_line
 from colqwen3.system.files import digest_file
+from colqwen3.system.progress import Progress
 from colqwen3.system.resume import Scratch
 from stages.quantization.recipes import AutoRoundRecipe
 from stages.quantization.sample_packs import pack_samples
@@ -32,6 +37,34 @@ Hidden = list[torch.Tensor]
 
 INPUTS = "inputs.safetensors"
 CHAIN = "chain-{:05d}.safetensors"
+
+
+class SamplesLostError(UserError):
+    """Not every calibration sample took part in tuning."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Output error of one decoder layer over all calibration samples, both ways.
+
+    Each is the norm of the difference to the full-precision layer's output, divided by the norm of
+    that output; both layers are given the same inputs, those that the quantized model gives them.
+
+    Attributes
+    ----------
+    tuned
+        Of the layer as AutoRound left it.
+    rounded
+        Of the layer with its linears rounded to nearest.
+    """
+
+    tuned: float
+    rounded: float
+
+    @property
+    def tuning_won(self) -> bool:
+        """Whether the tuned layer is kept: it is at least as good as the rounded one."""
+        return self.tuned <= self.rounded  # False for NaN
 
 
 class _Reached(Exception):
@@ -79,7 +112,7 @@ def capture_inputs(model: Any, layer: nn.Module, samples: Sequence[Sample]) -> l
 
     Raises
     ------
-    UserError
+    SamplesLostError
         If a sample does not reach the layer.
     """
     caught: list[Sample] = []
@@ -97,15 +130,14 @@ def capture_inputs(model: Any, layer: nn.Module, samples: Sequence[Sample]) -> l
             except _Reached:
                 continue
             except (RuntimeError, ValueError, IndexError, TypeError) as error:
-                reason = first_line(error)
-                raise UserError(
-                    f"calibration sample {number} fails in the model ({reason}); "
+                raise SamplesLostError(
+                    f"calibration sample {number} fails in the model ({first_line(error)}); "
                     "run `dvc repro -f calibrate`"
                 ) from None
     finally:
         handle.remove()
     if len(caught) != len(samples):
-        raise UserError(
+        raise SamplesLostError(
             f"calibration: {len(samples)} samples asked for, {len(caught)} reached the first layer"
         )
     return caught
@@ -122,28 +154,28 @@ def _flatten(values: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _unflatten(values: Sample) -> dict[str, Any]:
-    made: dict[str, Any] = {}
+    nested: dict[str, Any] = {}
     for key in sorted(values):
         name, _, place = key.partition(".")
-        made[name] = (*made.get(name, ()), values[key]) if place else values[key]
-    return made
+        nested[name] = (*nested.get(name, ()), values[key]) if place else values[key]
+    return nested
 
 
 def tune_layer(
-    block: nn.Module,
+    layer: nn.Module,
     inputs: Sequence[Sample],
     hidden: Hidden,
     quantized: Hidden | None,
     recipe: AutoRoundRecipe,
     device: torch.device,
-) -> tuple[Hidden, Hidden | None]:
-    """Quantize one decoder layer in place with AutoRound.
+) -> tuple[Hidden, Hidden | None, Outcome]:
+    """Quantize one decoder layer in place: tuned by AutoRound, or rounded where that is better.
 
     Its linears then hold rounded weights, ``scale`` [out_features, groups] and ``zp``.
 
     Parameters
     ----------
-    block
+    layer
         The layer.
     inputs
         What each sample gives the layer besides hidden states.
@@ -160,12 +192,89 @@ def tune_layer(
     Returns
     -------
     tuple
-        Outputs of the layer before and after, each fit to be the next layer's input; None for the
-        latter without tuning, which never looks at it.
+        Outputs of the layer before and after, each fit to be the next layer's input (None for the
+        latter without tuning, which never looks at it), and the errors of both ways.
 
     Raises
     ------
-    UserError
+    SamplesLostError
+        If AutoRound lost a sample.
+    """
+    rounded = copy.deepcopy(layer)
+    before, after = run_autoround(layer, inputs, hidden, quantized, recipe, device)
+    if before is None:  # without tuning, AutoRound needs no data at 8 bits
+        before = list(layer_outputs(rounded, inputs, hidden, device))
+    scales = round_layer(rounded, recipe)
+    given = hidden if quantized is None else quantized
+    tuned_error, rounded_error = (
+        output_error(layer_outputs(way, inputs, given, device), before) for way in (layer, rounded)
+    )
+    outcome = Outcome(tuned_error, rounded_error)
+    if not outcome.tuning_won:
+        for name, scale in scales.items():
+            module: Any = layer.get_submodule(name)
+            weight: Any = rounded.get_submodule(name).weight
+            module.weight.data.copy_(weight)
+            module.scale = scale
+        if after is not None:
+            after = list(layer_outputs(layer, inputs, given, device))
+    return before, after, outcome
+
+
+@torch.no_grad()
+def layer_outputs(
+    layer: nn.Module, inputs: Sequence[Sample], hidden: Hidden, device: torch.device
+) -> Iterator[torch.Tensor]:
+    """Yield the output [1, tokens, hidden] of a layer for each sample, on `device`."""
+    layer.to(device)
+    for state, others in zip(hidden, inputs, strict=True):
+        sample = {**others, "hidden_states": state}
+        output = layer(**_unflatten({key: value.to(device) for key, value in sample.items()}))
+        yield output[0] if isinstance(output, tuple) else output
+
+
+def output_error(outputs: Iterable[torch.Tensor], expected: Hidden) -> float:
+    """Return the norm of the outputs' difference to the expected ones, relative to their norm."""
+    wrong = total = 0.0
+    for output, target in zip(outputs, expected, strict=True):
+        target = target.to(output.device).double()
+        wrong += float((output.double() - target).square().sum())
+        total += float(target.square().sum())
+    return math.sqrt(wrong / total) if total else math.sqrt(wrong)
+
+
+@torch.no_grad()
+def round_layer(layer: nn.Module, recipe: AutoRoundRecipe) -> dict[str, torch.Tensor]:
+    """Round the linears of a layer to nearest in place; return their scales [out_features, groups]."""
+    scales = {}
+    for name, module in layer.named_modules():
+        if isinstance(module, nn.Linear):
+            codes, scale = round_to_nearest(module.weight.cpu(), recipe.bits, recipe.group_size)
+            groups = codes.float().view(*scale.shape, -1) * scale.float().unsqueeze(-1)
+            module.weight.copy_(groups.flatten(1))
+            scales[name] = scale
+    return scales
+
+
+def run_autoround(
+    layer: nn.Module,
+    inputs: Sequence[Sample],
+    hidden: Hidden,
+    quantized: Hidden | None,
+    recipe: AutoRoundRecipe,
+    device: torch.device,
+) -> tuple[Hidden | None, Hidden | None]:
+    """Quantize one decoder layer in place with AutoRound; see `tune_layer`.
+
+    Returns
+    -------
+    tuple
+        Outputs of the layer before (None where AutoRound needs no data) and after (None without
+        tuning).
+
+    Raises
+    ------
+    SamplesLostError
         If AutoRound lost a sample.
     """
     from auto_round import AutoRound
@@ -177,12 +286,12 @@ def tune_layer(
     if recipe.iters:
         options = {
             "gradient_accumulate_steps": recipe.gradient_accumulate_steps,
-            "lr": recipe.lr,
+            "lr": recipe.step_size,
             # "best" would compare sums over different samples: a step that drew short ones wins
             "not_use_best_mse": True,
         }
     rounder = AutoRound(
-        Holder(block),
+        Holder(layer),
         tokenizer="",  # only there to be looked at
         scheme="W4A16",
         bits=recipe.bits,
@@ -190,7 +299,8 @@ def tune_layer(
         sym=recipe.sym,
         nsamples=len(hidden),
         batch_size=1,  # samples are of unequal lengths, and unpadded; a pack is one of them
-        iters=recipe.iters,
+        # AutoRound collects its result before the last step, so one more makes `iters` steps
+        iters=recipe.iters + 1 if recipe.iters else 0,
         seed=recipe.seed,
         device_map=0 if device.type == "cuda" else "cpu",
         amp=device.type != "cpu",  # on a CPU always float32, whether or not it has bfloat16
@@ -209,15 +319,15 @@ def tune_layer(
         kwargs["hidden_states"] = state
         calls.append((((), kwargs),))
     after, before = rounder.quantize_block(
-        block, calls, q_input=None if quantized is None else list(quantized), device=str(device)
+        layer, calls, q_input=None if quantized is None else list(quantized), device=str(device)
     )
     for outputs in (before, after):
         if outputs is not None and len(outputs) != len(hidden):
-            raise UserError(
+            raise SamplesLostError(
                 f"quantize: AutoRound was given {len(hidden)} calibration samples and used "
                 f"{len(outputs)}; its log above may say why"
             )
-    return list(before), None if after is None else list(after)
+    return None if before is None else list(before), None if after is None else list(after)
 
 
 def tune_layers(
@@ -228,7 +338,7 @@ def tune_layers(
     load_front: Callable[[], Any],
     load_layer: Callable[[Any, int], nn.Module],
     count: int,
-) -> Iterator[tuple[int, nn.Module, dict[str, str]]]:
+) -> Iterator[tuple[int, nn.Module, dict[str, str], Outcome]]:
     """Tune the decoder layers from the first that `scratch` does not know as done.
 
     Parameters
@@ -251,21 +361,21 @@ def tune_layers(
     Yields
     ------
     tuple
-        Number of the layer, the layer as `tune_layer` leaves it, and the files to keep in the
-        scratch once its result is stored.
+        Number of the layer, the layer as `tune_layer` leaves it, the files to keep in the scratch
+        once its result is stored, and the errors of both ways.
 
     Raises
     ------
-    UserError
+    SamplesLostError
         If a sample is lost.
     """
     front = load_front()
     path = scratch.folder / INPUTS
     if INPUTS not in scratch.files:
-        found = capture_inputs(front, front.vlm.model.language_model.layers[0], samples)
+        captured = capture_inputs(front, front.vlm.model.language_model.layers[0], samples)
         if recipe.batch_size > 1:
-            found = pack_samples(found, recipe.batch_size)
-        _write_samples(path, found)
+            captured = pack_samples(captured, recipe.batch_size)
+        _write_samples(path, captured)
         scratch.record({INPUTS: digest_file(path)})
     inputs = _read_samples(path)
     front = front.to("meta")  # only its classes and config are needed from here
@@ -274,21 +384,30 @@ def tune_layers(
     start = len(scratch.steps)
     quantized: Hidden | None
     if start:
-        kept = _read_samples(scratch.folder / CHAIN.format(start - 1))
-        hidden = [s["full"] for s in kept]
-        quantized = [s["quantized"] for s in kept] if "quantized" in kept[0] else None
+        states = _read_samples(scratch.folder / CHAIN.format(start - 1))
+        hidden = [state["full"] for state in states]
+        quantized = [s["quantized"] for s in states] if "quantized" in states[0] else None
     else:
-        hidden, quantized = [s["hidden_states"] for s in inputs], None
-    for index in range(start, count):
-        block = load_layer(front, index)
-        hidden, quantized = tune_layer(block, inputs, hidden, quantized, recipe, device)
-        chain = scratch.folder / CHAIN.format(index)
-        kept = [{"full": state} for state in hidden]
-        for item, state in zip(kept, quantized or (), strict=quantized is not None):
-            item["quantized"] = state
-        _write_samples(chain, kept)
-        yield index, block, {INPUTS: scratch.files[INPUTS], chain.name: digest_file(chain)}
-        logger.info("layer %d of %d is quantized", index + 1, count)
+        hidden, quantized = [sample["hidden_states"] for sample in inputs], None
+    with Progress("decoder layers", count, start) as progress:
+        for index in range(start, count):
+            layer = load_layer(front, index)
+            hidden, quantized, outcome = tune_layer(
+                layer, inputs, hidden, quantized, recipe, device
+            )
+            if not outcome.tuning_won:
+                logger.warning(
+                    "layer %d: tuning made the output worse than rounding (error %.4g against %.4g); "
+                    "it is rounded instead", index, outcome.tuned, outcome.rounded,
+                )  # fmt: skip
+            chain = scratch.folder / CHAIN.format(index)
+            states = [{"full": state} for state in hidden]
+            for item, state in zip(states, quantized or (), strict=quantized is not None):
+                item["quantized"] = state
+            _write_samples(chain, states)
+            files = {INPUTS: scratch.files[INPUTS], chain.name: digest_file(chain)}
+            yield index, layer, files, outcome
+            progress.advance()
 
 
 def _write_samples(path: Path, samples: Sequence[Sample]) -> None:
@@ -308,12 +427,12 @@ def _read_samples(path: Path) -> list[Sample]:
     return [samples[number] for number in sorted(samples)]
 
 
-def check_quantized(block: nn.Module, index: int, planned: set[str]) -> None:
+def check_quantized(layer: nn.Module, index: int, planned: set[str]) -> None:
     """Compare the linears that AutoRound quantized in a layer with the planned ones.
 
     Parameters
     ----------
-    block
+    layer
         The layer after `tune_layer`.
     index
         Its number, for the error.
@@ -325,9 +444,9 @@ def check_quantized(block: nn.Module, index: int, planned: set[str]) -> None:
     UserError
         Naming the first linear that was left out or quantized beyond the plan.
     """
-    made = {name for name, module in block.named_modules() if hasattr(module, "scale")}
-    for name in sorted(made ^ planned):
-        problem = "quantized but not planned" if name in made else "planned but not quantized"
+    quantized = {name for name, module in layer.named_modules() if hasattr(module, "scale")}
+    for name in sorted(quantized ^ planned):
+        problem = "quantized but not planned" if name in quantized else "planned but not quantized"
         raise UserError(
             f"quantize: {name} of layer {index} was {problem}; AutoRound's log above may say why"
         )

@@ -28,7 +28,7 @@ from colqwen3.system.errors import UserError
 from colqwen3.system.files import digest_files, read_json, write_json
 from colqwen3.system.resume import surroundings
 from stages.pipeline.stage import code_digest
-from stages.quantization.linears import Job, Linears, round_linears, tune_linears
+from stages.quantization.linears import Filled, Job, Linears, round_linears, tune_linears
 from stages.quantization.recipes import AnyRecipe, RtnRecipe
 
 LIBRARIES = ("auto-round", "torch", "transformers", "safetensors", "numpy")
@@ -71,8 +71,8 @@ def plan(source: Checkpoint, linears: Linears, recipe: AnyRecipe) -> dict[str, S
     return specs
 
 
-def make_checkpoint(job: Job) -> tuple[Path, dict[str, float]]:
-    """Make the checkpoint in the scratch; return its folder and the linears' relative errors.
+def make_checkpoint(job: Job) -> tuple[Path, Filled]:
+    """Make the checkpoint in the scratch; return its folder and what filling it tells.
 
     Raises
     ------
@@ -90,12 +90,12 @@ def make_checkpoint(job: Job) -> tuple[Path, dict[str, float]]:
     folder.mkdir(exist_ok=True)
     fill = round_linears if isinstance(job.recipe, RtnRecipe) else tune_linears
     with TensorFile(folder / SINGLE, specs) as file:
-        errors = fill(job, file)
+        filled = fill(job, file)
         for name, tensor in source.tensors.items():
             if name.removesuffix(".weight") not in job.linears:
                 file.copy(name, source.folder, tensor)
     write_configs(source.folder, folder, job.recipe)
-    return folder, errors
+    return folder, filled
 
 
 def write_configs(source: Path, target: Path, recipe: AnyRecipe) -> None:

@@ -4,7 +4,7 @@ import hashlib
 import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -19,10 +19,10 @@ from colqwen3.checkpoint.packing import (
     round_to_nearest,
 )
 from colqwen3.checkpoint.tensor_file import TensorFile, read_tensor
-from colqwen3.system.errors import UserError
+from colqwen3.system.errors import NonFiniteWeightsError, UserError
 from colqwen3.system.progress import Progress
 from colqwen3.system.resume import Scratch
-from stages.quantization.autoround import Sample, check_quantized, tune_layers
+from stages.quantization.autoround import Outcome, Sample, check_quantized, tune_layers
 from stages.quantization.recipes import AnyRecipe, AutoRoundRecipe
 
 logger = logging.getLogger(__name__)
@@ -66,16 +66,31 @@ class Job:
         return read_tensor(self.source.folder, self.source.tensors[f"{linear}.weight"])
 
 
-def round_linears(job: Job, file: TensorFile) -> dict[str, float]:
+@dataclass(frozen=True)
+class Filled:
+    """What filling the linears of a checkpoint tells.
+
+    Attributes
+    ----------
+    weight_errors
+        Error of each linear's weight relative to the weight, both as Frobenius norms.
+    outcomes
+        Output errors of each decoder layer, tuned and rounded; empty for plain rounding.
+    """
+
+    weight_errors: dict[str, float]
+    outcomes: list[Outcome]
+
+
+def round_linears(job: Job, file: TensorFile) -> Filled:
     """Round the planned linears to nearest, and fill them into `file`.
 
     As many linears are in memory as torch may use threads, one thread each: that is faster than
-    several threads on one linear, most of all on a busy machine. Returns the relative error of
-    each linear's weight.
+    several threads on one linear, most of all on a busy machine.
 
     Raises
     ------
-    UserError
+    NonFiniteWeightsError
         If a weight is NaN, infinite or too large for a float16 scale.
     """
     recipe = job.recipe
@@ -84,7 +99,7 @@ def round_linears(job: Job, file: TensorFile) -> dict[str, float]:
         weight = job.weight(name)
         codes, scales = round_to_nearest(weight, recipe.bits, recipe.group_size)
         if not scales.isfinite().all():
-            raise UserError(
+            raise NonFiniteWeightsError(
                 f"{job.source.folder}: {name}.weight holds NaN, infinite or huge weights; "
                 "fetch the model again"
             )
@@ -104,7 +119,7 @@ def round_linears(job: Job, file: TensorFile) -> dict[str, float]:
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    return errors
+    return Filled(errors, [])
 
 
 def pack_layer(
@@ -119,6 +134,8 @@ def pack_layer(
 
     Raises
     ------
+    NonFiniteWeightsError
+        If AutoRound left NaN or Inf.
     UserError
         If AutoRound left weights that are not multiples of their scale.
     """
@@ -127,17 +144,19 @@ def pack_layer(
         scales = module.scale.detach().to(job.device, torch.float16)
         scales = scales.view(module.weight.shape[0], -1)
         weight = module.weight.detach().to(job.device)
+        if not (weight.isfinite().all() and scales.isfinite().all()):
+            raise NonFiniteWeightsError(
+                f"quantize: {name} came back from AutoRound with NaN or Inf"
+            )
         codes, gap = restore_codes(weight, scales, job.recipe.bits)
-        if not gap < MAX_GAP:  # NaN is not
+        if not gap < MAX_GAP:
             raise UserError(f"quantize: {name} came back from AutoRound without whole codes")
         original = job.weight(name).to(job.device)
         yield name, pack(codes, scales, job.recipe.bits), relative_error(original, codes, scales)
 
 
-def tune_linears(job: Job, file: TensorFile) -> dict[str, float]:
+def tune_linears(job: Job, file: TensorFile) -> Filled:
     """Fill the planned linears of `file` with AutoRound, continuing where the scratch stands.
-
-    Returns the relative error of each linear's weight.
 
     Raises
     ------
@@ -177,7 +196,7 @@ def tune_linears(job: Job, file: TensorFile) -> dict[str, float]:
     if scratch.steps:
         logger.info("continuing after layer %d of %d", len(scratch.steps), len(layers))
     tuned = tune_layers(job.samples, recipe, job.device, scratch, front, load, len(layers))
-    for index, layer, files in tuned:
+    for index, layer, files, outcome in tuned:
         names = layers[index]
         prefix = f"{BLOCKS}.{index}."
         check_quantized(layer, index, {name.removeprefix(prefix) for name in names})
@@ -185,8 +204,12 @@ def tune_linears(job: Job, file: TensorFile) -> dict[str, float]:
         for name, packed, error in pack_layer(job, layer, prefix, names):
             write_packed(file, name, packed)
             errors[name] = error
-        scratch.record(files, {"sha256": layer_digest(file, names), "errors": errors})
-    return {name: error for step in scratch.steps for name, error in step["errors"].items()}
+        step = {"sha256": layer_digest(file, names), "errors": errors, "outcome": asdict(outcome)}
+        scratch.record(files, step)
+    return Filled(
+        {name: error for step in scratch.steps for name, error in step["errors"].items()},
+        [Outcome(**step["outcome"]) for step in scratch.steps],
+    )
 
 
 def split_by_layer(linears: Linears) -> list[list[str]]:
