@@ -63,13 +63,13 @@ def evaluate(dataset: Dataset, original: Embeddings, quantized: Embeddings) -> C
     pages, (before, after, mixed) = _compare_pages(
         dataset, (before_queries, after_queries), (original.pages, quantized.pages)
     )
-    flattened = round(flattened_cosine(before_queries, after_queries), COSINE_DECIMALS)
+    flattened = flattened_cosine(before_queries, after_queries)
     metrics = {
         "data": {"queries": len(dataset.queries), "pages": len(dataset.pages)},
         "queries": {
             **compare_tokens(before_queries, after_queries),
             "flattened_cosine": flattened,
-            "grade": grade(flattened),
+            "grade": grade(round(flattened, COSINE_DECIMALS)),
         },
         "pages": pages,
         "retrieval": compare(before, after, dataset.relevance),

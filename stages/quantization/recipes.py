@@ -6,7 +6,6 @@ from pydantic import Field, field_validator, model_validator
 
 from stages.pipeline.params import Integer, Section, Seed
 
-
 STEP_SIZE_LIMIT = 0.1
 """In units of a code. On the demo model, 10 steps of 0.1 made a layer worse than rounding, 5 of 0.2 all."""
 

@@ -65,3 +65,7 @@ def write_json(path: Path, value: Any) -> None:
     """Write a value as JSON, with the folders above it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value))
+
+
+WITHIN_THE_LIMITS: dict[str, Any] = {"ndcg": contrast(0.9111, 0.9002, -0.0222, 0.0044)}
+"""Arguments of `quality` with which a recipe passes the gate of params.yaml."""

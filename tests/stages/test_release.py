@@ -9,10 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from colqwen3.model.loading import load_packed, load_processor
+from colqwen3.model.loading import load_processor
 from colqwen3.model.scoring import max_sim
 from colqwen3.mteb_model import ColQwen3Encoder
 from stages.release import copy_checkpoint, copy_licences
+from tests.helpers.packed import load_packed
 from tests.slow.check_release import LEAST, own_embeddings, probe, worst_cosine
 
 PAGES = sorted(Path("demo/pages/evaluation/corpus").iterdir())[:2]
