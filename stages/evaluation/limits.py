@@ -77,7 +77,7 @@ def find_breaches(metrics: Mapping[str, Any], gate: GateParams) -> list[str]:
         if not cosine >= minimum:
             breaches.append(f"{kind}.cosine.mean {cosine} is below {key} {minimum}")
         if not nonfinite <= 0:
-            breaches.append(f"{kind}.nonfinite {nonfinite} is above 0, which {key} requires")
+            breaches.append(f"{kind}.nonfinite {nonfinite} is above 0, as {key} {minimum} requires")
     maxima: tuple[tuple[str, str, Callable[[Any], float]], ...] = (
         ("max_ndcg_at_5_drop", "drop of ndcg_at_5",
          lambda m: -m["retrieval"]["ndcg_at_5"]["difference"]),
