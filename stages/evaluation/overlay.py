@@ -28,7 +28,7 @@ class Size:
 
 
 FULL = Size((640, 560, 480, 400, 320, 240), 150_000)
-"""A picture that is kept in Git."""
+"""A picture that Git tracks."""
 SMALL = Size((400, 320, 240), 80_000)
 """One of several pictures in a report."""
 

@@ -1,6 +1,6 @@
 """Show what an upload of a released folder would send, and the command that sends it.
 
-`python -m stages.upload FOLDER OWNER/NAME` verifies the folder, lists its files and sizes, and
+`python -m stages.tools.upload FOLDER OWNER/NAME` verifies the folder, lists its files and sizes, and
 prints the command of huggingface_hub that uploads them. Nothing is sent, and no token is read: that
 command takes it from ``HF_TOKEN`` or from ``hf auth login``.
 """
@@ -16,6 +16,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from colqwen3.release.provenance import METADATA
 from colqwen3.release.verify import verify
 from colqwen3.system.errors import UserError, run
+from stages.evaluation.limits import WORSE
 
 
 def list_files(folder: Path, names: list[str]) -> list[str]:
@@ -51,7 +52,7 @@ def upload_command(folder: Path, repo: str, names: list[str]) -> str:
 
 def main() -> None:
     """List what would be uploaded; fail if the folder is not as it was released."""
-    parser = argparse.ArgumentParser(prog="python -m stages.upload", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m stages.tools.upload", description=__doc__)
     parser.add_argument("folder", type=Path, help="a released folder")
     parser.add_argument("repo", metavar="OWNER/NAME", help="repository on the Hub")
     args = parser.parse_args()
@@ -62,6 +63,12 @@ def main() -> None:
     names = sorted([*metadata["files"], METADATA])
     command = upload_command(args.folder, args.repo, names)
     print("\n".join(list_files(args.folder, names)))
+    if metadata.get("verdict", {}).get("verdict") == WORSE:
+        print(
+            f"warning: FAILED: {metadata['verdict']['reason']}; this recipe broke a limit of the "
+            "gate, as its card says: upload it only if others are meant to see that",
+            file=sys.stderr,
+        )
     if metadata["pipeline"]["commit"] is None or metadata["pipeline"]["dirty"]:
         print(
             "warning: made by code or parameters that are in no commit; commit them and run "

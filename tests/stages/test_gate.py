@@ -183,6 +183,6 @@ def test_a_fallback_is_warned_of_and_must_be_the_current_one(
     write_json(path, {"recipe": {**record, "values": {**values, "bits": 8}}})
     with pytest.raises(SystemExit):
         project({}, figures())
-    assert "made by the fallback other, which changed since; run `dvc repro -f quantize@x`" in (
+    assert "is of the fallback other, which changed since; run `dvc repro -f quantize@x`" in (
         capsys.readouterr().err
     )
