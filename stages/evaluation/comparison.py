@@ -20,7 +20,7 @@ from colqwen3.embedding.store import Embeddings
 from colqwen3.model.scoring import BATCH
 from colqwen3.system.errors import UserError
 from stages.evaluation.cosine import TokenCosines, compare_tokens, flattened_cosine, grade
-from stages.evaluation.retrieval import Run, best_relevant, compare, finite_scores, first_pages
+from stages.evaluation.retrieval import Run, best_relevant, compare, finite, first_pages, search
 
 COSINE_DECIMALS, DECIMALS, SCORE_DECIMALS = 6, 5, 3
 COSINES = ("cosine", "flattened_cosine")
@@ -105,14 +105,15 @@ def _compare_pages(
         Run(names, stems, np.empty((len(names), len(stems)), dtype=np.float32)) for _ in searches
     ]
     cosines = TokenCosines(sum(shape[0] for shape in _shapes(pages[0]).values()))
-    vectors = [[side[name] for name in names] for side in queries]
+    query_tokens = [[finite(side[name]) for name in names] for side in queries]
     for start in range(0, len(stems), BATCH):
         batch = stems[start : start + BATCH]
         both = [[side[stem] for stem in batch] for side in pages]
         for original, quantized in zip(*both, strict=True):
             cosines.add(original, quantized)
+        page_tokens = [[finite(tokens) for tokens in side] for side in both]
         for run, (query_side, page_side) in zip(runs, searches, strict=True):
-            scores = finite_scores(vectors[query_side], both[page_side])
+            scores = search(query_tokens[query_side], page_tokens[page_side])
             run.scores[:, start : start + BATCH] = scores
     return cosines.figures(), runs
 

@@ -54,10 +54,14 @@ def finite(tokens: torch.Tensor) -> torch.Tensor:
 
 def finite_scores(queries: Sequence[torch.Tensor], pages: Sequence[torch.Tensor]) -> Scores:
     """Return the MaxSim [queries, pages] with tokens that hold NaN or Inf as zero vectors."""
-    scores = max_sim([finite(tokens) for tokens in queries], [finite(tokens) for tokens in pages])
+    return search([finite(tokens) for tokens in queries], [finite(tokens) for tokens in pages])
+
+
+def search(queries: Sequence[torch.Tensor], pages: Sequence[torch.Tensor]) -> Scores:
+    """Return the MaxSim [queries, pages] of what `finite` returned."""
     # a page without one finite token: max_sim gives -inf, plain arithmetic on zero vectors 0
-    finite_only: Scores = torch.nan_to_num(scores, nan=0.0, neginf=0.0).numpy()
-    return finite_only
+    scores: Scores = torch.nan_to_num(max_sim(queries, pages), nan=0.0, neginf=0.0).numpy()
+    return scores
 
 
 def measure(run: Run, relevance: Relevance) -> dict[str, Floats]:
