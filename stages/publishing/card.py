@@ -91,7 +91,7 @@ def card_data(source_card: Mapping[str, Any], facts: Mapping[str, Any]) -> Model
         )
     ]
     languages, tags = (_identifiers(source_card.get(key)) for key in ("language", "tags"))
-    taken_over = (
+    taken_over: dict[str, Any] = (
         {"language": languages if isinstance(source_card.get("language"), list) else languages[0]}
         if languages
         else {}

@@ -62,8 +62,8 @@ def export_weights(checkpoint: Path, folder: Path, kind: str) -> None:
             parts = {
                 part: read_tensor(checkpoint, stored[f"{linear}.{part}"]) for part in PACKED_TENSORS
             }
-            for part, tensor in convert(parts, quantization["bits"]).items():
-                file.write(f"{linear}.{part}", tensor)
+            for part, value in convert(parts, quantization["bits"]).items():
+                file.write(f"{linear}.{part}", value)
     write_json(folder / "config.json", config)
     if kind == GPTQ:
         write_json(folder / "quantize_config.json", config["quantization_config"])

@@ -18,7 +18,7 @@ from stages.pipeline.params import PARAMS_FILE
 from tests.helpers.embeddings import DATASET, DIM, ORIGINAL, PAGES, QUANTIZED, QUERIES, RELEVANCE
 from tests.helpers.metrics import write_json
 
-MODEL = {
+MODEL: dict[str, Any] = {
     "components": {
         "language_model": {"bytes": 4000},
         "projection": {"bytes": 100},
@@ -27,7 +27,7 @@ MODEL = {
     },
     "files_bytes": 6000,
 }
-QUANTIZE = {
+QUANTIZE: dict[str, Any] = {
     "bytes": {
         "components": {
             "language_model": 1000,
@@ -128,7 +128,7 @@ def test_the_stage_writes_metrics_and_plots(project: Path) -> None:
 def test_the_order_of_stored_items_changes_nothing(project: Path) -> None:
     run(evaluate.main)
     first = Path("metrics/quality/low.json").read_bytes()
-    turned = (dict(reversed(items.items())) for items in (QUANTIZED.queries, QUANTIZED.pages))
+    turned = (dict(reversed(list(items.items()))) for items in (QUANTIZED.queries, QUANTIZED.pages))
     write_embeddings(Path("artifacts/embeddings/low.safetensors"), *turned)
     run(evaluate.main)
     assert Path("metrics/quality/low.json").read_bytes() == first

@@ -11,7 +11,7 @@ from colqwen3.system.errors import UserError
 from stages.evaluation import comparison
 from stages.evaluation import cosine as cosine_module
 from stages.evaluation.comparison import check_items, evaluate, round_figures, round_points
-from stages.evaluation.cosine import compare_tokens, flattened_cosine, grade
+from stages.evaluation.cosine import Items, compare_tokens, flattened_cosine, grade
 from stages.evaluation.cosine import token_cosines as cosine_of_tokens
 from tests.helpers.embeddings import DATASET, DIM, ORIGINAL, PAGES, QUANTIZED, QUERIES, RELEVANCE
 
@@ -189,9 +189,7 @@ def numbers(value: Any) -> list[float]:
     return [] if isinstance(value, str) else [value]
 
 
-def with_rows(
-    items: dict[str, torch.Tensor], name: str, rows: dict[int, list[float]]
-) -> dict[str, torch.Tensor]:
+def with_rows(items: Items, name: str, rows: dict[int, list[float]]) -> dict[str, torch.Tensor]:
     changed = items[name].clone()
     for row, values in rows.items():
         changed[row, : len(values)] = torch.tensor(values)
@@ -215,7 +213,7 @@ def test_nonfinite_tokens_are_left_out_of_cosines_and_of_scores() -> None:
     queries = with_rows(QUANTIZED.queries, "q1", {1: [NAN, INF]})
     pages = with_rows(QUANTIZED.pages, "a", {0: [-INF]})
 
-    def cut(items: dict[str, torch.Tensor], name: str, row: int) -> dict[str, torch.Tensor]:
+    def cut(items: Items, name: str, row: int) -> dict[str, torch.Tensor]:
         return {**items, name: torch.cat([items[name][:row], items[name][row + 1 :]])}
 
     metrics, _, _ = evaluate(DATASET, original, Embeddings(queries, pages))
@@ -259,7 +257,7 @@ def test_a_zero_vector_has_cosine_0() -> None:
     assert cosine_of_tokens(b["q"], a["q"]).tolist() == [0, 1]
 
 
-def without(items: dict[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
+def without(items: Items, name: str) -> dict[str, torch.Tensor]:
     return {key: value for key, value in items.items() if key != name}
 
 
