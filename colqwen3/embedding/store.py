@@ -1,4 +1,4 @@
-"""The embeddings file: one float32 tensor [tokens, embed_dim] a query or page, in safetensors."""
+"""The embeddings file: one float32 tensor [tokens, embed_dim] per query or page, in safetensors."""
 
 import contextlib
 import json
@@ -32,9 +32,9 @@ def write_embeddings(
 ) -> None:
     """Write embeddings as float32 under ``query/<_id>`` and ``page/<stem>``, by rename.
 
-    safetensors sorts its entries, so the input order is kept in the metadata: key ``order``, JSON
-    of the lists ``queries`` and ``pages``. Equal input gives equal bytes. Items are asked for
-    twice, and one at a time: a mapping that reads them from a disk needs no memory.
+    safetensors sorts its entries, so the input order is stored in the metadata: key ``order``, JSON
+    of the lists ``queries`` and ``pages``. Equal input gives equal bytes. Items are read
+    twice, and one at a time: a mapping that reads them from disk needs no memory.
 
     Raises
     ------
@@ -64,7 +64,7 @@ def write_embeddings(
             partial.unlink()
         if disk_is_full(error):
             raise
-        raise UserError(f"{path}: cannot be written ({error}); mend the path") from None
+        raise UserError(f"{path}: cannot be written ({error}); correct the path") from None
 
 
 def read_embeddings(path: Path) -> Embeddings:
@@ -75,7 +75,7 @@ def read_embeddings(path: Path) -> Embeddings:
     UserError
         If the file is missing, damaged, or not of this kind.
     """
-    mend = "run `dvc repro` to embed again"
+    fix = "embed again"
     try:
         with safe_open(path, framework="pt") as file:
             order = json.loads((file.metadata() or {})[ORDER])
@@ -85,12 +85,12 @@ def read_embeddings(path: Path) -> Embeddings:
             }
             stored = len(file.keys())
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); {mend}") from None
+        raise UserError(f"{path}: cannot be read ({error}); {fix}") from None
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path}: lacks the order of its items; {mend}") from None
+        raise UserError(f"{path}: lacks the order of its items; {fix}") from None
     tensors = [tensor for kind in items.values() for tensor in kind.values()]
     if stored != len(tensors):
-        raise UserError(f"{path}: holds tensors that its order does not name; {mend}")
+        raise UserError(f"{path}: contains tensors that its order does not name; {fix}")
     if any(item.dim() != 2 or 0 in item.shape or item.dtype != torch.float32 for item in tensors):
-        raise UserError(f"{path}: holds a tensor not float32 [tokens, embed_dim]; {mend}")
+        raise UserError(f"{path}: contains a tensor that is not float32 [tokens, embed_dim]; {fix}")
     return Embeddings(**items)
