@@ -67,7 +67,7 @@ def check_fallback(name: str, recipes: Mapping[str, AnyRecipe]) -> None:
     now = recipes.get(recipe["ran"])
     if now is None or now.model_dump() != recipe["values"]:
         raise UserError(
-            f"{path}: made by the fallback {recipe['ran']}, which changed since; "
+            f"{path}: is of the fallback {recipe['ran']}, which changed since; "
             f"run `dvc repro -f quantize@{name}`"
         )
 

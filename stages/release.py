@@ -57,6 +57,7 @@ from stages.publishing.card import (
     describe_calibration,
     describe_fallback,
     describe_method,
+    licence_of,
     read_source_card,
     write_card,
 )
@@ -101,15 +102,15 @@ def copy_checkpoint(checkpoint: Path, folder: Path, weights: bool) -> None:
 
 def copy_licences(source: Path, folder: Path) -> list[str]:
     """Copy the licence files of the source model; return their names."""
-    found = {
+    licences = {
         path.name: path
         for pattern in LICENCES
         for path in source.glob(pattern)
         if path.is_file() and path.suffix in ("", ".txt", ".md")
     }
-    for name, path in sorted(found.items()):
+    for name, path in sorted(licences.items()):
         shutil.copyfile(path, folder / name)
-    return sorted(found)
+    return sorted(licences)
 
 
 def describe_provenance(
@@ -119,7 +120,7 @@ def describe_provenance(
     source_card: dict[str, Any],
     verdict: dict[str, Any],
 ) -> dict[str, Any]:
-    """Return the metadata that say how the checkpoint was made, without those of its files.
+    """Return the metadata of how a checkpoint came about, without those of its files.
 
     Parameters
     ----------
@@ -144,7 +145,7 @@ def describe_provenance(
             "on_hub": not Path(params.model.source).expanduser().is_dir(),
             "revision": params.model.revision,
             "manifest_sha256": digest_file(MANIFEST),
-            "license": source_card.get("license"),
+            "license": licence_of(source_card),
         },
         "recipe": {"name": name, **quantized["recipe"]},
         "seed": values.get("seed"),
@@ -223,7 +224,7 @@ def main() -> None:
     )
     if not {"recipe", "libraries"} <= quantized.keys():
         raise UserError(
-            f"{QUANTIZE_METRICS / name}.json: does not say how the checkpoint was made; "
+            f"{QUANTIZE_METRICS / name}.json: does not say how the checkpoint came about; "
             f"run `dvc repro quantize@{name}`"
         )
     source_card = read_source_card(source)

@@ -174,3 +174,35 @@ class TensorFile:
         """Return the bytes of one tensor in the file."""
         start, nbytes, _ = self._places[name]
         return os.pread(self._file.fileno(), nbytes, self._data + start)
+
+
+class StoredTensors(Mapping[str, torch.Tensor]):
+    """Tensors of a folder's safetensors files by name, each read when it is asked for.
+
+    Parameters
+    ----------
+    folder
+        Where the files lie.
+    tensors
+        Name -> entry of a header, as `read_header` returns it.
+    """
+
+    def __init__(self, folder: Path, tensors: Mapping[str, TensorInfo]) -> None:
+        self._folder, self._tensors = folder, dict(tensors)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of each tensor, from the header alone."""
+        return {name: tensor.shape for name, tensor in self._tensors.items()}
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return read_tensor(self._folder, self._tensors[name])
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)

@@ -1,13 +1,12 @@
 """Embeddings on disk while a set is embedded: memory stays flat, and a crash loses little."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 
 import torch
 from safetensors.torch import save_file
 
 from colqwen3.checkpoint.headers import TensorInfo, read_header
-from colqwen3.checkpoint.tensor_file import read_tensor
+from colqwen3.checkpoint.tensor_file import StoredTensors
 from colqwen3.system.files import digest_file
 from colqwen3.system.resume import Scratch
 
@@ -51,18 +50,6 @@ class Parts:
 
     def of(self, kind: str, names: Iterable[str]) -> Mapping[str, torch.Tensor]:
         """Return stored items by name, each read when it is asked for."""
-        return _Stored(self._scratch.folder, {n: self._stored[f"{kind}/{n}"] for n in names})
-
-
-class _Stored(Mapping[str, torch.Tensor]):
-    def __init__(self, folder: Path, items: dict[str, TensorInfo]) -> None:
-        self._folder, self._items = folder, items
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        return read_tensor(self._folder, self._items[name])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._items)
-
-    def __len__(self) -> int:
-        return len(self._items)
+        return StoredTensors(
+            self._scratch.folder, {name: self._stored[f"{kind}/{name}"] for name in names}
+        )

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from colqwen3.checkpoint.tensor_file import Spec, TensorFile
+from colqwen3.checkpoint.headers import read_header
+from colqwen3.checkpoint.tensor_file import Spec, StoredTensors, TensorFile
 from colqwen3.system.errors import UserError, disk_is_full
 
 KINDS = {"queries": "query", "pages": "page"}
@@ -23,8 +24,8 @@ ORDER = "order"
 class Embeddings:
     """Token embeddings [tokens, embed_dim] by query ``_id`` and by page stem, in input order."""
 
-    queries: dict[str, torch.Tensor]
-    pages: dict[str, torch.Tensor]
+    queries: Mapping[str, torch.Tensor]
+    pages: Mapping[str, torch.Tensor]
 
 
 def write_embeddings(
@@ -67,8 +68,8 @@ def write_embeddings(
         raise UserError(f"{path}: cannot be written ({error}); correct the path") from None
 
 
-def read_embeddings(path: Path) -> Embeddings:
-    """Read a file of `write_embeddings`, items in their input order.
+def open_embeddings(path: Path) -> Embeddings:
+    """Open a file of `write_embeddings`; each item is read when it is asked for.
 
     Raises
     ------
@@ -79,18 +80,35 @@ def read_embeddings(path: Path) -> Embeddings:
     try:
         with safe_open(path, framework="pt") as file:
             order = json.loads((file.metadata() or {})[ORDER])
-            items = {
-                kind: {name: file.get_tensor(f"{prefix}/{name}") for name in order[kind]}
-                for kind, prefix in KINDS.items()
-            }
-            stored = len(file.keys())
+        stored = read_header(path)
+        names = {kind: [(name, f"{prefix}/{name}") for name in order[kind]]
+                 for kind, prefix in KINDS.items()}  # fmt: skip
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be read ({error}); {fix}") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{path}: lacks the order of its items; {fix}") from None
-    tensors = [tensor for kind in items.values() for tensor in kind.values()]
-    if stored != len(tensors):
+    keys = {key for kind in names.values() for _, key in kind}
+    if missing := sorted(keys - stored.keys()):
+        raise UserError(f"{path}: cannot be read (there is no {missing[0]}); {fix}")
+    if keys != stored.keys():
         raise UserError(f"{path}: contains tensors that its order does not name; {fix}")
-    if any(item.dim() != 2 or 0 in item.shape or item.dtype != torch.float32 for item in tensors):
+    if any(len(t.shape) != 2 or 0 in t.shape or t.dtype != "F32" for t in stored.values()):
         raise UserError(f"{path}: contains a tensor that is not float32 [tokens, embed_dim]; {fix}")
-    return Embeddings(**items)
+    return Embeddings(
+        **{
+            kind: StoredTensors(path.parent, {name: stored[key] for name, key in pairs})
+            for kind, pairs in names.items()
+        }
+    )
+
+
+def read_embeddings(path: Path) -> Embeddings:
+    """Read a whole file of `write_embeddings` into memory, items in their input order.
+
+    Raises
+    ------
+    UserError
+        As for `open_embeddings`.
+    """
+    opened = open_embeddings(path)
+    return Embeddings(dict(opened.queries), dict(opened.pages))

@@ -10,6 +10,8 @@ from stages.pipeline.params import Section
 
 FEW_QUERIES = 100
 """Below this many queries a set cannot show that nothing was lost."""
+MEASURED = {"ndcg_at_5": "nDCG@5", "recall_at_1": "recall@1", "margin": "margin"}
+"""Figures whose interval tells whether a loss is measurable."""
 NO_LOSS, WITHIN, WORSE = "no measurable loss", "within limits", "worse"
 
 
@@ -75,13 +77,13 @@ def find_breaches(metrics: Mapping[str, Any], gate: GateParams) -> list[str]:
         if not cosine >= minimum:
             breaches.append(f"{kind}.cosine.mean {cosine} is below {key} {minimum}")
         if not nonfinite <= 0:
-            breaches.append(f"{kind}.nonfinite {nonfinite} is above 0, which {key} requires")
+            breaches.append(f"{kind}.nonfinite {nonfinite} is above 0, as {key} {minimum} requires")
     maxima: tuple[tuple[str, str, Callable[[Any], float]], ...] = (
         ("max_ndcg_at_5_drop", "drop of ndcg_at_5",
          lambda m: -m["retrieval"]["ndcg_at_5"]["difference"]),
         ("max_margin_drop", "drop of margin", lambda m: -m["retrieval"]["margin"]["difference"]),
         ("max_changed_first_pages", "share of queries whose first page changed",
-         lambda m: round(1 - m["retrieval"]["top1_agreement"], 6)),
+         lambda m: m["retrieval"]["first_pages"]["changed_share"]),
         ("max_layers_worse_than_rounding", "layers whose tuning was worse than rounding",
          lambda m: m["quantization"]["layers_worse_than_rounding"]),
         ("max_bytes", "size.files.quantized", lambda m: m["size"]["files"]["quantized"]),
@@ -96,8 +98,9 @@ def find_breaches(metrics: Mapping[str, Any], gate: GateParams) -> list[str]:
 def judge(metrics: Mapping[str, Any], gate: GateParams) -> Verdict:
     """Return the verdict on a recipe, from the limits and the 95 % intervals.
 
-    ``worse`` breaks a limit. ``no measurable loss`` needs at least 100 queries, and intervals of
-    nDCG@5 and recall@1 that include 0 or lie above it. Everything else is ``within limits``.
+    ``worse`` breaks a limit. ``no measurable loss`` needs at least 100 queries, intervals of
+    nDCG@5, recall@1 and margin that include 0 or lie above it, finite embeddings, and nothing
+    measured that the recipe was tuned on. Everything else is ``within limits``.
 
     Parameters
     ----------
@@ -109,24 +112,53 @@ def judge(metrics: Mapping[str, Any], gate: GateParams) -> Verdict:
     KeyError, TypeError
         If the metrics lack a figure.
     """
+    doubts = [text for text in (describe_sharing(metrics), _describe_nonfinite(metrics)) if text]
     breaches = find_breaches(metrics, gate)
     if breaches:
         more = f" (and {len(breaches) - 1} more)" if len(breaches) > 1 else ""
-        return Verdict(WORSE, breaches[0] + more, breaches)
+        return Verdict(WORSE, "; ".join([breaches[0] + more, *doubts]), breaches)
     queries = metrics["data"]["queries"]
-    ndcg = metrics["retrieval"]["ndcg_at_5"]
-    visible = ndcg["smallest_visible_loss"]
     losses = [
-        name
-        for key, name in (("ndcg_at_5", "nDCG@5"), ("recall_at_1", "recall@1"))
-        if metrics["retrieval"][key]["high"] < 0
+        _describe_loss(name, metrics["retrieval"][key])
+        for key, name in MEASURED.items()
+        if not metrics["retrieval"][key]["high"] >= 0
     ]
     if losses:
-        figures = (
-            f"nDCG@5 {ndcg['difference']:+.4f}, 95 % [{ndcg['low']:+.4f}, {ndcg['high']:+.4f}]"
-        )
-        return Verdict(WITHIN, f"a measurable loss of {' and '.join(losses)} ({figures})")
-    shown = f"{queries} queries could have shown a loss of nDCG@5 of {visible:.3f} or more"
+        return Verdict(WITHIN, "; ".join([f"a measurable loss: {', '.join(losses)}", *doubts]))
+    first = metrics["retrieval"]["first_pages"]
+    visible = metrics["retrieval"]["ndcg_at_5"]["smallest_visible_loss"]
+    shown = (
+        f"{first['changed']} of {queries} first pages changed, which allows up to "
+        f"{100 * first['changed_share_at_most']:.1f} %; a loss of nDCG@5 below {visible:.3f} "
+        "could not have been seen"
+    )
     if queries < FEW_QUERIES:
-        return Verdict(WITHIN, f"no loss seen, but {shown}: too few to say more")
+        few = f"no loss seen, but {queries} queries are too few to show that there is none"
+        return Verdict(WITHIN, "; ".join([few, shown, *doubts]))
+    if doubts:
+        return Verdict(WITHIN, "; ".join(["no loss seen", shown, *doubts]))
     return Verdict(NO_LOSS, shown)
+
+
+def _describe_loss(name: str, figure: Mapping[str, float]) -> str:
+    return (
+        f"{name} {figure['difference']:+.4f} (95 % {figure['low']:+.4f} to {figure['high']:+.4f})"
+    )
+
+
+def describe_sharing(metrics: Mapping[str, Any]) -> str:
+    """Say what of the evaluation set the recipe may have been tuned on; empty if nothing."""
+    shared = metrics["overlap"]
+    if shared["same_folder"]:
+        return "measured on the dataset that it was tuned on"
+    if shared["pages"] or shared["queries"]:
+        return (
+            f"{shared['pages']} pages and {shared['queries']} queries are also in the dataset that "
+            "it was tuned on"
+        )
+    return ""
+
+
+def _describe_nonfinite(metrics: Mapping[str, Any]) -> str:
+    count = metrics["queries"]["nonfinite"] + metrics["pages"]["nonfinite"]
+    return f"{count} values of its embeddings are NaN or Inf" if count else ""

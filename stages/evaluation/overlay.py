@@ -1,15 +1,14 @@
-"""Drawing of a page under two maps, side by side, as one small PNG; Pillow only."""
+"""Drawing of pages under their maps, side by side, as one small PNG; Pillow only."""
 
 import io
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageOps
 
-LIMIT = 150_000  # bytes: the picture is kept in Git, not in DVC's cache
-HEIGHTS = (640, 560, 480, 400, 320, 240)  # of a page in the picture; the first that fits LIMIT
 MARGIN, BAR, MIN_WIDTH = 16, 12, 640
 LONGEST = 600  # characters of a title; fewer fit
 # from white, which leaves the page as it is, to red; darker is a better match
@@ -18,6 +17,20 @@ DARKEST = 48  # grey that black is shown as
 STEPS = 16  # of the colours, times 16 greys: the 256 entries of a PNG palette
 
 Map = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large a picture may be: the first height of a page that fits the bytes is taken."""
+
+    heights: tuple[int, ...]
+    bytes: int
+
+
+FULL = Size((640, 560, 480, 400, 320, 240), 150_000)
+"""A picture that Git tracks."""
+SMALL = Size((400, 320, 240), 80_000)
+"""One of several pictures in a report."""
 
 
 def colour(values: Map, low: float, high: float) -> Image.Image:
@@ -52,13 +65,17 @@ def overlay(page: Image.Image, values: Map, low: float, high: float, height: int
 
 
 def draw(
-    page: Image.Image, maps: Sequence[Map], captions: Sequence[str], title: str, height: int
+    pages: Sequence[Image.Image],
+    maps: Sequence[Map],
+    captions: Sequence[str],
+    title: str,
+    height: int,
 ) -> Image.Image:
-    """Return the maps over the page side by side, under a title and over their colour scale."""
-    every = np.concatenate([map.ravel() for map in maps])
-    low, high = float(np.median(every)), float(every.max())
-    panels = [overlay(page, map, low, high, height) for map in maps]
-    wide, tall = panels[0].size
+    """Return two pages under their maps side by side, under a title and over their colour scale."""
+    values = np.concatenate([map.ravel() for map in maps])
+    low, high = float(np.median(values)), float(values.max())
+    panels = [overlay(page, map, low, high, height) for page, map in zip(pages, maps, strict=True)]
+    wide, tall = (max(sides) for sides in zip(*(panel.size for panel in panels), strict=True))
     width = max(MIN_WIDTH, 2 * wide + 3 * MARGIN)
     large, small = ImageFont.load_default(17), ImageFont.load_default(14)
     lines = wrap(title, large, width - 2 * MARGIN)
@@ -72,7 +89,8 @@ def draw(
         left = MARGIN + number * step
         pen.text((left, top), caption, "black", small)
         image.paste(panel, (left, top + 24))
-        pen.rectangle((left - 1, top + 23, left + wide, top + 24 + tall), outline="#999999")
+        right, lower = left + panel.width, top + 24 + panel.height
+        pen.rectangle((left - 1, top + 23, right, lower), outline="#999999")
     bar = colour(np.linspace(low, high, width - 2 * MARGIN)[None], low, high)
     bottom = top + 24 + tall + MARGIN
     image.paste(bar.resize((bar.width, BAR)), (MARGIN, bottom))
@@ -87,7 +105,7 @@ def draw(
     return image
 
 
-def wrap(text: str, font: Any, width: int, most: int = 2) -> list[str]:
+def wrap(text: str, font: Any, width: int, limit: int = 2) -> list[str]:
     """Break text into at most so many lines of `width` pixels; what is left out shows as dots."""
     lines = [""]
     for word in text[:LONGEST].split():
@@ -96,10 +114,10 @@ def wrap(text: str, font: Any, width: int, most: int = 2) -> list[str]:
             lines[-1] = longer
         else:
             lines.append(word)
-    cut = len(lines) > most
-    lines = lines[:most]
+    cut = len(lines) > limit
+    lines = lines[:limit]
     for number, line in enumerate(lines):
-        dots = " ..." if cut and number == most - 1 else ""
+        dots = " ..." if cut and number == limit - 1 else ""
         if font.getlength(line + dots) > width:
             dots = " ..."
         while line and font.getlength(line + dots) > width:
@@ -119,11 +137,31 @@ def encode(image: Image.Image) -> bytes:
     return file.getvalue()
 
 
-def picture(page: Image.Image, maps: Sequence[Map], captions: Sequence[str], title: str) -> bytes:
-    """Return the PNG, with the page as high as keeps it within LIMIT bytes."""
-    made = b""
-    for height in HEIGHTS:
-        made = encode(draw(page, maps, captions, title, height))
-        if len(made) <= LIMIT:
+def picture(
+    pages: Sequence[Image.Image],
+    maps: Sequence[Map],
+    captions: Sequence[str],
+    title: str,
+    size: Size = FULL,
+) -> bytes:
+    """Return two pages under their maps as a PNG, as high as the bytes of `size` allow.
+
+    Parameters
+    ----------
+    pages
+        The left and the right one; they may be the same.
+    maps
+        What colours each, [rows, columns]; both share one scale, from the median to the best.
+    captions
+        A line above each page.
+    title
+        At most two lines above both.
+    size
+        Bounds of the picture.
+    """
+    png = b""
+    for height in size.heights:
+        png = encode(draw(pages, maps, captions, title, height))
+        if len(png) <= size.bytes:
             break
-    return made
+    return png

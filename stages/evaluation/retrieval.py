@@ -1,5 +1,10 @@
-"""Retrieval figures from MaxSim scores, of the original and the quantized model side by side."""
+"""Retrieval figures from MaxSim scores, of the original and the quantized model side by side.
 
+Beside the scores themselves nothing grows with queries times pages: everything else is computed
+for one query, or a bounded block of them, at a time.
+"""
+
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,10 +14,13 @@ import numpy as np
 import torch
 from ir_measures import R, nDCG
 from numpy.typing import NDArray
+from scipy.stats import beta, spearmanr
 
 from colqwen3.model.scoring import max_sim
 
 Floats = NDArray[np.float64]
+Scores = NDArray[np.float32]
+Columns = NDArray[np.intp]
 Relevance = Mapping[str, Mapping[str, int]]
 
 MEASURES = {
@@ -23,6 +31,11 @@ MEASURES = {
 }
 RESAMPLES = 10_000
 SEED = 0
+BLOCK = 1 << 20
+"""Draws of the bootstrap that are in memory at once."""
+ENTRIES = 1 << 16
+"""Scores that trec_eval is given at once."""
+CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
@@ -31,7 +44,7 @@ class Run:
 
     queries: tuple[str, ...]
     pages: tuple[str, ...]
-    scores: NDArray[np.float32]
+    scores: Scores
 
 
 def finite(tokens: torch.Tensor) -> torch.Tensor:
@@ -39,14 +52,16 @@ def finite(tokens: torch.Tensor) -> torch.Tensor:
     return tokens.masked_fill(~tokens.isfinite().all(-1, keepdim=True), 0)
 
 
-def finite_scores(
-    queries: Sequence[torch.Tensor], pages: Sequence[torch.Tensor]
-) -> NDArray[np.float32]:
+def finite_scores(queries: Sequence[torch.Tensor], pages: Sequence[torch.Tensor]) -> Scores:
     """Return the MaxSim [queries, pages] with tokens that hold NaN or Inf as zero vectors."""
-    scores = max_sim([finite(tokens) for tokens in queries], [finite(tokens) for tokens in pages])
+    return search([finite(tokens) for tokens in queries], [finite(tokens) for tokens in pages])
+
+
+def search(queries: Sequence[torch.Tensor], pages: Sequence[torch.Tensor]) -> Scores:
+    """Return the MaxSim [queries, pages] of what `finite` returned."""
     # a page without one finite token: max_sim gives -inf, plain arithmetic on zero vectors 0
-    made: NDArray[np.float32] = torch.nan_to_num(scores, nan=0.0, neginf=0.0).numpy()
-    return made
+    scores: Scores = torch.nan_to_num(max_sim(queries, pages), nan=0.0, neginf=0.0).numpy()
+    return scores
 
 
 def measure(run: Run, relevance: Relevance) -> dict[str, Floats]:
@@ -61,32 +76,76 @@ def measure(run: Run, relevance: Relevance) -> dict[str, Floats]:
     KeyError
         If a query has no judgements.
     """
-    judged = {query: dict(relevance[query]) for query in run.queries}
-    scored = {
-        query: dict(zip(run.pages, row, strict=True))
-        for query, row in zip(run.queries, run.scores.tolist(), strict=True)
-    }
-    rows = {query: row for row, query in enumerate(run.queries)}
     names = {value: key for key, value in MEASURES.items()}
-    values = {name: np.zeros(len(rows)) for name in MEASURES}
-    for result in ir_measures.pytrec_eval.iter_calc(list(names), judged, scored):
-        values[names[result.measure]][rows[result.query_id]] = result.value
+    values = {name: np.zeros(len(run.queries)) for name in MEASURES}
+    step = max(1, ENTRIES // len(run.pages))
+    for start in range(0, len(run.queries), step):
+        block = {query: start + i for i, query in enumerate(run.queries[start : start + step])}
+        judged = {query: dict(relevance[query]) for query in block}
+        scored = {
+            query: dict(zip(run.pages, run.scores[row].tolist(), strict=True))
+            for query, row in block.items()
+        }
+        for result in ir_measures.pytrec_eval.iter_calc(list(names), judged, scored):
+            values[names[result.measure]][block[result.query_id]] = result.value
     return values
 
 
-def rank(run: Run) -> NDArray[np.intp]:
-    """Return the columns of each query's pages, best first, in the order of trec_eval."""
-    by_id = np.array(sorted(range(len(run.pages)), key=run.pages.__getitem__, reverse=True))
-    order = np.argsort(-run.scores[:, by_id], axis=1, kind="stable")
-    ranked: NDArray[np.intp] = by_id[order]
+def rank(run: Run, depth: int | None = None) -> Columns:
+    """Return the columns of each query's first pages, best first, in the order of trec_eval.
+
+    Parameters
+    ----------
+    run
+        The scores.
+    depth
+        How many pages a query; all when None, and never more than there are.
+    """
+    by_id = _columns_by_id(run)
+    depth = len(run.pages) if depth is None else min(depth, len(run.pages))
+    ranked = np.empty((len(run.queries), depth), dtype=np.intp)
+    for row, scores in enumerate(run.scores):
+        ranked[row] = _order(scores, by_id)[:depth]
     return ranked
+
+
+def _columns_by_id(run: Run) -> Columns:
+    """Return the columns in the order in which trec_eval puts equal scores."""
+    return np.array(sorted(range(len(run.pages)), key=run.pages.__getitem__, reverse=True))
+
+
+def _order(scores: Scores, by_id: Columns) -> Columns:
+    ranked: Columns = by_id[np.argsort(-scores[by_id], kind="stable")]
+    return ranked
+
+
+def first_pages(run: Run, relevance: Relevance) -> list[dict[str, Any]]:
+    """Return for each query its first page, and its best relevant page with that page's rank.
+
+    Returns
+    -------
+    list of dict
+        ``first``, ``relevant`` (page ids) and ``rank`` (from 1), in the order of the queries.
+    """
+    by_id, relevant = _columns_by_id(run), _relevant(run, relevance)
+    results = []
+    for scores, columns in zip(run.scores, relevant, strict=True):
+        order = _order(scores, by_id)
+        place = int(np.flatnonzero(np.isin(order, columns))[0])
+        results.append(
+            {
+                "first": run.pages[order[0]],
+                "relevant": run.pages[order[place]],
+                "rank": place + 1,
+            }
+        )
+    return results
 
 
 def overlap(first: Run, second: Run, depth: int) -> float:
     """Return the share of the first `depth` pages that two runs have in common, mean of queries."""
-    depth = min(depth, len(first.pages))
-    tops = zip(rank(first)[:, :depth], rank(second)[:, :depth], strict=True)
-    return float(np.mean([len(np.intersect1d(a, b)) / depth for a, b in tops]))
+    tops = zip(rank(first, depth), rank(second, depth), strict=True)
+    return float(np.mean([len(np.intersect1d(a, b)) / len(a) for a, b in tops]))
 
 
 def spearman(first: Run, second: Run) -> float:
@@ -99,30 +158,30 @@ def spearman(first: Run, second: Run) -> float:
     return float(np.mean([_spearman(a, b) for a, b in rows]))
 
 
+def _spearman(first: Scores, second: Scores) -> float:
+    flat = [bool((scores == scores[0]).all()) for scores in (first, second)]
+    if any(flat):
+        return float(all(flat))
+    return float(spearmanr(first, second).statistic)
+
+
 def pearson(first: Run, second: Run) -> float:
     """Return Pearson's correlation of all scores in two runs; 0 where one run has equal scores only."""
-    a, b = (run.scores.astype(np.float64).ravel() for run in (first, second))
-    a, b = a - a.mean(), b - b.mean()
-    norms = float(np.sqrt((a @ a) * (b @ b)))
-    return float(a @ b) / norms if norms > 0 else 0.0
-
-
-def _spearman(first: NDArray[np.float32], second: NDArray[np.float32]) -> float:
-    a, b = (ranks - ranks.mean() for ranks in (_average_ranks(first), _average_ranks(second)))
-    if not a.any() or not b.any():
-        return float(a.any() == b.any())
-    return float(a @ b / np.sqrt((a @ a) * (b @ b)))
-
-
-def _average_ranks(values: NDArray[np.float32]) -> Floats:
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ranks: Floats = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
-    return ranks
+    means = [float(run.scores.mean(1, dtype=np.float64).mean()) for run in (first, second)]
+    products = np.zeros((2, 2))
+    for rows in zip(first.scores, second.scores, strict=True):
+        centred = np.stack(
+            [row.astype(np.float64) - mean for row, mean in zip(rows, means, strict=True)]
+        )
+        products += centred @ centred.T
+    norms = math.sqrt(products[0, 0] * products[1, 1])
+    return float(products[0, 1] / norms) if norms > 0 else 0.0
 
 
 def best_relevant(run: Run, relevance: Relevance) -> Floats:
     """Return the score of each query's best relevant page."""
-    return _best(run, _relevant(run, relevance))
+    rows = zip(run.scores, _relevant(run, relevance), strict=True)
+    return np.array([scores[columns].max() for scores, columns in rows], dtype=np.float64)
 
 
 def margins(run: Run, relevance: Relevance) -> Floats:
@@ -130,68 +189,136 @@ def margins(run: Run, relevance: Relevance) -> Floats:
 
     Queries to which every page is relevant have no other page and are left out.
     """
-    relevant = _relevant(run, relevance)
-    kept: Floats = (_best(run, relevant) - _best(run, ~relevant))[~relevant.all(1)]
-    return kept
+    differences = []
+    for scores, columns in zip(run.scores, _relevant(run, relevance), strict=True):
+        others = np.delete(scores, columns)
+        if len(others):
+            differences.append(float(scores[columns].max()) - float(others.max()))
+    return np.array(differences, dtype=np.float64)
 
 
-def _best(run: Run, among: NDArray[np.bool_]) -> Floats:
-    """Return each query's best score among some pages; -inf where there are none."""
-    best: Floats = np.where(among, run.scores, -np.inf).max(1).astype(np.float64)
-    return best
-
-
-def _relevant(run: Run, relevance: Relevance) -> NDArray[np.bool_]:
+def _relevant(run: Run, relevance: Relevance) -> list[Columns]:
+    """Return the columns of each query's relevant pages."""
     columns = {page: column for column, page in enumerate(run.pages)}
-    relevant = np.zeros(run.scores.shape, dtype=np.bool_)
-    for row, query in enumerate(run.queries):
-        for page, score in relevance[query].items():
-            relevant[row, columns[page]] = score > 0
-    return relevant
+    return [
+        np.array([columns[page] for page, score in relevance[query].items() if score > 0], np.intp)
+        for query in run.queries
+    ]
 
 
 def bootstrap_interval(differences: Floats) -> tuple[float, float]:
     """Return the 95 % percentile interval of the mean difference, resampling the queries.
 
-    The paired bootstrap: each of 10,000 resamples draws as many queries as there are, with
-    replacement, and takes the mean of their differences.
+    The paired bootstrap (Efron and Tibshirani, 1993): each of 10,000 resamples draws as many
+    queries as there are, with replacement, and takes the mean of their differences. Blocks of
+    resamples come from one generator, so their size changes nothing.
     """
     n = len(differences)
-    draws = np.random.default_rng(SEED).integers(n, size=(RESAMPLES, n))
-    low, high = np.percentile(differences[draws].mean(1), (2.5, 97.5))
+    generator = np.random.default_rng(SEED)
+    step = max(1, BLOCK // n)
+    means = [
+        differences[generator.integers(n, size=(min(step, RESAMPLES - start), n))].mean(1)
+        for start in range(0, RESAMPLES, step)
+    ]
+    low, high = np.percentile(np.concatenate(means), (2.5, 97.5))
     return float(low), float(high)
 
 
-def contrast(original: Floats, quantized: Floats) -> dict[str, float]:
+def largest_share(count: int, queries: int) -> float:
+    """Return the largest share of all possible queries that `count` of `queries` still allow.
+
+    The exact one-sided 95 % bound of Clopper and Pearson (1934); with a count of 0 it is
+    1 - 0.05 ** (1 / queries): 12 % for 24 queries, 1.2 % for 250.
+    """
+    if count >= queries:
+        return 1.0
+    return float(beta.ppf(CONFIDENCE, count + 1, queries - count))
+
+
+def contrast(original: Floats, quantized: Floats, scale: float = 1.0) -> dict[str, float]:
     """Return both means over queries, quantized minus original, and its 95 % interval.
 
-    All are 0 when there are no queries.
+    Where all queries agree, resampling them gives an interval without width, which says more than
+    so few queries can: then a share `largest_share` of all queries may still differ by `scale`,
+    and that is the interval. All figures are 0 when there are no queries.
+
+    Parameters
+    ----------
+    original, quantized
+        One figure a query.
+    scale
+        What a single query can lose at most: 1 for a measure between 0 and 1.
+
+    Returns
+    -------
+    dict
+        ``original``, ``quantized``, ``difference``, ``low``, ``high``, and
+        ``smallest_visible_loss``: a smaller one could have gone unseen, either because resampling
+        varies by as much, or because it sits in queries that are too rare to be among these.
     """
-    if len(original) == 0:
+    n = len(original)
+    if n == 0:
         keys = ("original", "quantized", "difference", "low", "high", "smallest_visible_loss")
         return dict.fromkeys(keys, 0.0)
     differences = quantized - original
+    difference = float(differences.mean())
     low, high = bootstrap_interval(differences)
+    unseen = largest_share(0, n) * scale
+    if low == high:
+        low, high = difference - unseen, difference + unseen
     return {
         "original": float(original.mean()),
         "quantized": float(quantized.mean()),
-        "difference": float(differences.mean()),
+        "difference": difference,
         "low": low,
         "high": high,
-        "smallest_visible_loss": float(differences.mean()) - low,
+        "smallest_visible_loss": max(difference - low, unseen),
+    }
+
+
+def compare_first_pages(
+    original: Sequence[Mapping[str, Any]], quantized: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Return how many queries have another first page, or their best relevant page elsewhere.
+
+    Parameters
+    ----------
+    original, quantized
+        As `first_pages` gives them.
+
+    Returns
+    -------
+    dict
+        Numbers of queries ``changed``, ``ranked_lower`` and ``ranked_higher``; ``changed_share``,
+        and ``changed_share_at_most``, the share that these queries still allow (`largest_share`).
+    """
+    pairs = list(zip(original, quantized, strict=True))
+    changed = sum(before["first"] != after["first"] for before, after in pairs)
+    return {
+        "changed": changed,
+        "changed_share": changed / len(pairs),
+        "changed_share_at_most": largest_share(changed, len(pairs)),
+        "ranked_lower": sum(after["rank"] > before["rank"] for before, after in pairs),
+        "ranked_higher": sum(after["rank"] < before["rank"] for before, after in pairs),
     }
 
 
 def compare(original: Run, quantized: Run, relevance: Relevance) -> dict[str, Any]:
     """Return every retrieval figure of two runs over the same queries and pages.
 
-    `measure` and `margins` by `contrast`; ``top1_agreement``, ``top5_overlap``, ``spearman``,
-    ``pearson``.
+    `measure` and `margins` by `contrast`; `compare_first_pages` as ``first_pages``;
+    ``top1_agreement``, ``top5_overlap``, ``spearman``, ``pearson``.
     """
     before, after = measure(original, relevance), measure(quantized, relevance)
+    margin = margins(original, relevance)
     return {
         **{name: contrast(before[name], after[name]) for name in MEASURES},
-        "margin": contrast(margins(original, relevance), margins(quantized, relevance)),
+        "margin": contrast(
+            margin, margins(quantized, relevance), float(np.abs(margin).max(initial=0.0)) or 1.0
+        ),
+        "first_pages": compare_first_pages(
+            first_pages(original, relevance), first_pages(quantized, relevance)
+        ),
         "top1_agreement": overlap(original, quantized, 1),
         "top5_overlap": overlap(original, quantized, 5),
         "spearman": spearman(original, quantized),

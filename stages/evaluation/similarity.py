@@ -48,6 +48,11 @@ def choose(dataset: Dataset, original: Embeddings, quantized: Embeddings) -> Cho
     return max(choices, key=lambda choice: round(abs(choice.quantized - choice.original), 6))
 
 
+def score(query: torch.Tensor, page: torch.Tensor) -> float:
+    """Return the MaxSim of a query and a page, both [tokens, embed_dim]."""
+    return float(finite_scores([query], [page])[0, 0])
+
+
 def _scores(embeddings: Embeddings, query: str, pages: Sequence[str]) -> list[float]:
     scores = finite_scores([embeddings.queries[query]], [embeddings.pages[page] for page in pages])
     values: list[float] = scores[0].tolist()
@@ -62,13 +67,13 @@ def check_names(dataset: Dataset, **embeddings: Embeddings) -> None:
     UserError
         Naming the first that is missing.
     """
-    for which, made in embeddings.items():
-        for kind, wanted, held in (
-            ("query", dataset.queries, made.queries),
-            ("page", dataset.pages, made.pages),
+    for which, stored in embeddings.items():
+        for kind, expected, names in (
+            ("query", dataset.queries, stored.queries),
+            ("page", dataset.pages, stored.pages),
         ):
-            for name in wanted:
-                if name not in held:
+            for name in expected:
+                if name not in names:
                     raise UserError(f"{which} embeddings lack {kind} {name!r}; {FIX}")
 
 
@@ -96,7 +101,7 @@ def similarity_map(
     Raises
     ------
     UserError
-        If the page's embeddings have another number of tokens than the processor now makes.
+        If the page's embeddings have another number of tokens than the processor now gives it.
     """
     if len(page) != len(visual) or visual.sum() != grid[0] * grid[1]:
         raise UserError(

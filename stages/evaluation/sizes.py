@@ -26,21 +26,21 @@ def compare_sizes(original: Mapping[str, int], quantized: Mapping[str, int]) -> 
     }
 
 
-def read_bytes(path: Path, keys: Mapping[str, str], mend: str) -> dict[str, int]:
-    """Return the bytes of each part from a metrics file, found by its dotted key.
+def read_bytes(path: Path, keys: Mapping[str, str], fix: str) -> dict[str, int]:
+    """Return the bytes of each part, from the dotted keys of a metrics file.
 
     Raises
     ------
     UserError
         If the file is missing, or lacks a figure.
     """
-    metrics = read_json(path, mend)
+    metrics = read_json(path, fix)
     sizes = {}
     for part in PARTS:
         value = metrics
         for key in keys[part].split("."):
             value = value.get(key) if isinstance(value, dict) else None
         if not isinstance(value, int) or value <= 0:
-            raise UserError(f"{path}: {keys[part]} is {value!r}, no number of bytes; {mend}")
+            raise UserError(f"{path}: {keys[part]} is {value!r}, no number of bytes; {fix}")
         sizes[part] = value
     return sizes

@@ -21,7 +21,7 @@ def speed_file(recipe: str, digest: str) -> Path:
 
 
 def read_speed(recipe: str, checkpoint: Path) -> dict[str, Any] | None:
-    """Return the timings that this machine made of a checkpoint; None if it made none."""
+    """Return the timings of a checkpoint on this machine; None where it was not timed."""
     if not checkpoint.is_dir():
         return None
     digest = checkpoint_digest(checkpoint)

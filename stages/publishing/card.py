@@ -1,5 +1,6 @@
 """The model card of a released folder: a template filled with the recipe and its metrics."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from colqwen3.system.errors import UserError
+from stages.pipeline.paths import QUALITY_METRICS
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 SOURCE_CARD = "README.md"
@@ -24,6 +26,17 @@ REQUIREMENTS = {
     "llm_compressor": "transformers torch compressed-tensors pillow",
 }
 UNKNOWN = "unknown"
+IDENTIFIER = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._+-]{0,95}")
+"""Licences, languages and tags as the Hub knows them; anything else in a card is not taken over."""
+MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+!|<>~&$-])")
+
+
+def plain(text: str) -> str:
+    """Return a text on one line in which Markdown and HTML read as they are written.
+
+    A backslash escapes every punctuation character (CommonMark 0.31, section 2.4).
+    """
+    return MARKDOWN.sub(r"\\\1", " ".join(text.split()))
 
 
 def read_source_card(source: Path) -> dict[str, Any]:
@@ -42,7 +55,7 @@ def read_source_card(source: Path) -> dict[str, Any]:
     except Exception as error:  # yaml raises types of its own
         reason = " ".join(str(error).split())
         raise UserError(
-            f"{path}: has a damaged metadata block ({reason}); mend or remove it"
+            f"{path}: has a damaged metadata block ({reason}); fix or remove it"
         ) from None
     return data
 
@@ -50,10 +63,12 @@ def read_source_card(source: Path) -> dict[str, Any]:
 def card_data(source_card: Mapping[str, Any], facts: Mapping[str, Any]) -> ModelCardData:
     """Return the metadata block of the card.
 
+    Of the source's card only what is an identifier or a plain link is taken over.
+
     Parameters
     ----------
     source_card
-        What `read_source_card` found; gives licence, language and more tags.
+        As `read_source_card` returns it; gives licence, language and more tags.
     facts
         As `write_card` takes them.
     """
@@ -75,24 +90,44 @@ def card_data(source_card: Mapping[str, Any], facts: Mapping[str, Any]) -> Model
             ("recall_at_1", "recall_at_1", "recall@1"),
         )
     ]
-    more = source_card.get("tags")
-    more = more if isinstance(more, list) else []
-    kept = {
-        key: source_card[key]
-        for key in ("language", "license_name", "license_link")
-        if source_card.get(key)
-    }
+    languages, tags = (_identifiers(source_card.get(key)) for key in ("language", "tags"))
+    taken_over: dict[str, Any] = (
+        {"language": languages if isinstance(source_card.get("language"), list) else languages[0]}
+        if languages
+        else {}
+    )
+    for name in _identifiers(source_card.get("license_name")):
+        taken_over["license_name"] = name
+    if link := _link(source_card.get("license_link")):
+        taken_over["license_link"] = link
     return ModelCardData(
-        license=source_card.get("license") or UNKNOWN,
+        license=licence_of(source_card) or UNKNOWN,
         library_name="transformers",
         pipeline_tag="visual-document-retrieval",
-        tags=list(dict.fromkeys([*TAGS, f"{facts['bits']}-bit", *more])),
+        tags=list(dict.fromkeys([*TAGS, f"{facts['bits']}-bit", *tags])),
         base_model=facts["base_model"],
         base_model_relation="quantized",
         model_name=facts["title"],
         eval_results=results,
-        **kept,
+        **taken_over,
     )
+
+
+def licence_of(source_card: Mapping[str, Any]) -> str | None:
+    """Return the identifier of the source's licence; None if its card has none."""
+    return next(iter(_identifiers(source_card.get("license"))), None)
+
+
+def _identifiers(value: object) -> list[str]:
+    """Return the identifiers of a field that holds one or a list; what is none is left out."""
+    values = value if isinstance(value, list) else [value]
+    return [item for item in values if isinstance(item, str) and IDENTIFIER.fullmatch(item)]
+
+
+def _link(value: object) -> str | None:
+    """Return a link to the web or to a file of the folder, None of anything else."""
+    allowed = r"(https://)?[A-Za-z0-9][A-Za-z0-9._/~%-]{0,300}"
+    return value if isinstance(value, str) and re.fullmatch(allowed, value) else None
 
 
 def write_card(folder: Path, source_card: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
@@ -103,7 +138,7 @@ def write_card(folder: Path, source_card: Mapping[str, Any], facts: Mapping[str,
     folder
         Where to.
     source_card
-        What `read_source_card` found.
+        As `read_source_card` returns it.
     facts
         The variables of the template that need no metrics, and ``metrics``: those of `evaluate`.
 
@@ -117,7 +152,7 @@ def write_card(folder: Path, source_card: Mapping[str, Any], facts: Mapping[str,
         data = card_data(source_card, facts)
     except (KeyError, TypeError) as error:
         raise UserError(
-            f"metrics/{facts['recipe']}.json: lacks a figure of the card ({error}); "
+            f"{QUALITY_METRICS / facts['recipe']}.json: lacks a figure of the card ({error}); "
             f"run `dvc repro evaluate@{facts['recipe']}`"
         ) from None
     values["licence_text"] = _licence(data, facts["licence_files"])
@@ -132,12 +167,12 @@ def describe_method(values: Mapping[str, Any]) -> str:
 
 
 def describe_fallback(recipe: Mapping[str, Any]) -> str | None:
-    """Say which recipe made the checkpoint, and why, where it was a fallback."""
+    """Say which recipe the checkpoint is from, and why, where it was a fallback."""
     if "instead_of" not in recipe:
         return None
     return (
-        f"**Made by the fallback recipe `{recipe['ran']}`**, because `{recipe['instead_of']}` failed: "
-        f"{recipe['because']}"
+        f"**Quantized by the fallback recipe `{recipe['ran']}`**, because `{recipe['instead_of']}` failed: "
+        f"{plain(recipe['because'])}"
     )
 
 
@@ -160,7 +195,7 @@ def _figures(metrics: Mapping[str, Any]) -> dict[str, Any]:
         "ndcg": {**{key: f"{ndcg[key]:.4f}" for key in ("original", "quantized")}, **signed},
         "recall": {key: f"{recall[key]:.4f}" for key in ("original", "quantized")},
         "mixed_ndcg": f"{metrics['mixed_index']['ndcg_at_5']['quantized']:.4f}",
-        "first_stayed": f"{100 * retrieval['top1_agreement']:.1f} %",
+        "first_changed": f"{retrieval['first_pages']['changed']} of {metrics['data']['queries']}",
         "cosine_pages": f"{metrics['pages']['cosine']['mean']:.5f}",
         "cosine_queries": f"{metrics['queries']['cosine']['mean']:.5f}",
         "bytes": f"{files['quantized']:,}",
@@ -173,4 +208,4 @@ def _licence(data: ModelCardData, files: list[str]) -> str:
         text = "The base model's folder does not say its licence: ask its publisher."
     else:
         text = f"The weights are under the base model's licence, `{data.license}`."
-    return f"{text} Its text: {', '.join(files)}." if files else text
+    return f"{text} Its text: {', '.join(map(plain, files))}." if files else text

@@ -50,17 +50,20 @@ def export_weights(checkpoint: Path, folder: Path, kind: str) -> None:
         for part, spec in _specs(kind, linear, stored, quantization["bits"]).items()
     }
     packed = {f"{linear}.{part}" for linear in linears for part in PACKED_TENSORS}
-    kept = {name: tensor for name, tensor in stored.items() if name not in packed}
-    specs = {**{name: (tensor.dtype, tensor.shape) for name, tensor in kept.items()}, **converted}
+    unchanged = {name: tensor for name, tensor in stored.items() if name not in packed}
+    specs = {
+        **{name: (tensor.dtype, tensor.shape) for name, tensor in unchanged.items()},
+        **converted,
+    }
     with TensorFile(folder / SINGLE, specs) as file:
-        for name, tensor in kept.items():
+        for name, tensor in unchanged.items():
             file.copy(name, checkpoint, tensor)
         for linear in linears:
             parts = {
                 part: read_tensor(checkpoint, stored[f"{linear}.{part}"]) for part in PACKED_TENSORS
             }
-            for part, made in convert(parts, quantization["bits"]).items():
-                file.write(f"{linear}.{part}", made)
+            for part, value in convert(parts, quantization["bits"]).items():
+                file.write(f"{linear}.{part}", value)
     write_json(folder / "config.json", config)
     if kind == GPTQ:
         write_json(folder / "quantize_config.json", config["quantization_config"])

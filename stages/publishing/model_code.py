@@ -10,7 +10,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from colqwen3.model import ColQwen3, ColQwen3Config, ColQwen3Processor
 from colqwen3.system.files import read_json, write_json
 
-MEND = "run `dvc repro -f quantize`"
+FIX = "run `dvc repro -f quantize`"
 
 
 def ship_code(folder: Path) -> None:
@@ -30,9 +30,9 @@ def ship_code(folder: Path) -> None:
     UserError
         If a config is missing or damaged.
     """
-    config = read_json(folder / "config.json", MEND)
+    config = read_json(folder / "config.json", FIX)
     path = folder / "processor_config.json"
-    processor_config = read_json(path, MEND) if path.exists() else {}
+    processor_config = read_json(path, FIX) if path.exists() else {}
     processor_config["processor_class"] = ColQwen3Processor.__name__
 
     for kind in (ColQwen3Config, ColQwen3, ColQwen3Processor):

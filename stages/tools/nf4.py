@@ -20,7 +20,7 @@ from colqwen3.embedding.store import Embeddings, read_embeddings
 from colqwen3.system.device import DTYPES, choose_device, make_deterministic
 from colqwen3.system.errors import UserError, first_line, run
 from stages.checking.params import Params
-from stages.evaluation.comparison import check_items, evaluate, round_floats
+from stages.evaluation.comparison import check_items, evaluate, round_figures
 from stages.pipeline.manifest import find_inspected_model, read_manifest
 from stages.pipeline.params import load_params
 from stages.pipeline.paths import EMBEDDINGS
@@ -82,8 +82,8 @@ def main() -> None:
         )
     )  # fmt: skip
     check_items(dataset, original, quantized)
-    metrics, _ = evaluate(dataset, original, quantized)
-    print(json.dumps(round_floats(metrics), indent=2, sort_keys=True))
+    metrics = evaluate(dataset, original, quantized).metrics
+    print(json.dumps(round_figures(metrics), indent=2, sort_keys=True))
 
 
 if __name__ == "__main__":

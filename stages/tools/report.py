@@ -1,49 +1,106 @@
 """Command `make report`: all results in one HTML file, artifacts/report/index.html, that opens offline.
 
-`python -m stages.tools.report` reads what the other stages wrote under metrics/. Pictures are inlined;
-nothing is fetched, and equal results give an equal file.
+`python -m stages.tools.report` reads what the stages wrote under metrics/ and artifacts/. Pictures
+are inlined; nothing is fetched, and equal results give an equal file. Timings are those of this
+machine, or absent.
 """
 
 import argparse
-import os
+import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from colqwen3.dataset.beir import read_queries
 from colqwen3.system.errors import UserError, run
-from colqwen3.system.files import read_json
+from colqwen3.system.files import read_json, write_file
 from stages.checking.params import Params
-from stages.evaluation.limits import GateParams, find_breaches
-from stages.evaluation.summary import summarize
+from stages.evaluation.changes import Result as QueryResult
+from stages.evaluation.changes import find_changed
+from stages.evaluation.limits import GateParams, Verdict, judge
+from stages.evaluation.speed import read_speed
+from stages.evaluation.summary import loss, loss_bars, ndcg_bars, rank_bars, summarize
 from stages.pipeline.params import load_params
-from stages.pipeline.paths import METRICS, PLOTS, SPEED_METRICS
-from stages.summary import ndcg_bars
-from stages.tools.charts import layers_chart, ndcg_chart, scores_chart, svg
-from stages.tools.html import document, heading, image, paragraph, preformatted, table
+from stages.pipeline.paths import (
+    CHECKPOINTS,
+    HEATMAPS,
+    METRICS,
+    PLOTS,
+    QUALITY_METRICS,
+    QUANTIZE_METRICS,
+    QUERY_METRICS,
+    REPORT,
+)
+from stages.tools.charts import (
+    layers_chart,
+    loss_chart,
+    ndcg_chart,
+    outputs_chart,
+    ranks_chart,
+    scores_chart,
+    spread,
+    svg,
+)
 
-REPORT = Path("artifacts/report/index.html")
+TEMPLATE = "report.html.jinja"
+SIDES = ("original", "quantized")
 MOVED = 5  # queries to list a recipe
+LISTED = 100  # changed queries to list a recipe
 TERMS = (
-    "Mixed index: quantized queries search the original's page embeddings, the index that a user "
-    "already has. Margin: score of the best relevant page minus that of the best other page. "
-    "Intervals: paired bootstrap over queries."
+    "Loss: 1 - mean cosine of the quantized model's tokens with the original's. Mixed index: "
+    "quantized queries search the original's page embeddings, the index that a user already has. "
+    "Margin: score of the best relevant page minus that of the best other page. Intervals: paired "
+    "bootstrap over queries."
+)
+WEIGHTS = (
+    "The norm of what quantization changed in a weight, divided by the norm of the weight. A tuned "
+    "layer's is larger than that of rounding, and that is no fault: rounding to nearest has the "
+    "smallest error that a weight can have, while tuning lets single weights go further from the "
+    "original so that the errors cancel in the layer's output, which is what counts."
+)
+OUTPUTS = (
+    "The error of each decoder layer's output on the calibration samples: what tuning minimises. "
+    "Where rounding came out better, the layer was left rounded."
 )
 
 
 @dataclass(frozen=True)
 class Result:
-    """What the stages wrote about one recipe."""
+    """What the stages wrote about one recipe.
+
+    Attributes
+    ----------
+    metrics
+        ``metrics/quality/<recipe>.json``.
+    quantization
+        ``metrics/quantize/<recipe>.json``.
+    queries
+        Of ``metrics/queries/<recipe>.json``.
+    speed
+        Timings of this checkpoint on this machine; None if there are none.
+    layers, scores
+        Points of ``metrics/plots/<recipe>``.
+    heatmap
+        The PNG of the most changed query.
+    pictures
+        The PNG of a query that got worse, by its id, the worst first.
+    verdict
+        Of the metrics under the gate's limits.
+    """
 
     metrics: Mapping[str, Any]
-    speed: Mapping[str, Any]
+    quantization: Mapping[str, Any]
+    queries: Sequence[QueryResult]
+    speed: Mapping[str, Any] | None
     layers: Sequence[Mapping[str, Any]]
     scores: Sequence[Mapping[str, Any]]
     heatmap: bytes
-    breaches: Sequence[str]
+    pictures: Mapping[str, bytes]
+    verdict: Verdict
 
 
 def read_result(recipe: str, gate: GateParams) -> Result:
@@ -54,27 +111,48 @@ def read_result(recipe: str, gate: GateParams) -> Result:
     UserError
         If one is missing, damaged, or lacks a figure of the gate.
     """
-    path, picture = METRICS / f"{recipe}.json", PLOTS / recipe / "heatmap.png"
-    metrics = read_json(path, f"run `dvc repro evaluate@{recipe}`")
+    evaluate = f"run `dvc repro evaluate@{recipe}`"
+    path, queries = QUALITY_METRICS / f"{recipe}.json", QUERY_METRICS / f"{recipe}.json"
+    metrics = read_json(path, evaluate)
     try:
-        heatmap = picture.read_bytes()
-        breaches = find_breaches(metrics, gate)
-    except OSError as error:
-        raise UserError(
-            f"{picture}: cannot be read ({error.strerror}); run `dvc repro heatmap@{recipe}`"
-        ) from None
+        verdict = judge(metrics, gate)
     except (KeyError, TypeError) as error:
-        raise UserError(
-            f"{path}: lacks a figure of the gate ({error}); run `dvc repro evaluate@{recipe}`"
-        ) from None
+        raise UserError(f"{path}: lacks a figure of the gate ({error}); {evaluate}") from None
+    try:
+        results = read_json(queries, evaluate)["queries"]
+    except (KeyError, TypeError):
+        raise UserError(f"{queries}: has no queries; {evaluate}") from None
     return Result(
         metrics=metrics,
-        speed=read_json(SPEED_METRICS / f"{recipe}.json", f"run `dvc repro benchmark@{recipe}`"),
-        layers=read_json(PLOTS / recipe / "layers.json", f"run `dvc repro quantize@{recipe}`"),
-        scores=read_json(PLOTS / recipe / "scores.json", f"run `dvc repro evaluate@{recipe}`"),
-        heatmap=heatmap,
-        breaches=breaches,
+        quantization=read_json(QUANTIZE_METRICS / f"{recipe}.json", evaluate),
+        queries=results,
+        speed=read_speed(recipe, CHECKPOINTS / recipe),
+        layers=read_json(PLOTS / recipe / "layers.json", evaluate),
+        scores=read_json(PLOTS / recipe / "scores.json", evaluate),
+        heatmap=_read_picture(PLOTS / recipe / "heatmap.png", recipe),
+        pictures=_read_pictures(recipe),
+        verdict=verdict,
     )
+
+
+def _read_pictures(recipe: str) -> dict[str, bytes]:
+    """Return the pictures of the stage `heatmap` by query."""
+    path = HEATMAPS / recipe / "index.json"
+    index = read_json(path, f"run `dvc repro heatmap@{recipe}`")
+    try:
+        names = {entry["query"]: Path(entry["file"]).name for entry in index}
+    except (KeyError, TypeError):
+        raise UserError(f"{path}: is damaged; run `dvc repro -f heatmap@{recipe}`") from None
+    return {query: _read_picture(path.with_name(name), recipe) for query, name in names.items()}
+
+
+def _read_picture(path: Path, recipe: str) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}); run `dvc repro heatmap@{recipe}`"
+        ) from None
 
 
 def headline(result: Result) -> dict[str, str]:
@@ -87,40 +165,53 @@ def headline(result: Result) -> dict[str, str]:
     """
     queries, pages = result.metrics["queries"], result.metrics["pages"]
     retrieval, mixed = result.metrics["retrieval"], result.metrics["mixed_index"]
-    size, setting = result.metrics["size"]["files"], result.speed["setting"]
-    figures = {
-        "Grade (flattened cosine of queries)": f"{queries['grade']} ({queries['flattened_cosine']:.4f})",
-        "Cosine of query tokens: mean (1st percentile)": _cosine(queries["cosine"]),
-        "Cosine of page tokens: mean (1st percentile)": _cosine(pages["cosine"]),
-        "nDCG@5: original → quantized": _both(retrieval["ndcg_at_5"]),
-        "nDCG@5: change (95 % interval)": _change(retrieval["ndcg_at_5"]),
-        "nDCG@5: mixed index": f"{mixed['ndcg_at_5']['quantized']:.3f}",
-        "Recall@1: original → quantized": _both(retrieval["recall_at_1"]),
-        "Same first page (top-1 agreement)": f"{100 * retrieval['top1_agreement']:.1f} %",
-        "Margin: change (95 % interval)": _change(retrieval["margin"]),
+    size, first = result.metrics["size"]["files"], retrieval["first_pages"]
+    return {
         "Weight files: original → quantized": (
             f"{size['original']:,} → {size['quantized']:,} bytes"
         ),
         "Weight files: reduction": f"{size['reduction_percent']:.1f} %",
+        "Loss of page tokens": f"{loss(pages['cosine']['mean']):.6f}",
+        "Loss of query tokens": f"{loss(queries['cosine']['mean']):.6f}",
+        "Cosine of page tokens: mean (1st percentile)": _cosine(pages["cosine"]),
+        "Cosine of query tokens: mean (1st percentile)": _cosine(queries["cosine"]),
+        "Queries whose first page changed": (
+            f"{_share(first['changed'], result)}; "
+            f"this many queries allow up to {100 * first['changed_share_at_most']:.1f} %"
+        ),
+        "Best relevant page ranked lower": _share(first["ranked_lower"], result),
+        "Best relevant page ranked higher": _share(first["ranked_higher"], result),
+        "nDCG@5: original → quantized": _both(retrieval["ndcg_at_5"]),
+        "nDCG@5: change (95 % interval)": _change(retrieval["ndcg_at_5"]),
+        "nDCG@5: mixed index": f"{mixed['ndcg_at_5']['quantized']:.3f}",
+        "Recall@1: original → quantized": _both(retrieval["recall_at_1"]),
+        "Margin: change (95 % interval)": _change(retrieval["margin"]),
+        **_latencies(result.speed),
     }
+
+
+def _latencies(speed: Mapping[str, Any] | None) -> dict[str, str]:
+    figures = dict.fromkeys(("Latency, query", "Latency, page"), "not measured on this machine")
+    if speed is None:
+        return {**figures, "Latency measured on": "run `dvc repro -f benchmark`"}
     for kind in ("query", "page"):
-        batches = result.speed[kind]["batches"]
-        least = min(batches, key=int)
-        times = batches[least]["best"]
-        figures[f"Latency, {kind}, batch {least}: original → quantized"] = (
-            f"{times['original_ms']:.1f} → {times['quantized_ms']:.1f} ms"
+        batches = speed[kind]["batches"]
+        smallest = min(batches, key=int)
+        times = batches[smallest]["best"]
+        figures[f"Latency, {kind}"] = (
+            f"batch {smallest}: {times['original_ms']:.1f} → {times['quantized_ms']:.1f} ms"
             f" (speed-up {times['speedup']:.2f})"
         )
+    setting = speed["setting"]
     figures["Latency measured on"] = (
-        f"{setting['device']}, threads: {setting['threads']}, "
+        f"{setting['device']}, {setting['threads']} threads, {setting['date']}, "
         f"{setting['dtype']}, kernel: {setting['kernel']}, torch {setting['torch']}"
     )
-    figures["Gate"] = "; ".join(result.breaches) or "within every limit"
     return figures
 
 
 def _cosine(figure: Mapping[str, float]) -> str:
-    return f"{figure['mean']:.4f} ({figure['p01']:.4f})"
+    return f"{figure['mean']:.6f} ({figure['p01']:.6f})"
 
 
 def _both(figure: Mapping[str, float]) -> str:
@@ -129,6 +220,11 @@ def _both(figure: Mapping[str, float]) -> str:
 
 def _change(figure: Mapping[str, float]) -> str:
     return f"{figure['difference']:+.3f} ({figure['low']:+.3f} … {figure['high']:+.3f})"
+
+
+def _share(count: int, result: Result) -> str:
+    queries = result.metrics["data"]["queries"]
+    return f"{count} of {queries} ({100 * count / queries:.1f} %)"
 
 
 def most_moved(results: Mapping[str, Result], queries: Mapping[str, str]) -> list[list[str]]:
@@ -147,68 +243,155 @@ def _moved(point: Mapping[str, Any]) -> float:
     return float(point["quantized"] - point["original"])
 
 
+def describe_recipe(name: str, result: Result, queries: Mapping[str, str]) -> dict[str, Any]:
+    """Return what the template shows of one recipe beside the table of figures."""
+    changed = find_changed(result.queries)
+    first = result.metrics["retrieval"]["first_pages"]
+    drawn = [
+        {
+            "name": query["query"],
+            "text": queries.get(query["query"], ""),
+            "change": f"rank of the best relevant page {_ranks(query)}",
+            "image": inline("png", result.pictures[query["query"]]),
+        }
+        for query in changed
+        if query["query"] in result.pictures
+    ]
+    rest = len(changed) - LISTED
+    return {
+        "name": name,
+        "verdict": result.verdict.verdict,
+        "reasons": result.verdict.breaches or [result.verdict.reason],
+        "heatmap": inline("png", result.heatmap),
+        "changes": (
+            f"{_share(first['changed'], result)} first pages changed; the best relevant page is "
+            f"ranked lower for {first['ranked_lower']} queries, higher for {first['ranked_higher']}"
+        ),
+        "drawn": drawn,
+        "changed": [
+            [query["query"], queries.get(query["query"], ""), _ranks(query), _first_pages(query)]
+            for query in changed[:LISTED]
+        ],
+        "more": f"{rest} more are in {QUERY_METRICS / name}.json." if rest > 0 else "",
+    }
+
+
+def _ranks(query: QueryResult) -> str:
+    return f"{query['original']['rank']} → {query['quantized']['rank']}"
+
+
+def _first_pages(query: QueryResult) -> str:
+    before, after = query["original"]["first"], query["quantized"]["first"]
+    return before if before == after else f"{before} → {after}"
+
+
+def draw_charts(results: Mapping[str, Result], gate: GateParams) -> list[dict[str, Any]]:
+    """Return the charts with their titles and what must be known to read them."""
+    rows = {recipe: summarize(result.metrics, gate) for recipe, result in results.items()}
+    scores = {recipe: result.scores for recipe, result in results.items()}
+    layers = {recipe: result.layers for recipe, result in results.items()}
+    errors = {
+        recipe: result.quantization["layer_errors"]
+        for recipe, result in results.items()
+        if result.quantization.get("layer_errors")
+    }
+    score_range = spread(
+        point[side] for points in scores.values() for point in points for side in SIDES
+    )
+    error_range = spread(point["error"] for points in layers.values() for point in points)
+    charts = [
+        (
+            "Loss by recipe",
+            "1 - mean cosine of the quantized model's tokens with the original's; less is better.",
+            [loss_chart(loss_bars(rows))],
+        ),
+        (
+            "Changed ranks by recipe",
+            "Queries whose best relevant page is now ranked lower or higher.",
+            [ranks_chart(rank_bars(rows))],
+        ),
+        (
+            "Score of each query with its best relevant page",
+            "On the grey line both models give the same score.",
+            [scores_chart({recipe: scores[recipe]}, score_range) for recipe in scores],
+        ),
+        (
+            "Relative error of each quantized weight",
+            WEIGHTS,
+            [layers_chart({recipe: layers[recipe]}, error_range) for recipe in layers],
+        ),
+        (
+            "nDCG@5 by recipe",
+            "Bars of one length: see the change above.",
+            [ndcg_chart(ndcg_bars(rows))],
+        ),
+    ]
+    if errors:
+        charts.insert(
+            3,
+            (
+                "Output error of each tuned layer",
+                OUTPUTS,
+                [outputs_chart({recipe: errors[recipe]}) for recipe in errors],
+            ),
+        )
+    return [
+        {
+            "title": title,
+            "text": text,
+            "images": [inline("svg+xml", svg(chart).encode()) for chart in drawn],
+        }
+        for title, text, drawn in charts
+    ]
+
+
+def inline(kind: str, data: bytes) -> str:
+    """Return a picture of MIME type image/`kind` as a data URL."""
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
 def render(params: Params, results: Mapping[str, Result], queries: Mapping[str, str]) -> str:
-    """Return the HTML of all results; everything that is data is escaped."""
+    """Return the HTML of all results; everything that is data is escaped.
+
+    Raises
+    ------
+    KeyError, TypeError, ValueError
+        If the results lack a figure.
+    """
     data = next(iter(results.values())).metrics["data"]
     model = " at revision ".join(filter(None, [params.model.source, params.model.revision]))
-    measured = (
-        f"Model: {model}. Dataset: {params.evaluate.dataset} ({data['queries']} queries, "
-        f"{data['pages']} pages). Embeddings: {params.embed.dtype}, device: {params.compute.device}."
-    )
     columns = {recipe: headline(result) for recipe, result in results.items()}
     names = list(next(iter(columns.values())))
-    bars = ndcg_bars({recipe: summarize(result.metrics) for recipe, result in results.items()})
-    charts = {
-        "nDCG@5 by recipe": ndcg_chart(bars),
-        "Score of each query with its best relevant page": scores_chart(
-            {recipe: result.scores for recipe, result in results.items()}
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
+    )
+    return environment.get_template(TEMPLATE).render(
+        title=f"What quantization did to {model}",
+        measured=(
+            f"Model: {model}. Dataset: {params.evaluate.dataset} ({data['queries']} queries, "
+            f"{data['pages']} pages). Embeddings: {params.embed.dtype}, device: "
+            f"{params.compute.device}."
         ),
-        "Relative error of each quantized weight": layers_chart(
-            {recipe: result.layers for recipe, result in results.items()}
-        ),
-    }
-    parts = [
-        heading("What quantization did", 1),
-        table(
-            ["", *results],
-            [[name, *(column[name] for column in columns.values())] for name in names],
-            measured,
-        ),
-        paragraph(TERMS),
-    ]
-    for title, chart in charts.items():
-        parts += [heading(title), image("svg+xml", svg(chart).encode(), title, measured)]
-    parts.append(heading("Where the most changed query matches its page"))
-    for recipe, result in results.items():
-        parts.append(image("png", result.heatmap, f"Heat map of recipe {recipe}", measured))
-    parts += [
-        heading("Queries whose score moved most"),
-        table(
-            ["Recipe", "Query", "Text", "Original → quantized", "Change"],
-            most_moved(results, queries),
-            measured,
-        ),
-        heading("Parameters"),
-        preformatted(yaml.safe_dump(params.model_dump(), sort_keys=False, allow_unicode=True)),
-    ]
-    return document(f"Quantization of {model}", parts)
+        recipes=[describe_recipe(name, result, queries) for name, result in results.items()],
+        figures=[[name, *(column[name] for column in columns.values())] for name in names],
+        terms=TERMS,
+        charts=draw_charts(results, params.gate),
+        moved=most_moved(results, queries),
+        params=yaml.safe_dump(params.model_dump(), sort_keys=False, allow_unicode=True),
+    )
 
 
 def main() -> None:
     """Write the report on the recipes of params.yaml."""
     argparse.ArgumentParser(prog="python -m stages.tools.report", description=__doc__).parse_args()
-    params = load_params()
+    params = load_params(Params)
     results = {recipe: read_result(recipe, params.gate) for recipe in params.recipes}
     queries = read_queries(Path(params.evaluate.dataset) / "queries.jsonl")
     try:
         text = render(params, results, queries)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise UserError(f"{METRICS}: lacks a figure ({error}); run `dvc repro`") from None
-    REPORT.parent.mkdir(parents=True, exist_ok=True)
-    # by rename, so that a half-written file is never taken for a whole one
-    partial = REPORT.with_name(REPORT.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, REPORT)
+    write_file(REPORT / "index.html", text.encode())
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from colqwen3.release.provenance import METADATA
 from colqwen3.release.verify import verify
 from colqwen3.system.errors import UserError, run
+from stages.evaluation.limits import WORSE
 
 
 def list_files(folder: Path, names: list[str]) -> list[str]:
@@ -62,6 +63,12 @@ def main() -> None:
     names = sorted([*metadata["files"], METADATA])
     command = upload_command(args.folder, args.repo, names)
     print("\n".join(list_files(args.folder, names)))
+    if metadata.get("verdict", {}).get("verdict") == WORSE:
+        print(
+            f"warning: FAILED: {metadata['verdict']['reason']}; this recipe broke a limit of the "
+            "gate, as its card says: upload it only if others are meant to see that",
+            file=sys.stderr,
+        )
     if metadata["pipeline"]["commit"] is None or metadata["pipeline"]["dirty"]:
         print(
             "warning: made by code or parameters that are in no commit; commit them and run "

@@ -257,7 +257,7 @@ def test_stages_declare_the_sections_that_they_read(name: str) -> None:
     read = set(module.Params.model_fields)
     declared = {key.split(".")[0] for key in BODIES[name].get("params", [])}
     # read after a failure only, and checked again by the gate
-    assert read - {"fallbacks"} <= declared | ({"recipes"} if name == "gate" else set())
+    assert read - {"fallbacks"} <= declared
     assert declared <= read | {"fallbacks"}
 
 

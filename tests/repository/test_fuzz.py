@@ -22,9 +22,9 @@ from ruamel.yaml import YAML
 from safetensors import safe_open
 
 from colqwen3.checkpoint.headers import read_header, read_headers
-from colqwen3.checkpoint.inspection import check_layout, read_config
 from colqwen3.dataset.beir import read_dataset, read_queries
 from colqwen3.dataset.pages import Page, open_page
+from colqwen3.inspection import check_layout, read_config
 from colqwen3.system.errors import UserError
 from stages.checking.params import Params
 from stages.pipeline.params import load_params

@@ -26,8 +26,9 @@ from safetensors.torch import load_file
 
 from colqwen3.release.provenance import METADATA
 
-PROBE = Path(__file__).with_name("probe_release.py")
-INPUTS = Path(__file__).with_name("golden") / "inputs"
+TESTS = Path(__file__).parents[1]
+PROBE = TESTS / "helpers" / "probe_release.py"
+INPUTS = TESTS / "golden" / "inputs"
 VERSIONS = ("4.57.6", "5.24.0")
 PACKAGES = ("pillow==13.0.0",)
 OWNERS = {
@@ -44,7 +45,8 @@ Vectors = dict[str, torch.Tensor]
 def own_embeddings(folder: Path, inputs: Path, packed: bool) -> Vectors:
     """Return what this project's loader makes of the same inputs: packed kernel, or dense weights."""
     from colqwen3.embedding.batches import embed
-    from colqwen3.model.loading import load_model, load_packed, load_processor
+    from colqwen3.model.loading import load_model, load_processor
+    from tests.helpers.packed import load_packed
 
     load = load_packed if packed else load_model
     model = load(folder, torch.float32, torch.device("cpu"))

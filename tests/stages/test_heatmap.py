@@ -1,4 +1,5 @@
 import io
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -15,8 +16,10 @@ from colqwen3.embedding.store import Embeddings, write_embeddings
 from colqwen3.model.loading import load_processor
 from colqwen3.system.errors import UserError
 from stages import heatmap
+from stages.evaluation.overlay import FULL, SMALL
 from stages.evaluation.similarity import choose, similarity_map, visual_tokens
 from stages.pipeline.params import PARAMS_FILE
+from tests.helpers.metrics import write_json
 
 DIM = 5
 MODEL = Path("demo/model").absolute()
@@ -40,8 +43,8 @@ def test_a_cell_is_the_mean_cosine_of_the_query_with_its_token() -> None:
     values = similarity_map(query, page, visual, (3, 2))
     cells = [1, 2, 3, 5, 6, 7]  # row-major
     for number, token in enumerate(cells):
-        wanted = np.mean([np.dot(q, page[token].numpy()) for q in query.numpy()])
-        assert values[number // 2, number % 2] == pytest.approx(wanted, abs=1e-6)
+        expected = np.mean([np.dot(q, page[token].numpy()) for q in query.numpy()])
+        assert values[number // 2, number % 2] == pytest.approx(expected, abs=1e-6)
     # MaxSim with a page of that one token, by query token
     assert values[1, 0] == pytest.approx(score(query, page[3:4]) / 3, abs=1e-6)
 
@@ -85,17 +88,17 @@ def test_the_query_that_changed_most_is_chosen() -> None:
 
 
 def test_the_first_of_equal_changes_is_chosen() -> None:
-    made = Embeddings({"q2": unit(1, 3), "q1": unit(2, 3)}, {"a": unit(3, 4)})
+    same = Embeddings({"q2": unit(1, 3), "q1": unit(2, 3)}, {"a": unit(3, 4)})
     dataset = Dataset({"q2": "x", "q1": "y"}, {}, {"q2": {"a": 1}, "q1": {"a": 1}})
-    assert choose(dataset, made, made).query == "q2"
+    assert choose(dataset, same, same).query == "q2"
 
 
 @pytest.mark.parametrize(("size", "grid"), [((320, 640), (20, 10)), ((800, 320), (10, 25))])
 def test_visual_tokens_lie_between_the_words_of_the_prompt(
     size: tuple[int, int], grid: tuple[int, int]
 ) -> None:
-    visual, found = visual_tokens(load_processor(MODEL, 1280), Image.new("RGB", size, "white"))
-    assert found == grid
+    visual, actual = visual_tokens(load_processor(MODEL, 1280), Image.new("RGB", size, "white"))
+    assert actual == grid
     count = grid[0] * grid[1]
     assert visual.tolist() == [False] * BEFORE + [True] * count + [False] * AFTER
 
@@ -127,8 +130,77 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         queries = {"q1": unit(1, 4), "q2": unit(2 + number, 4)}
         pages = {"a": unit(3, BEFORE + 200 + AFTER), "b": unit(4, BEFORE + 200 + AFTER)}
         write_embeddings(Path(f"artifacts/embeddings/{name}.safetensors"), queries, pages)
+    write_results({"query": "q1", "original": result("a", 1), "quantized": result("a", 1)})
     monkeypatch.setattr(sys, "argv", ["heatmap", "x"])
     return tmp_path
+
+
+def result(first: str, rank: int) -> dict[str, Any]:
+    return {"first": first, "relevant": "a", "rank": rank}
+
+
+def write_results(*results: dict[str, Any]) -> None:
+    write_json(Path("metrics/queries/x.json"), {"queries": list(results)})
+
+
+def test_the_queries_that_got_worse_are_drawn_with_both_first_pages(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Any] = []
+
+    def record(*args: Any) -> bytes:
+        drawn.append(args)
+        return b"picture"
+
+    monkeypatch.setattr(heatmap, "picture", record)
+    write_results(
+        {"query": "q1", "original": result("a", 3), "quantized": result("a", 4)},
+        {"query": "q2", "original": result("a", 1), "quantized": result("b", 2)},
+        {"query": "q1", "original": result("a", 5), "quantized": result("b", 1)},  # gained
+    )
+    folder = project / "artifacts/heatmaps/x"
+    (folder / "old").mkdir(parents=True)
+    heatmap.main()
+    assert sorted(path.name for path in folder.iterdir()) == ["01.png", "02.png", "index.json"]
+    assert json.loads((folder / "index.json").read_text()) == [
+        {"query": "q2", "file": "01.png"},
+        {"query": "q1", "file": "02.png"},
+    ]
+    _, (pages, maps, captions, title, size), (_, _, same, *_) = drawn
+    assert size == SMALL
+    assert title == "x, page a and b, query q2: two"
+    both = ((unit(2, 4), unit(3, 211)), (unit(3, 4), unit(4, 211)))  # original on a, x on b
+    for values, (query, page) in zip(maps, both, strict=True):
+        expected = (query.numpy() @ page.numpy()[BEFORE:-AFTER].T).mean(0).reshape(20, 10)
+        np.testing.assert_allclose(values, expected, atol=1e-6)
+    assert captions == [
+        f"{side}: page {name}, MaxSim {score(*tokens):.3f}"
+        for side, name, tokens in zip(("original", "x"), "ab", both, strict=True)
+    ]
+    # the pictures themselves are of those pages
+    assert [page.tobytes() for page in pages] == [
+        Image.open(f"data/corpus/{name}.png").tobytes() for name in "ab"
+    ]
+    assert "(+0.000)" in same[1]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("{}", "lacks a result"),
+        ('{"queries": [{"query": "q1"}]}', "lacks a result"),
+        ("[]", "lacks a result"),
+        (
+            '{"queries": [{"query": "q9", "original": {"first": "a", "rank": 1}, '
+            '"quantized": {"first": "a", "rank": 2}}]}',
+            "is of another dataset",
+        ),
+    ],
+)
+def test_results_of_another_kind_are_one_line(project: Path, content: str, reason: str) -> None:
+    Path("metrics/queries/x.json").write_text(content)
+    with pytest.raises(UserError, match=rf"queries/x\.json: {reason}.*dvc repro evaluate@x"):
+        heatmap.main()
 
 
 def test_the_stage_writes_a_small_picture_again_and_again_the_same(project: Path) -> None:
@@ -152,23 +224,24 @@ def test_the_stage_draws_both_models_maps_of_the_changed_query(
 ) -> None:
     drawn: list[Any] = []
 
-    def keep(*args: Any) -> bytes:
+    def record(*args: Any) -> bytes:
         drawn.append(args)
         return b""
 
-    monkeypatch.setattr(heatmap, "picture", keep)
+    monkeypatch.setattr(heatmap, "picture", record)
     pages = {"a": unit(3, 211), "b": unit(99, 211)}
     write_embeddings(
         Path("artifacts/embeddings/x.safetensors"), {"q1": unit(1, 4), "q2": unit(3, 4)}, pages
     )
     heatmap.main()
-    ((page, maps, captions, title),) = drawn
-    assert page.size == (320, 640)
+    ((pages, maps, captions, title, size),) = drawn
+    assert size == FULL
+    assert [page.size for page in pages] == [(320, 640)] * 2
     assert title == "x, page b, query q2: two"
-    made = ((unit(2, 4), unit(4, 211)), (unit(3, 4), unit(99, 211)))
-    for values, caption, (query, tokens) in zip(maps, captions, made, strict=True):
-        wanted = (query.numpy() @ tokens.numpy()[BEFORE:-AFTER].T).mean(0).reshape(20, 10)
-        np.testing.assert_allclose(values, wanted, atol=1e-6)
+    both = ((unit(2, 4), unit(4, 211)), (unit(3, 4), unit(99, 211)))
+    for values, caption, (query, tokens) in zip(maps, captions, both, strict=True):
+        expected = (query.numpy() @ tokens.numpy()[BEFORE:-AFTER].T).mean(0).reshape(20, 10)
+        np.testing.assert_allclose(values, expected, atol=1e-6)
         assert f"MaxSim {score(query, tokens):.3f}" in caption
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from colqwen3.checkpoint.inspection import inspect_folder
+from colqwen3.inspection import inspect_folder
 from colqwen3.system.errors import UserError
 from stages import inspect_model
 

@@ -17,8 +17,8 @@ from ruamel.yaml import YAML
 from safetensors.torch import load_file, save_file
 
 from colqwen3.checkpoint.headers import SINGLE, Checkpoint, read_headers
-from colqwen3.checkpoint.inspection import inspect_folder
 from colqwen3.checkpoint.layout import BLOCKS
+from colqwen3.inspection import inspect_folder
 from colqwen3.model.loading import load_model, load_processor
 from colqwen3.system.errors import DiskFullError, NonFiniteWeightsError, UserError, run
 from colqwen3.system.files import write_json

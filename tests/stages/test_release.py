@@ -3,16 +3,23 @@
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-from colqwen3.model.loading import load_packed, load_processor
+from colqwen3.model.loading import load_processor
 from colqwen3.model.scoring import max_sim
 from colqwen3.mteb_model import ColQwen3Encoder
+from colqwen3.release.verify import verify
 from stages.release import copy_checkpoint, copy_licences
+from stages.tools import upload
+from tests.conftest import RECIPE, run_stage, run_stages
+from tests.helpers.clone import change
+from tests.helpers.metrics import quality, write_json
+from tests.helpers.packed import load_packed
 from tests.slow.check_release import LEAST, own_embeddings, probe, worst_cosine
 
 PAGES = sorted(Path("demo/pages/evaluation/corpus").iterdir())[:2]
@@ -31,15 +38,13 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_others_get_the_same_embeddings(released: Path, inputs: Path, tmp_path: Path) -> None:
-    import sys
-
-    facts, found = probe(Path(sys.executable), released, inputs, tmp_path)
+    facts, embedded = probe(Path(sys.executable), released, inputs, tmp_path)
     assert facts["classes"] == ["modeling_colqwen3", "processing_colqwen3"]
     assert facts["architecture"] == "ColQwen3"
-    assert len(found) == len(QUERIES) + len(PAGES) + 1
+    assert len(embedded) == len(QUERIES) + len(PAGES) + 1
     # our loaders run no code of the folder
     for packed in (True, False):
-        assert worst_cosine(found, own_embeddings(released, inputs, packed)) >= LEAST
+        assert worst_cosine(embedded, own_embeddings(released, inputs, packed)) >= LEAST
 
 
 def test_our_own_loaders_run_no_code_of_the_folder(released: Path, tmp_path: Path) -> None:
@@ -62,9 +67,9 @@ def test_sentence_transformers_agree(released: Path, inputs: Path) -> None:
     queries = encoder.encode_query(texts)
     documents = encoder.encode_document(pages, batch_size=2)
     ours = own_embeddings(released, inputs, packed=True)
-    wanted = {f"query/{key}": vectors for key, vectors in zip(QUERIES, queries, strict=True)}
-    wanted |= {f"page/{p.stem}": vectors for p, vectors in zip(PAGES, documents, strict=True)}
-    assert worst_cosine({key: ours[key] for key in wanted}, wanted) >= LEAST
+    expected = {f"query/{key}": vectors for key, vectors in zip(QUERIES, queries, strict=True)}
+    expected |= {f"page/{p.stem}": vectors for p, vectors in zip(PAGES, documents, strict=True)}
+    assert worst_cosine({key: ours[key] for key in expected}, expected) >= LEAST
     scores = max_sim(
         [ours[f"query/{key}"] for key in QUERIES], [ours[f"page/{path.stem}"] for path in PAGES]
     )
@@ -93,3 +98,42 @@ def test_licences_travel(tmp_path: Path) -> None:
         (source / name).write_text(name)
     assert copy_licences(source, target) == ["LICENCE.md", "LICENSE", "NOTICE.txt"]
     assert (target / "NOTICE.txt").read_text() == "NOTICE.txt"
+
+
+def test_a_recipe_that_breaks_a_limit_is_released_marked_failed_if_asked_for(
+    workspace: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    folder = tmp_path / "root"
+    shutil.copytree(workspace, folder, ignore=shutil.ignore_patterns("release", "gate"))
+    write_json(folder / f"metrics/quality/{RECIPE}.json", quality(page=0.5))
+    failed = run_stage(folder, "gate", RECIPE)
+    assert failed.returncode == 1
+    assert "pages.cosine.mean 0.5 is below gate.min_page_cosine 0.95" in failed.stderr
+    refused = run_stage(folder, "release", RECIPE)
+    assert refused.returncode == 1
+    assert refused.stderr.splitlines()[-1].startswith(f"error: artifacts/gate/{RECIPE}.json: ")
+    change(folder, "release", value={RECIPE: {"even_if_worse": True}})
+    run_stages(folder, ["gate", RECIPE], ["release", RECIPE])
+    released = folder / "artifacts/release" / RECIPE
+    for name in ("FAILED.txt", "README.md"):
+        text = (released / name).read_text()
+        assert "FAILED" in text
+        assert "pages.cosine.mean 0.5 is below gate.min_page_cosine 0.95" in text
+    metadata, problems = verify(released)
+    assert problems == []
+    assert metadata["verdict"]["verdict"] == "worse"
+    monkeypatch.setattr(sys, "argv", ["upload", str(released), "owner/name"])
+    upload.main()
+    said = capfd.readouterr()
+    assert "warning: FAILED: " in said.err
+    assert "--include FAILED.txt" in said.out
+
+
+def test_a_release_within_the_limits_is_not_marked(released: Path) -> None:
+    assert not (released / "FAILED.txt").exists()
+    text = (released / "README.md").read_text()
+    assert "FAILED" not in text
+    assert "Verdict: **no measurable loss**" in text

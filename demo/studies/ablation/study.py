@@ -24,9 +24,10 @@ from pydantic import Field, model_validator
 from ruamel.yaml import YAML
 
 from colqwen3.checkpoint.hub import find_model
-from colqwen3.checkpoint.inspection import inspect_folder
+from colqwen3.inspection import inspect_folder
 from colqwen3.system.errors import UserError
 from colqwen3.system.files import read_json, write_json
+from stages.calibration.sets import CalibrationSet
 from stages.checking.params import Params, check_sets
 from stages.pipeline.params import PARAMS_FILE, Section, check_names, load_params, suggest
 from stages.pipeline.paths import (
@@ -38,7 +39,6 @@ from stages.pipeline.paths import (
 )
 from stages.pipeline.stage import claim
 from stages.quantization.recipes import Recipe
-from stages.quantization.sets import CalibrationSet
 
 ABLATION = Path("demo/studies/ablation")
 METRICS = ABLATION / "metrics"  # one file per recipe

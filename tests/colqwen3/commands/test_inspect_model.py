@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from colqwen3.checkpoint.inspection import inspect_folder
+from colqwen3.inspection import inspect_folder
 from tests.helpers.cli import run_command
 
 GOLDEN = Path("tests/golden/model")

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from colqwen3.checkpoint.inspection import inspect_folder
 from colqwen3.embedding.batches import embed
+from colqwen3.inspection import inspect_folder
 from colqwen3.model.loading import load_model
 from colqwen3.serving import Runtime, load_runtime
 from colqwen3.serving.fused import PLAIN

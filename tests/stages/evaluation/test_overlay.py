@@ -4,7 +4,18 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFont
 
-from stages.evaluation.overlay import COLOURS, LIMIT, Map, colour, encode, overlay, picture, wrap
+from stages.evaluation.overlay import (
+    COLOURS,
+    FULL,
+    SMALL,
+    Map,
+    Size,
+    colour,
+    encode,
+    overlay,
+    picture,
+    wrap,
+)
 
 WHITE, RED = COLOURS[0], COLOURS[-1]
 CAPTIONS = ("original", "recipe")
@@ -55,8 +66,8 @@ def test_print_stays_darker_than_its_cell_and_dark_pages_turn_light() -> None:
 
 def count_red(maps: list[Map]) -> list[int]:
     """The red pixels in the left and right half of the picture, above its colour scale."""
-    made = picture(Image.new("RGB", (300, 400), "white"), maps, CAPTIONS, "title")
-    image = Image.open(io.BytesIO(made)).convert("RGB")
+    png = picture([Image.new("RGB", (300, 400), "white")] * 2, maps, CAPTIONS, "title")
+    image = Image.open(io.BytesIO(png)).convert("RGB")
     above = np.asarray(image)[: image.height - 60]
     halves = np.array_split(above, 2, axis=1)
     return [int((half == RED).all(-1).sum()) for half in halves]
@@ -71,13 +82,14 @@ def test_both_pictures_have_one_scale() -> None:
     assert right > 1000
 
 
-def test_a_picture_is_small_even_of_noise_and_always_the_same() -> None:
+@pytest.mark.parametrize("size", [FULL, SMALL])
+def test_a_picture_is_small_even_of_noise_and_always_the_same(size: Size) -> None:
     noise = np.random.default_rng(0)
     page = Image.fromarray(noise.integers(0, 256, (1300, 1000, 3), dtype=np.uint8))
     maps = [noise.random((40, 31)), noise.random((40, 31))]
-    made = picture(page, maps, CAPTIONS, "noise")
-    assert len(made) <= LIMIT
-    assert made == picture(page, maps, CAPTIONS, "noise")
+    png = picture([page, page], maps, CAPTIONS, "noise", size)
+    assert len(png) <= size.bytes
+    assert png == picture([page, page], maps, CAPTIONS, "noise", size)
 
 
 def test_sixteen_greys_of_sixteen_colours_are_kept() -> None:
@@ -88,11 +100,25 @@ def test_sixteen_greys_of_sixteen_colours_are_kept() -> None:
     assert [kept.convert("RGB").getpixel((x, 0)) for x in (0, 1)] == [WHITE, RED]
 
 
+def test_pages_of_different_shapes_stand_side_by_side() -> None:
+    pages = [Image.new("RGB", (300, 400), "white"), Image.new("RGB", (640, 320), "white")]
+    wide = np.zeros((10, 20))
+    wide[5, 10] = 1
+    png = picture(pages, [spot(1, 1), wide], CAPTIONS, "two pages")
+    image = Image.open(io.BytesIO(png)).convert("RGB")
+    above = np.asarray(image)[: image.height - 60]
+    rows, columns = np.nonzero((above == RED).all(-1))
+    # a cell of the left page has a third of its width, one of the right a twentieth
+    left = columns < image.width // 2
+    assert np.ptp(columns[left]) > 4 * np.ptp(columns[~left]) > 0
+    assert np.ptp(rows[left]) > 4 * np.ptp(rows[~left]) > 0
+
+
 @pytest.mark.parametrize("size", [(1600, 8), (8, 1600), (1, 1)])
 def test_odd_pages_can_be_drawn(size: tuple[int, int]) -> None:
     columns, rows = (max(1, side // 32) for side in size)
     values = np.random.default_rng(0).random((rows, columns))
-    assert picture(Image.new("RGB", size), [values, values], CAPTIONS, "odd\npage")
+    assert picture([Image.new("RGB", size)] * 2, [values, values], CAPTIONS, "odd\npage")
 
 
 def test_titles_are_wrapped_and_cut_to_the_width() -> None:

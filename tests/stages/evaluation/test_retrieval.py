@@ -175,7 +175,7 @@ def test_spearman_of_scores_that_are_all_equal() -> None:
     falling = make_run({"q": {"a": 2, "b": 1}})
     assert retrieval.spearman(flat, flat) == 1
     assert retrieval.spearman(flat, steep) == retrieval.spearman(steep, flat) == 0
-    assert retrieval.spearman(steep, falling) == -1
+    assert retrieval.spearman(steep, falling) == pytest.approx(-1, abs=1e-12)
 
 
 def test_margins_by_hand() -> None:
@@ -217,9 +217,14 @@ def test_contrast_is_paired() -> None:
         "original": pytest.approx(0.5),
         "quantized": pytest.approx(0.25),
         "difference": pytest.approx(-0.25),
-        "low": pytest.approx(-0.25),
-        "high": pytest.approx(-0.25),
+        # all lose the same, but 20 queries cannot speak for 14 % of all: 1 - 0.05 ** (1 / 20)
+        "low": pytest.approx(-0.25 - 0.139108, abs=1e-6),
+        "high": pytest.approx(-0.25 + 0.139108, abs=1e-6),
+        "smallest_visible_loss": pytest.approx(0.139108, abs=1e-6),
     }
+    # unpaired, the interval would be as wide as the queries are different
+    noisy = retrieval.contrast(original, original - 0.25 + np.tile([0.001, -0.001], 10))
+    assert noisy["high"] - noisy["low"] < 0.002
 
 
 def test_contrast_of_nothing_is_finite() -> None:
@@ -231,8 +236,12 @@ def test_compare_puts_each_figure_under_its_name() -> None:
     figures = retrieval.compare(BY_HAND, worse, JUDGED)
     assert set(figures) == {
         *("ndcg_at_5", "ndcg_at_10", "recall_at_1", "recall_at_5", "margin"),
-        *("top1_agreement", "top5_overlap", "spearman", "pearson"),
+        *("first_pages", "top1_agreement", "top5_overlap", "spearman", "pearson"),
     }
+    # q1 keeps d; its best relevant page was a, 3rd, and is c, 5th. q2's g rises from 7th to 1st
+    first = figures["first_pages"]
+    assert (first["changed"], first["changed_share"]) == (1, 0.5)
+    assert (first["ranked_lower"], first["ranked_higher"]) == (1, 1)
     for name, values in retrieval.measure(worse, JUDGED).items():
         assert figures[name]["quantized"] == pytest.approx(values.mean())
     assert figures["ndcg_at_10"]["original"] == pytest.approx((0.517442 + 1 / 3) / 2, abs=1e-6)
@@ -241,3 +250,77 @@ def test_compare_puts_each_figure_under_its_name() -> None:
     assert figures["margin"]["quantized"] == pytest.approx((0.5 - 3 + 9 - 8) / 2)
     # q1 has d, c and e in both top fives, q2 has c, d and e
     assert (figures["top1_agreement"], figures["top5_overlap"]) == (0.5, pytest.approx(0.6))
+
+
+@pytest.mark.parametrize(("count", "queries"), [(0, 24), (0, 252), (3, 40), (39, 40)])
+def test_the_largest_share_is_that_of_the_exact_binomial_bound(count: int, queries: int) -> None:
+    share = retrieval.largest_share(count, queries)
+    chance = sum(
+        math.comb(queries, k) * share**k * (1 - share) ** (queries - k) for k in range(count + 1)
+    )
+    assert chance == pytest.approx(0.05, abs=1e-9)
+
+
+def test_nothing_changed_among_24_queries_still_allows_12_percent() -> None:
+    assert retrieval.largest_share(0, 24) == pytest.approx(1 - 0.05 ** (1 / 24))
+    assert retrieval.largest_share(0, 24) == pytest.approx(0.117, abs=5e-4)
+    assert retrieval.largest_share(24, 24) == 1
+
+
+def test_no_interval_is_without_width() -> None:
+    ones = np.ones(24)
+    figures = retrieval.contrast(ones, ones)
+    assert figures["low"] < 0 < figures["high"]
+    assert figures["smallest_visible_loss"] == pytest.approx(0.117, abs=5e-4)
+
+
+def test_rare_losses_bound_what_could_have_been_seen() -> None:
+    original = np.ones(250)
+    quantized = original.copy()
+    quantized[0] = 0.99  # resampling alone would claim to see a loss of 0.0001
+    figures = retrieval.contrast(original, quantized)
+    assert figures["low"] > -0.001
+    assert figures["smallest_visible_loss"] == pytest.approx(1 - 0.05 ** (1 / 250))
+
+
+def test_blocks_of_resamples_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    differences = np.random.default_rng(11).normal(size=33)
+    whole = retrieval.bootstrap_interval(differences)
+    for block in (1, 7 * 33, 999):
+        monkeypatch.setattr(retrieval, "BLOCK", block)
+        assert retrieval.bootstrap_interval(differences) == whole
+
+
+def test_blocks_of_queries_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = random_run(12)
+    relevance = random_relevance(run, 13)
+    whole = retrieval.measure(run, relevance)
+    monkeypatch.setattr(retrieval, "ENTRIES", 60)  # two queries of 23 pages
+    for name, values in retrieval.measure(run, relevance).items():
+        assert values.tolist() == whole[name].tolist()
+
+
+def test_first_pages_and_ranks_equal_a_loop() -> None:
+    run = random_run(14)
+    relevance = random_relevance(run, 15)
+    results = retrieval.first_pages(run, relevance)
+    for row, (query, result) in enumerate(zip(run.queries, results, strict=True)):
+        ranked = ranked_by_loop(run, row)
+        places = [ranked.index(page) for page, score in relevance[query].items() if score > 0]
+        assert result == {
+            "first": ranked[0],
+            "relevant": ranked[min(places)],
+            "rank": min(places) + 1,
+        }
+
+
+def test_changes_of_first_pages_and_ranks_are_counted() -> None:
+    before = [{"first": "a", "rank": 1}, {"first": "b", "rank": 3}, {"first": "c", "rank": 2}]
+    after = [{"first": "a", "rank": 1}, {"first": "a", "rank": 2}, {"first": "c", "rank": 9}]
+    assert retrieval.compare_first_pages(before, after) == {
+        "changed": 1,
+        "changed_share": pytest.approx(1 / 3),
+        "changed_share_at_most": retrieval.largest_share(1, 3),
+        "ranked_lower": 1,
+        "ranked_higher": 1,
+    }

@@ -1,6 +1,6 @@
 """The model card: valid for the Hub, true to the metrics, and its code runs as it is printed."""
 
-import json
+import datetime
 import os
 import re
 import subprocess
@@ -12,11 +12,19 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import eval_results_to_model_index
+from markdown_it import MarkdownIt
 
 from colqwen3.system.errors import UserError
-from stages.publishing.card import card_data, describe_fallback, read_source_card, write_card
+from stages.publishing.card import (
+    card_data,
+    describe_fallback,
+    licence_of,
+    read_source_card,
+    write_card,
+)
+from tests.helpers.metrics import WITHIN_THE_LIMITS, quality
 
-METRICS: dict[str, Any] = json.loads(Path("metrics/rtn-w4g128.json").read_text())
+METRICS = quality(**WITHIN_THE_LIMITS)
 FACTS: dict[str, Any] = {
     "recipe": "rtn-w4g128",
     "metrics": METRICS,
@@ -66,14 +74,14 @@ def test_figures_are_those_of_the_metrics_and_say_of_what(card: Any) -> None:
 def test_code_of_the_card_runs_as_it_is_printed(released: Path, tmp_path: Path) -> None:
     code = re.findall(r"```python\n(.*?)```", (released / "README.md").read_text(), re.DOTALL)
     assert len(code) == 2
-    kept = {key: value for key, value in os.environ.items() if key in ("PATH", "OMP_NUM_THREADS")}
-    done = subprocess.run(
+    env = {key: value for key, value in os.environ.items() if key in ("PATH", "OMP_NUM_THREADS")}
+    finished = subprocess.run(
         [sys.executable, "-c", "\n".join(code)],
-        cwd=released, env={**kept, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"},
+        cwd=released, env={**env, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    first, second, third, fourth, alone = map(float, re.findall(r"\d+\.\d+", done.stdout))
+    assert finished.returncode == 0, finished.stderr
+    first, second, third, fourth, alone = map(float, re.findall(r"\d+\.\d+", finished.stdout))
     assert first > second and third < fourth  # each query finds its page
     assert 0 < alone < first  # a blank page
 
@@ -107,3 +115,46 @@ def test_a_fallback_is_said() -> None:
     said = describe_fallback({"ran": "b", "instead_of": "a", "because": "out of memory"})
     assert said is not None
     assert all(part in said for part in ("`b`", "`a`", "out of memory"))
+
+
+HOSTILE = (
+    "<script>alert(1)</script> [click](https://evil.example) `code` **bold** | cell\n# heading"
+)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        {"license": HOSTILE},
+        {
+            "license": ["mit", HOSTILE],
+            "license_name": HOSTILE,
+            "license_link": "javascript:alert(1)",
+        },
+        {"license": {"a": HOSTILE}, "language": [HOSTILE, "de"], "tags": [HOSTILE, 7, "x"]},
+        {"license": datetime.date(2026, 1, 1), "language": HOSTILE},
+    ],
+)
+def test_nothing_of_the_sources_card_becomes_markup_of_ours(
+    tmp_path: Path, source: dict[str, Any]
+) -> None:
+    write_card(tmp_path, source, {**FACTS, "licence_files": [f"LICENSE{HOSTILE}.txt"]})
+    text = (tmp_path / "README.md").read_text()
+    assert "javascript:" not in text
+    rendered = MarkdownIt().enable("table").render(text.split("---", 2)[2])
+    assert "<script" not in rendered
+    assert 'evil.example"' not in rendered  # no link to it
+    assert "<strong>bold" not in rendered
+    assert "<h1>heading" not in rendered
+    data: Any = ModelCard.load(tmp_path / "README.md").data
+    assert data.license in ("unknown", "mit")
+    assert licence_of(source) in (None, "mit")
+    assert HOSTILE not in [data.language, *(data.tags or [])]
+
+
+def test_the_reason_of_a_fallback_stays_text() -> None:
+    said = describe_fallback({"ran": "b", "instead_of": "a", "because": HOSTILE})
+    rendered = MarkdownIt().render(str(said))
+    assert "<script" not in rendered
+    assert "<a " not in rendered
+    assert "alert(1)" in rendered

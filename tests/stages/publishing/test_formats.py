@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from colqwen3.checkpoint.packing import PARTS, dequantize
+from colqwen3.checkpoint.packing import PACKED_TENSORS, dequantize
 from stages.publishing.formats import export_weights
 
 LINEAR = "vlm.model.language_model.layers.1.mlp.down_proj"
@@ -28,7 +28,7 @@ def checkpoint(workspace: Path) -> Path:
 @pytest.fixture(scope="module")
 def wanted(checkpoint: Path) -> torch.Tensor:
     tensors = load_file(checkpoint / "model.safetensors")
-    qweight, zeros, scales = (tensors[f"{LINEAR}.{part}"] for part in PARTS)
+    qweight, zeros, scales = (tensors[f"{LINEAR}.{part}"] for part in PACKED_TENSORS)
     return dequantize(qweight, zeros, scales, BITS)
 
 

@@ -5,7 +5,7 @@ import json
 import sys
 from pathlib import Path
 
-OURS = Path("stages/colqwen3")
+OURS = Path("colqwen3/model")
 
 
 def test_names_in_auto_map_are_the_published_ones(released: Path) -> None:

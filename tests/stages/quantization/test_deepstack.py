@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from colqwen3.checkpoint.headers import Checkpoint
-from colqwen3.checkpoint.inspection import inspect_folder
 from colqwen3.checkpoint.layout import BLOCKS
+from colqwen3.inspection import inspect_folder
 from colqwen3.model.loading import load_model, load_processor
 from colqwen3.system.resume import Scratch
 from stages.quantization import layers

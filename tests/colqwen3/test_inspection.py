@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from colqwen3.checkpoint.inspection import inspect_folder
+from colqwen3.inspection import inspect_folder
 from colqwen3.model import ColQwen3, ColQwen3Config
 from tests.golden.variants import Variant, write_variant
 from tests.helpers.cli import run_command
@@ -403,7 +403,7 @@ def test_linears_that_auto_round_leaves_alone_are_refused(tmp_path: Path) -> Non
 HUGE = """
 import resource, sys
 from pathlib import Path
-from colqwen3.checkpoint.inspection import inspect_folder
+from colqwen3.inspection import inspect_folder
 from colqwen3.system.errors import UserError
 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20),) * 2)
