@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from colqwen3.checkpoint.hub import find_model
-    from colqwen3.checkpoint.inspection import inspect_folder
     from colqwen3.dataset.beir import read_dataset, read_queries
     from colqwen3.dataset.pages import find_pages, open_page
     from colqwen3.embedding.job import EmbeddingOptions, embed_to_file
     from colqwen3.embedding.store import read_embeddings, write_embeddings
+    from colqwen3.inspection import inspect_folder
     from colqwen3.model import ColQwen3, ColQwen3Config, ColQwen3Processor
     from colqwen3.model.loading import load_model, load_processor
     from colqwen3.model.scoring import max_sim
@@ -34,7 +34,7 @@ _PLACES = {
     "embed_to_file": "colqwen3.embedding.job",
     "find_model": "colqwen3.checkpoint.hub",
     "find_pages": "colqwen3.dataset.pages",
-    "inspect_folder": "colqwen3.checkpoint.inspection",
+    "inspect_folder": "colqwen3.inspection",
     "load_model": "colqwen3.model.loading",
     "load_processor": "colqwen3.model.loading",
     "load_runtime": "colqwen3.serving",

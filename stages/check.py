@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 from colqwen3.checkpoint import layout
-from colqwen3.checkpoint.inspection import read_config
+from colqwen3.inspection import read_config
 from colqwen3.system.errors import UserError, run
 from colqwen3.system.files import write_json
 from stages.checking.datasets import check_calibration, check_evaluation

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from colqwen3.checkpoint.hub import find_model
-from colqwen3.checkpoint.inspection import inspect_folder
+from colqwen3.inspection import inspect_folder
 from colqwen3.system.errors import UserError, run
 from colqwen3.system.files import write_json
 from stages.pipeline.params import ModelParams, Sections, load_params

@@ -68,7 +68,7 @@ def _inside(folder: Path, name: str) -> Path:
     path = folder / name
     if "/" in name or "\\" in name or name in ("", ".", ".."):
         raise UserError(
-            f"{folder / INDEX}: names {name!r}, which is no file of the folder; mend the index"
+            f"{folder / INDEX}: names {name!r}, which is no file of the folder; fix the index"
         )
     if not path_is(path, Path.is_file):
         raise UserError(f"{path}: is named by the index but missing; fetch it again")
@@ -159,7 +159,7 @@ def read_headers(folder: Path) -> dict[str, TensorInfo]:
         for name, tensor in found.items():
             if weight_map.get(name) != tensor.file:
                 raise UserError(
-                    f"{folder / INDEX}: does not name {tensor.file} for {name}; mend the index"
+                    f"{folder / INDEX}: does not name {tensor.file} for {name}; fix the index"
                 )
         for name in weight_map:
             if name not in found:

@@ -121,11 +121,12 @@ def pack(codes: torch.Tensor, scales: torch.Tensor, bits: int) -> dict[str, torc
 
 def _pack_rows(values: torch.Tensor, bits: int) -> torch.Tensor:
     """Pack uint8 rows of values below ``2 ** bits`` into int32 words."""
-    if bits not in IN_BYTE:  # values straddle bytes
-        from auto_round.utils.bit_packing import pack_bitstream
-
-        packed: torch.Tensor = pack_bitstream(values, bits, dim=1)
-        return packed
+    if bits not in IN_BYTE:  # values straddle bytes, but eight of them fill `bits` bytes
+        eights = values.reshape(len(values), -1, 8).int()
+        filled = (eights << torch.arange(0, 8 * bits, bits, device=values.device)).sum(-1)
+        places = torch.arange(0, 8 * bits, 8, device=values.device)
+        stream = (filled.unsqueeze(-1) >> places).to(torch.uint8)
+        return stream.flatten(1).view(torch.int32)
     # the values of one byte lie in neighbouring bytes of one word; each moves down to its place
     wide = values.contiguous().view(IN_BYTE[bits])
     whole = torch.zeros_like(wide)
@@ -136,16 +137,18 @@ def _pack_rows(values: torch.Tensor, bits: int) -> torch.Tensor:
 
 def _unpack_rows(words: torch.Tensor, bits: int) -> torch.Tensor:
     """Unpack int32 rows of words into int16 rows of unsigned values."""
-    if bits not in IN_BYTE:
-        from auto_round.utils.bit_packing import unpack_bitstream
-
-        unpacked: torch.Tensor = unpack_bitstream(words, bits, dim=1)
-        return unpacked.to(torch.int16)
     whole = words.contiguous().view(torch.uint8)
+    mask: int = 2**bits - 1
+    if bits not in IN_BYTE:
+        places = torch.arange(0, 8 * bits, 8, device=words.device)
+        filled = (whole.reshape(len(words), -1, bits).long() << places).sum(-1)
+        shifts = torch.arange(0, 8 * bits, bits, device=words.device)
+        eights = (filled.unsqueeze(-1) >> shifts) & mask
+        return eights.flatten(1).to(torch.int16)
     size = (len(words), whole.shape[1] * 8 // bits)
     values = torch.empty(size, dtype=torch.int16, device=words.device)
     for place in range(8 // bits):
-        values[:, place :: 8 // bits] = (whole >> (place * bits)) & (2**bits - 1)
+        values[:, place :: 8 // bits] = (whole >> (place * bits)) & mask
     return values
 
 

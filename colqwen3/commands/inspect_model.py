@@ -5,7 +5,7 @@ import json
 import sys
 
 from colqwen3.checkpoint.hub import find_model
-from colqwen3.checkpoint.inspection import inspect_folder
+from colqwen3.inspection import inspect_folder
 
 EXAMPLE = "colqwen3 inspect DIR"
 

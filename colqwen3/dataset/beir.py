@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from colqwen3.dataset.pages import Page, check_name, find_pages
+from colqwen3.dataset.pages import Page, check_name, find_pages, normalized
 from colqwen3.system.errors import UserError
 
 QRELS_HEADER = "query-id\tcorpus-id\tscore"
@@ -50,7 +50,8 @@ def read_dataset(folder: Path) -> Dataset:
 def read_queries(path: Path) -> dict[str, str]:
     """Read queries, one JSON object ``{"_id": ..., "text": ...}`` a line; blank lines are skipped.
 
-    Passages of text are stored in the same way and read by this too.
+    Passages of text are stored in the same way and read by this too. Ids count in Unicode
+    normalisation form C.
 
     Raises
     ------
@@ -67,14 +68,16 @@ def read_queries(path: Path) -> dict[str, str]:
         for key in ("_id", "text"):
             if not isinstance(query.get(key), str):
                 raise UserError(f'{where}: lacks "{key}" as a string; add it')
-        name, text = query["_id"], query["text"]
+        name, text = normalized(query["_id"]), query["text"]
         check_name(name, f"{where}: _id {name!r}")
         if name in lines:
             raise UserError(f"{where}: repeats _id {name!r} of line {lines[name]}; rename one")
         if not text.strip():
             raise UserError(f"{where}: text of {name!r} is blank; write one or remove the line")
         if not _encodable(text):
-            raise UserError(f"{where}: text of {name!r} holds half a character; mend its \\u")
+            raise UserError(
+                f"{where}: text of {name!r} contains an unpaired surrogate; fix the \\u escape"
+            )
         queries[name], lines[name] = text, number
     if not queries:
         raise UserError(f"{path}: holds no text; write one JSON object a line")
@@ -104,9 +107,9 @@ def read_relevance(
         fields = line.split("\t")
         if len(fields) != 3:
             raise UserError(f"{where}: has {len(fields)} fields, not 3; separate them by tabs")
-        query, page, score = fields
+        query, page, score = normalized(fields[0]), normalized(fields[1]), fields[2]
         if query not in relevance:
-            raise UserError(f"{where}: query {query!r} is not in queries.jsonl; mend it")
+            raise UserError(f"{where}: query {query!r} is not in queries.jsonl; correct it")
         if page not in pages:
             raise UserError(
                 f"{where}: page {page!r} is not in corpus/; give a file name without its ending, "
@@ -114,7 +117,7 @@ def read_relevance(
             )
         # trec_eval keeps a counter for every level up to the highest
         if not re.fullmatch("[0-9]{1,4}", score):
-            raise UserError(f"{where}: score {score!r} is no whole number in 0..9999; mend it")
+            raise UserError(f"{where}: score {score!r} is not a whole number in 0..9999; fix it")
         if (query, page) in judged:
             raise UserError(f"{where}: repeats the pair of line {judged[query, page]}; remove one")
         relevance[query][page], judged[query, page] = int(score), number
@@ -134,7 +137,7 @@ def _read_lines(path: Path) -> list[str]:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         number = data.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}: line {number}: is not UTF-8; save it so") from None
+        raise UserError(f"{path}: line {number}: is not valid UTF-8; re-save it as UTF-8") from None
     # str.splitlines would also split at characters that JSON strings may hold
     return [line.removesuffix("\r") for line in text.split("\n")]
 
@@ -142,10 +145,10 @@ def _read_lines(path: Path) -> list[str]:
 def _parse_object(line: str, where: str) -> dict[str, Any]:
     try:
         value = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{where}: is not valid JSON ({error}); mend it") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: is not valid JSON ({error}); fix it") from None
     if not isinstance(value, dict):
-        raise UserError(f'{where}: is no JSON object; write {{"_id": "q1", "text": "..."}}')
+        raise UserError(f'{where}: is not a JSON object; write {{"_id": "q1", "text": "..."}}')
     return value
 
 

@@ -1,6 +1,8 @@
 """Pages of a document set: image files, and the pages of PDFs, rendered when they are opened."""
 
+import io
 import logging
+import unicodedata
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
 from colqwen3.system.errors import UserError
 
@@ -20,8 +22,20 @@ PDF = ".pdf"
 # by default: nothing is drawn only to be shrunk away, and small print stays as sharp as it can be.
 DPI = 100
 POINTS_PER_INCH = 72
+SHOWN = 5  # names of files that are left out
 MAX_RATIO = 200  # Qwen's processor takes nothing longer; no page is
 ENCRYPTED = (4, 5)  # pdfium: a password is needed; the security scheme is unknown
+# TURNS and to_rgb are as in colqwen3/model/processing_colqwen3.py, which travels with checkpoints
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation -> what sets the page upright."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +55,12 @@ class Page:
 
     @property
     def id(self) -> str:
-        """What qrels.tsv calls it: ``<stem>``, or ``<stem>-<number>`` for a page of a PDF."""
-        return self.path.stem if self.number is None else f"{self.path.stem}-{self.number}"
+        """What qrels.tsv calls it: ``<stem>``, or ``<stem>-<number>`` for a page of a PDF.
+
+        In Unicode normalisation form C, whichever form the disk or an archive has given the name.
+        """
+        stem = normalized(self.path.stem)
+        return stem if self.number is None else f"{stem}-{self.number}"
 
     @property
     def name(self) -> str:
@@ -71,12 +89,12 @@ def find_pages(folder: Path) -> dict[str, Page]:
         reason = error.strerror
         raise UserError(f"{folder}: cannot be read ({reason}); give the pages there") from None
     # names with a leading dot are left by desktops and archivers beside the real files
-    files = [path for path in entries if path.is_file() and not path.name.startswith(".")]
+    entries = [path for path in entries if not path.name.startswith(".")]
     pages: dict[str, Page] = {}
     others = []
-    for path in files:
-        if path.suffix.lower() not in (*IMAGES, PDF):
-            others.append(path)
+    for path in entries:
+        if not path.is_file() or path.suffix.lower() not in (*IMAGES, PDF):
+            others.append(_describe(path))
             continue
         check_name(path.stem, f"{folder}: the file name {path.name!r}")
         for page in _pages_of(path):
@@ -87,11 +105,25 @@ def find_pages(folder: Path) -> dict[str, Page]:
     if not pages:
         raise UserError(f"{folder}: holds no PNG, JPEG or PDF; put the pages there")
     if others:
+        shown = ", ".join(others[:SHOWN]) + (", ..." if len(others) > SHOWN else "")
         logger.warning(
-            "%s: left out %d files, no PNG, JPEG or PDF: %s ...",
-            folder, len(others), others[0].name,
-        )  # fmt: skip
+            "%s: left out %d entries, no PNG, JPEG or PDF: %s", folder, len(others), shown
+        )
     return pages
+
+
+def _describe(path: Path) -> str:
+    """Return the name of what is no page, and what it is unless it is a file."""
+    if path.is_file():
+        return path.name
+    if path.is_dir():
+        return f"{path.name} (a folder)"
+    return f"{path.name} (a link to nothing)" if path.is_symlink() else f"{path.name} (not a file)"
+
+
+def normalized(name: str) -> str:
+    """Return a name in Unicode normalisation form C: macOS and some archivers write form D."""
+    return unicodedata.normalize("NFC", name)
 
 
 def _pages_of(path: Path) -> list[Page]:
@@ -102,7 +134,7 @@ def _pages_of(path: Path) -> list[Page]:
 
 
 def open_page(page: Page) -> Image.Image:
-    """Read a whole page image, or render a page of a PDF in RGB at 100 dpi, filled forms included.
+    """Read a page in 8-bit RGB: an image as `to_rgb` gives it, or a PDF page at 100 dpi with forms.
 
     Raises
     ------
@@ -127,7 +159,7 @@ def _read_image(path: Path) -> Image.Image:
             # by content: what a file is called does not choose the decoder
             with Image.open(path, formats=("PNG", "JPEG")) as image:
                 image.load()
-                return _to_8_bits(image)
+                return to_rgb(image)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise _too_large(path) from None
     except UnidentifiedImageError:
@@ -138,11 +170,56 @@ def _read_image(path: Path) -> Image.Image:
         raise UserError(f"{path}: cannot be read ({reason}); replace or remove it") from None
 
 
-def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Return a 16-bit grey image in 8 bits: Pillow would turn all but its darkest greys white."""
-    if not image.mode.startswith("I"):
-        return image
-    return image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Return a page as a viewer shows it: upright, in 8-bit RGB, transparency on white paper.
+
+    EXIF orientation is applied, also where XMP states it. 16-bit grey becomes 8-bit: Pillow would
+    turn all but its darkest greys white. CMYK goes through its ICC profile to sRGB where it has a
+    usable one; profiles of RGB and grey pages, which change little, are ignored.
+    """
+    try:
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # a viewer shows a page with damaged EXIF data as it is stored
+        turn = None
+    key = image.info.get("transparency")
+    if turn is not None:
+        image = image.transpose(turn)
+    alpha = None
+    if image.mode.startswith("I"):
+        wide = image.convert("I")
+        if isinstance(key, int):
+            alpha = wide.point([255 * (value != key) for value in range(1 << 16)], "L")
+        image = wide.point([value >> 8 for value in range(1 << 16)], "L")
+    elif image.mode == "CMYK":
+        image = _cmyk_to_srgb(image)
+    elif image.has_transparency_data:
+        if isinstance(key, tuple) and max(key) > 255:  # of 16-bit RGB, which Pillow reads as 8-bit
+            image = image.copy()
+            image.info["transparency"] = tuple(value >> 8 for value in key)
+        image = image.convert("RGBA")
+        alpha = image.getchannel("A")
+    page = image.convert("RGB")
+    if alpha is not None:
+        paper = Image.new("RGB", page.size, "white")
+        paper.paste(page, mask=alpha)
+        page = paper
+    page.info.clear()  # a page is not turned or made transparent twice
+    return page
+
+
+def _cmyk_to_srgb(image: Image.Image) -> Image.Image:
+    """Return a CMYK image in sRGB, by its ICC profile if it has one that Pillow can use."""
+    profile = image.info.get("icc_profile")
+    if profile:
+        try:
+            converted = ImageCms.profileToProfile(
+                image, io.BytesIO(profile), ImageCms.createProfile("sRGB"), outputMode="RGB"
+            )
+        except (ImportError, OSError, ImageCms.PyCMSError):  # no littlecms, or a damaged profile
+            converted = None
+        if converted is not None:
+            return converted
+    return image.convert("RGB")
 
 
 def _render(page: Page, number: int) -> Image.Image:

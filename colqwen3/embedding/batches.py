@@ -46,16 +46,16 @@ def count_visual_tokens(name: str, image: Image.Image, processor: Any) -> int:
     Raises
     ------
     UserError
-        If the page is more than 200 times as long as wide.
+        If the page has no pixels, or is more than 200 times as long as wide.
     """
     images = processor.image_processor
     limits = {"min_pixels": images.size["shortest_edge"], "max_pixels": images.size["longest_edge"]}
     try:
         patches = images.get_number_of_image_patches(image.height, image.width, limits)
-    except ValueError as error:
-        raise UserError(
-            f"{getattr(image, 'filename', '') or f'page {name!r}'}: {error}; crop the page"
-        ) from None
+    except (ValueError, ZeroDivisionError) as error:
+        where = getattr(image, "filename", "") or f"page {name!r}"
+        problem = "has no pixels; replace" if 0 in image.size else f"{error}; crop"
+        raise UserError(f"{where}: {problem} the page") from None
     return int(patches) // int(images.merge_size) ** 2
 
 

@@ -94,9 +94,10 @@ def embed_to_file(
     model = load_model(folder, DTYPES[options.dtype], device, options.trust_remote_code)
     key = work_key(determinants(folder, queries, pages, options, device, code))
     needed = maximum_bytes(queries, pages, options.max_num_visual_tokens, model.config.embed_dim)
-    with Scratch(work, key) as scratch:
-        # as parts, and then as one file
-        check_space(out.parent, max(0, 2 * needed - scratch.bytes()), "the embeddings")
+    scratch = Scratch(work, key)
+    # as parts, and then as one file
+    check_space(out.parent, max(0, 2 * needed - scratch.bytes()), "the embeddings")
+    with scratch:
         parts = embed_into(scratch, model, processor, queries, pages, options)
         write_embeddings(out, parts.of("query", queries), parts.of("page", pages))
         scratch.remove()

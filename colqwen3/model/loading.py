@@ -61,7 +61,7 @@ def load_processor(
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{folder}: processor cannot be loaded ({first_line(error)}); fetch the folder again "
-            "(code of its own runs only with model.trust_remote_code: true)"
+            "(code of its own runs only with trust_remote_code)"
         ) from None
     if not processor.tokenizer("a")["input_ids"] or processor.image_token_id is None:
         raise UserError(
@@ -144,7 +144,7 @@ def dense_tensors(
 
 def _warn_of_trust(folder: Path, trust_remote_code: bool) -> None:
     if trust_remote_code:
-        logger.warning("model.trust_remote_code is true: Python files of %s may run", folder)
+        logger.warning("trust_remote_code is set: Python files of %s may run", folder)
 
 
 def check_packing(quantization: dict[str, Any]) -> None:

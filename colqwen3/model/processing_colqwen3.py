@@ -1,10 +1,11 @@
 """Processor of ColQwen3: pages and queries to tensors, and MaxSim; Pillow only, no torchvision."""
 
+import io
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, ImageCms
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
 
@@ -20,12 +21,68 @@ PAGE_PROMPT = "<|im_start|>user\n<|vision_start|>{image}<|vision_end|>Describe t
 IMAGE_TOKEN = "<|image_pad|>"
 AUGMENTATION_TOKEN = "<|endoftext|>"
 AUGMENTATION_TOKENS = 10
+MAXIMUM_RATIO = 200  # long side to short: Qwen's image processor takes nothing beyond
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation -> what sets the page upright."""
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Return a page in RGB; of 16-bit grey, all but the darkest would come out white."""
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Return a page as a viewer shows it: upright, in 8-bit RGB, transparency on white paper.
+
+    EXIF orientation is applied, also where XMP states it. 16-bit grey becomes 8-bit: Pillow would
+    turn all but its darkest greys white. CMYK goes through its ICC profile to sRGB where it has a
+    usable one; profiles of RGB and grey pages, which change little, are ignored.
+    """
+    try:
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # a viewer shows a page with damaged EXIF data as it is stored
+        turn = None
+    key = image.info.get("transparency")
+    if turn is not None:
+        image = image.transpose(turn)
+    alpha = None
     if image.mode.startswith("I"):
-        image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
+        wide = image.convert("I")
+        if isinstance(key, int):
+            alpha = wide.point([255 * (value != key) for value in range(1 << 16)], "L")
+        image = wide.point([value >> 8 for value in range(1 << 16)], "L")
+    elif image.mode == "CMYK":
+        image = _cmyk_to_srgb(image)
+    elif image.has_transparency_data:
+        if isinstance(key, tuple) and max(key) > 255:  # of 16-bit RGB, which Pillow reads as 8-bit
+            image = image.copy()
+            image.info["transparency"] = tuple(value >> 8 for value in key)
+        image = image.convert("RGBA")
+        alpha = image.getchannel("A")
+    page = image.convert("RGB")
+    if alpha is not None:
+        paper = Image.new("RGB", page.size, "white")
+        paper.paste(page, mask=alpha)
+        page = paper
+    page.info.clear()  # a page is not turned or made transparent twice
+    return page
+
+
+def _cmyk_to_srgb(image: Image.Image) -> Image.Image:
+    """Return a CMYK image in sRGB, by its ICC profile if it has one that Pillow can use."""
+    profile = image.info.get("icc_profile")
+    if profile:
+        try:
+            converted = ImageCms.profileToProfile(
+                image, io.BytesIO(profile), ImageCms.createProfile("sRGB"), outputMode="RGB"
+            )
+        except (ImportError, OSError, ImageCms.PyCMSError):  # no littlecms, or a damaged profile
+            converted = None
+        if converted is not None:
+            return converted
     return image.convert("RGB")
 
 
@@ -66,7 +123,7 @@ class ColQwen3Processor(ProcessorMixin):  # type: ignore[misc]
         pretrained_model_name_or_path
             A folder or Hub id.
         max_num_visual_tokens
-            A page is shrunk until it has at most so many visual tokens.
+            A page is shrunk until it has at most this many visual tokens.
         trust_remote_code
             Ignored unless the tokenizer comes with code of its own.
         **kwargs
@@ -92,11 +149,11 @@ class ColQwen3Processor(ProcessorMixin):  # type: ignore[misc]
     @property
     def image_token_id(self) -> int | None:
         """Id of the token that stands for a part of a page; None if the tokenizer lacks it."""
-        found: int | None = self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-        return None if found == self.tokenizer.unk_token_id else found
+        token_id: int | None = self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        return None if token_id == self.tokenizer.unk_token_id else token_id
 
     def process_images(self, images: Sequence[Image.Image]) -> BatchFeature:
-        """Turn pages into model inputs.
+        """Turn pages, in any mode of Pillow, into model inputs; see `to_rgb`.
 
         Returns
         -------
@@ -108,14 +165,23 @@ class ColQwen3Processor(ProcessorMixin):  # type: ignore[misc]
         Raises
         ------
         ValueError
-            If a page is more than 200 times as long as wide.
+            If a page has no pixels, or is more than 200 times as long as wide.
         """
-        pixels = self.image_processor([_to_rgb(image) for image in images], return_tensors="pt")
+        for number, image in enumerate(images, 1):
+            short, long = sorted(image.size)
+            if short == 0 or long > MAXIMUM_RATIO * short:
+                problem = (
+                    "it is empty" if short == 0 else f"its aspect ratio is over {MAXIMUM_RATIO}"
+                )
+                raise ValueError(
+                    f"page {number} of {len(images)} is {image.width} x {image.height} pixels: {problem}"
+                )
+        pixels = self.image_processor([to_rgb(image) for image in images], return_tensors="pt")
         counts = pixels["image_grid_thw"].prod(-1) // self.image_processor.merge_size**2
-        image = self.image_token_id
+        token = self.image_token_id
         before, after = self._page_prompt
         return BatchFeature(
-            {**self._pad([before + [image] * int(count) + after for count in counts]), **pixels}
+            {**self._pad([before + [token] * int(count) + after for count in counts]), **pixels}
         )
 
     def process_texts(self, texts: Sequence[str]) -> BatchFeature:
@@ -135,11 +201,11 @@ class ColQwen3Processor(ProcessorMixin):  # type: ignore[misc]
     def _pad(self, rows: list[list[int]]) -> dict[str, torch.Tensor]:
         """Return ids and attention mask [rows, longest], padded on the left."""
         tensors = [torch.tensor(row) for row in rows]
-        kept = [torch.ones_like(row) for row in tensors]
+        masks = [torch.ones_like(row) for row in tensors]
         end = self.tokenizer.pad_token_id
         return {
             "input_ids": pad_sequence(tensors, True, end, padding_side="left"),
-            "attention_mask": pad_sequence(kept, True, 0, padding_side="left"),
+            "attention_mask": pad_sequence(masks, True, 0, padding_side="left"),
         }
 
     def __call__(

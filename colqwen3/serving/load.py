@@ -27,6 +27,7 @@ def load_runtime(
     dtype: torch.dtype | None = None,
     mode: Mode = "graphs",
     max_num_visual_tokens: int = 1280,
+    trust_remote_code: bool = False,
 ) -> Runtime:
     """Load a ColQwen3 folder, original or made by this pipeline, ready to serve.
 
@@ -47,7 +48,9 @@ def load_runtime(
         ``graphs``: compiled, and a CUDA graph for each size of query batch; ``compiled``;
         ``eager``. The last two are for comparison.
     max_num_visual_tokens
-        A page is shrunk until it has at most so many.
+        A page is shrunk until it has at most this many.
+    trust_remote_code
+        Whether Python files of the folder may run (its tokenizer's).
 
     Raises
     ------
@@ -66,7 +69,7 @@ def load_runtime(
         raise ValueError(f"device is {str(place)!r}, but torch sees no GPU; give 'cpu'")
     quantization = quantization_config(folder)
     chosen = dtype or (torch.bfloat16 if place.type == "cuda" else faster_dtype())
-    processor = load_processor(folder, max_num_visual_tokens)
+    processor = load_processor(folder, max_num_visual_tokens, trust_remote_code)
     with as_user_error(folder):
         with torch.device("cpu"):
             config = ColQwen3Config.from_dict(read_json(folder / "config.json", "fetch it again"))

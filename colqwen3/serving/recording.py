@@ -1,28 +1,63 @@
 """Forwards recorded as CUDA graphs: the processor says "go" once instead of for each kernel."""
 
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 
+T = TypeVar("T")
 Work = Callable[[torch.Tensor], torch.Tensor]
 
 # two ways of the same 16-bit arithmetic differ by less; what is broken differs by far more
-LEAST_COSINE = 0.98
+MINIMUM_COSINE = 0.98
+
+
+class RecentlyUsed(Generic[T]):
+    """A mapping that forgets what was used longest ago.
+
+    Parameters
+    ----------
+    limit
+        How many items it holds at most.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._items: OrderedDict[Hashable, T] = OrderedDict()
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._items
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def get(self, key: Hashable) -> T | None:
+        """Return an item, which counts as a use, or None."""
+        if key in self._items:
+            self._items.move_to_end(key)
+        return self._items.get(key)
+
+    def put(self, key: Hashable, value: T) -> None:
+        """Add or replace an item, which counts as a use."""
+        self._items[key] = value
+        self._items.move_to_end(key)
+        if len(self._items) > self._limit:
+            self._items.popitem(last=False)
 
 
 @dataclass(frozen=True)
 class Recording:
     """A recorded forward: write `inputs`, replay, read `vectors`.
 
-    `kept` are the tensors that the graph reads beside the weights.
+    `tensors` are those that the graph reads beside the weights.
     """
 
     graph: torch.cuda.CUDAGraph
     inputs: torch.Tensor
     vectors: torch.Tensor
-    kept: object
+    tensors: object
 
     def replay(self, inputs: torch.Tensor) -> torch.Tensor:
         """Run it on other inputs of the same shape."""
@@ -31,7 +66,7 @@ class Recording:
         return self.vectors.clone()
 
 
-def record(work: Work, inputs: torch.Tensor, pool: Any, kept: object = None) -> Recording:
+def record(work: Work, inputs: torch.Tensor, pool: Any, tensors: object = None) -> Recording:
     """Record `work` on `inputs`, which the recording keeps to itself.
 
     Parameters
@@ -42,31 +77,31 @@ def record(work: Work, inputs: torch.Tensor, pool: Any, kept: object = None) -> 
         On a GPU.
     pool
         Memory that recordings share: only one of them may run at a time.
-    kept
-        Tensors that `work` reads, which must live as long as the recording.
+    tensors
+        Those that `work` reads, which must live as long as the recording.
 
     Raises
     ------
     RuntimeError
-        If the work cannot be recorded, or the recording gives something else than the work.
+        If the work cannot be recorded, or the recording gives other embeddings than the work.
     """
     stream: Any = torch.cuda.Stream(inputs.device)  # type: ignore[no-untyped-call]
     current = torch.cuda.current_stream(inputs.device)
     stream.wait_stream(current)
     with torch.cuda.stream(stream):  # compiles and allocates what a recording may not
         work(inputs)
-        wanted = work(inputs)
+        expected = work(inputs)
     current.wait_stream(stream)
     torch.cuda.synchronize(inputs.device)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool):
         vectors = work(inputs)
     graph.replay()
-    if not agree(vectors, wanted):
-        raise RuntimeError("it gives other embeddings than the work that it recorded")
-    return Recording(graph, inputs, vectors, kept)
+    if not agree(vectors, expected):
+        raise RuntimeError("its embeddings differ from those of the work that it recorded")
+    return Recording(graph, inputs, vectors, tensors)
 
 
-def agree(found: torch.Tensor, wanted: torch.Tensor) -> bool:
+def agree(actual: torch.Tensor, expected: torch.Tensor) -> bool:
     """Whether all unit vectors of two tensors point the same way, but for 16-bit rounding."""
-    return float((found * wanted).sum(-1).min()) >= LEAST_COSINE
+    return float((actual * expected).sum(-1).min()) >= MINIMUM_COSINE

@@ -8,7 +8,6 @@ sizes and each size is recorded once as a CUDA graph, so that the processor only
 import contextlib
 import functools
 import logging
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -23,7 +22,7 @@ from colqwen3.model.configuration_colqwen3 import ColQwen3Config
 from colqwen3.model.processing_colqwen3 import ColQwen3Processor
 from colqwen3.serving.decoder import Decoder
 from colqwen3.serving.fused import PLAIN, Operations, choose_operations
-from colqwen3.serving.recording import Recording, Work, agree, record
+from colqwen3.serving.recording import RecentlyUsed, Recording, Work, agree, record
 from colqwen3.serving.vision import Grid, Places, Tower
 from colqwen3.serving.weights import TEXT, Weights, build_decoder, build_tower
 from colqwen3.system.errors import first_line
@@ -34,9 +33,9 @@ Mode = Literal["eager", "compiled", "graphs"]
 
 TOKEN_STEP = 4  # queries are padded to a multiple
 BATCHES = (1, 2, 4, 8, 16, 32, 64)  # and batches to one of these
-MOST_TOKENS = 6000  # in a recorded forward; beyond, launches cost nothing beside the arithmetic
-KEPT_PLACES = 64  # cosines and sines of text lengths, and of page sizes
-RECORDED_PAGES = 16  # sizes of page batches that are kept recorded
+MAXIMUM_TOKENS = 6000  # in a recorded forward; beyond, launches cost nothing beside the arithmetic
+CACHED_PLACES = 64  # cosines and sines of text lengths, and of page sizes
+RECORDED_QUERIES, RECORDED_PAGES = 128, 16  # sizes of batches that stay recorded
 LONG = 256  # tokens from which cuDNN's attention is the faster one
 
 
@@ -74,9 +73,10 @@ class Runtime:
     device, dtype
         Where and in what it computes.
     kernel
-        What computes the quantized linears, one of `stages.colqwen3.serving.linears.KERNELS`.
+        What computes the quantized linears, one of `colqwen3.serving.linears.KERNELS`.
     mode
-        ``graphs``, ``compiled`` or ``eager``.
+        What really runs: ``graphs`` (forwards replayed from CUDA graphs), ``compiled`` or
+        ``eager``; a slower one than was asked for where the faster does not work, as on a CPU.
     """
 
     def __init__(
@@ -91,8 +91,8 @@ class Runtime:
         self._decoder: Decoder = build_decoder(weights, config)
         self._tower: Tower = build_tower(weights, config)
         self._embeddings = weights.tensor(f"{TEXT}.embed_tokens.weight")
-        self._recorded_queries: dict[tuple[int, int], Recording] = {}
-        self._recorded_pages: OrderedDict[Any, Recording | None] = OrderedDict()
+        self._recorded_queries: RecentlyUsed[Recording] = RecentlyUsed(RECORDED_QUERIES)
+        self._recorded_pages: RecentlyUsed[Recording | None] = RecentlyUsed(RECORDED_PAGES)
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self._pad: int = processor.tokenizer.pad_token_id
         self.device, self.dtype, self.kernel = device, dtype, weights.kernel
@@ -101,32 +101,41 @@ class Runtime:
         # without a reference to the runtime, whose memory is free as soon as nobody holds it
         rotary = Qwen3VLTextRotaryEmbedding(config.text_config)
         cos_sin = functools.partial(_cos_sin, rotary, dtype, device)
-        kept = functools.lru_cache(KEPT_PLACES)
-        self._text_places = kept(functools.partial(_text_places, cos_sin))
-        self._grid_places = kept(functools.partial(_grid_places, cos_sin, self._tower.merge))
+        cached = functools.lru_cache(CACHED_PLACES)
+        self._text_places = cached(functools.partial(_text_places, cos_sin))
+        self._grid_places = cached(functools.partial(_grid_places, cos_sin, self._tower.merge))
 
     def use(self, mode: Mode) -> None:
         """Compute in another mode from here on.
 
         A short text and a small page are embedded by plain torch, and by what is compiled. When
-        that fails or does not agree, a warning says so and plain torch is used.
+        that fails or does not agree, a warning says so and plain torch is used. CUDA graphs are
+        recorded of either.
         """
-        self.mode, self._operations = mode, PLAIN
-        wanted = self._trial()
-        if mode == "eager":
-            return
+        self.mode, self._operations = "eager", PLAIN
+        expected = self._trial()
+        if mode != "eager":
+            self._operations = self._compiled(expected)
+            records = mode == "graphs" and self.device.type == "cuda"
+            self.mode = "graphs" if records else self._unrecorded_mode()
+
+    def _compiled(self, expected: tuple[torch.Tensor, torch.Tensor]) -> Operations:
+        """Return the fastest operations that give the expected embeddings of the trial."""
         problem = "are wrong"
         try:
             self._operations = choose_operations(self.device)
-            if self._operations is PLAIN or all(map(agree, self._trial(), wanted)):
-                return
+            if self._operations is PLAIN or all(map(agree, self._trial(), expected)):
+                return self._operations
         except Exception as error:  # a compiler can fail in many ways
             problem = f"fail ({first_line(error)})"
         logger.warning("compiled kernels %s here: plain torch is used, and slower", problem)
-        self._operations = PLAIN
+        return PLAIN
+
+    def _unrecorded_mode(self) -> Mode:
+        return "eager" if self._operations is PLAIN else "compiled"
 
     def runs(self, mode: Mode) -> bool:
-        """Whether it computes in this mode, and has not fallen back to a slower one."""
+        """Whether it computes in this mode, with compiled kernels unless the mode is ``eager``."""
         return self.mode == mode and (mode == "eager" or self._operations is not PLAIN)
 
     @torch.inference_mode()
@@ -153,12 +162,12 @@ class Runtime:
         """
         if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
             raise TypeError("embed_queries takes a list of strings")
-        made: list[torch.Tensor] = []
+        embeddings: list[torch.Tensor] = []
         for start in range(0, len(texts), BATCHES[-1]):
             rows = self.token_ids(self._processor.process_texts(texts[start : start + BATCHES[-1]]))
             vectors = self.run_queries(rows)
-            made += [vectors[i, : len(row)] for i, row in enumerate(rows)]
-        return made
+            embeddings += [vectors[i, : len(row)] for i, row in enumerate(rows)]
+        return embeddings
 
     def token_ids(self, inputs: Any) -> list[torch.Tensor]:
         """Return the token ids of each row of a processor's batch, without padding."""
@@ -187,7 +196,7 @@ class Runtime:
             recording = self._record(work, ids.to(self.device), places)
             if recording is None:
                 return self._unrecorded_queries(rows)
-            self._recorded_queries[batch, tokens] = recording
+            self._recorded_queries.put((batch, tokens), recording)
         return recording.replay(ids)
 
     def _unrecorded_queries(self, rows: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -196,7 +205,7 @@ class Runtime:
         return self._queries(*self._text_places(tokens), ids.to(self.device))
 
     def _records(self, tokens: int) -> bool:
-        return self.mode == "graphs" and self.device.type == "cuda" and tokens <= MOST_TOKENS
+        return self.mode == "graphs" and tokens <= MAXIMUM_TOKENS
 
     def _padded(self, rows: Sequence[torch.Tensor], batch: int, tokens: int) -> torch.Tensor:
         ids = torch.full((batch, tokens), self._pad)
@@ -211,14 +220,14 @@ class Runtime:
             hidden = functional.embedding(ids, self._embeddings)
             return self._decoder.run(hidden, cos, sin, self._operations)
 
-    def _record(self, work: Work, inputs: torch.Tensor, kept: object) -> Recording | None:
+    def _record(self, work: Work, inputs: torch.Tensor, tensors: object) -> Recording | None:
         """Record `work`; if that fails, warn, and record nothing any more."""
         try:
-            return record(work, inputs, self._pool, kept)
+            return record(work, inputs, self._pool, tensors)
         except Exception as error:  # torch, a kernel library or the driver
             reason = first_line(error)
             logger.warning("CUDA graphs do not work here (%s): serving is slower", reason)
-            self.mode = "compiled"
+            self.mode = self._unrecorded_mode()
             return None
 
     # ---- Pages ---------------------------------------------------------------------------------
@@ -236,7 +245,7 @@ class Runtime:
         TypeError
             If it is given anything but a list of PIL images.
         ValueError
-            If a page is more than 200 times as long as wide.
+            If a page has no pixels, or is more than 200 times as long as wide.
         """
         if not pages:
             return []
@@ -265,10 +274,7 @@ class Runtime:
         if recording is None and key in self._recorded_pages:  # the second batch of this kind
             work = functools.partial(self._pages, batch)
             recording = self._record(work, batch.pixels, batch)
-        self._recorded_pages[key] = recording
-        self._recorded_pages.move_to_end(key)
-        if len(self._recorded_pages) > RECORDED_PAGES:
-            self._recorded_pages.popitem(last=False)
+        self._recorded_pages.put(key, recording)
         return recording.replay(batch.pixels) if recording else self._pages(batch, batch.pixels)
 
     def _page_batch(self, inputs: Any) -> PageBatch:
@@ -292,9 +298,9 @@ class Runtime:
 
     def _pages(self, batch: PageBatch, pixels: torch.Tensor) -> torch.Tensor:
         with _attention(batch.ids.shape[1]):
-            made, features = self._tower.run(pixels, batch.places, self._operations)
+            tokens, features = self._tower.run(pixels, batch.places, self._operations)
             hidden = functional.embedding(batch.ids, self._embeddings)
-            hidden.view(-1, hidden.shape[-1]).index_copy_(0, batch.visual, made)
+            hidden.view(-1, hidden.shape[-1]).index_copy_(0, batch.visual, tokens)
             return self._decoder.run(
                 hidden, batch.cos, batch.sin, self._operations, (batch.visual, features)
             )

@@ -1,10 +1,10 @@
-"""Whether a disk has room for what a long stage is about to write, asked before it starts."""
+"""Whether a disk has room for what long work is about to write, asked before it starts."""
 
 import logging
 import shutil
 from pathlib import Path
 
-from colqwen3.system.errors import UserError
+from colqwen3.system.errors import DiskFullError
 
 logger = logging.getLogger(__name__)
 
@@ -31,12 +31,12 @@ def check_space(folder: Path, needed: int, what: str) -> None:
 
     Raises
     ------
-    UserError
+    DiskFullError
         If less is free.
     """
     free = shutil.disk_usage(existing(folder)).free
     if needed > free:
-        raise UserError(
+        raise DiskFullError(
             f"{folder}: needs {needed} bytes for {what}, {free} bytes are free; "
             "free space there, or put artifacts/ on a larger disk"
         )

@@ -176,7 +176,7 @@ def measure_all(device: torch.device) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def main() -> None:
     """Write metrics/size/kernels-<device>.json."""
-    parser = argparse.ArgumentParser(prog="python -m demo.bench_kernels", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m demo.benchmarks.kernels", description=__doc__)
     parser.add_argument("--device", choices=TOKENS, default="cpu")
     parser.add_argument("--out", type=Path, help="default: metrics/size/kernels-<device>.json")
     args = parser.parse_args()

@@ -111,7 +111,7 @@ def measure(
 
 def main() -> None:
     """Add the results of some folders to metrics/size/parity-<device>.json."""
-    parser = argparse.ArgumentParser(prog="python -m demo.bench_parity", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m demo.benchmarks.parity", description=__doc__)
     parser.add_argument("models", nargs="+", metavar="NAME=FOLDER", help="what to compare")
     parser.add_argument("--dataset", type=Path, default=Path("demo/pages/evaluation"))
     parser.add_argument("--device", choices=MODES, default="cpu")

@@ -1,6 +1,6 @@
 """Measures the pipeline at true size: time, memory and bytes of each stage, beside the floor.
 
-The checkpoint has random weights of true shapes (`demo.true_size`); the stages are the pipeline's
+The checkpoint has random weights of true shapes (`demo.benchmarks.true_size`); the stages are the pipeline's
 own, run in working folders as DVC would run them. Every step is a child process; one that fails is
 recorded as failed and the others go on. Results are merged into one JSON file a machine.
 
@@ -32,7 +32,7 @@ from demo.benchmarks.operations import page_operations, tuning_operations
 
 logger = logging.getLogger(__name__)
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 RESULTS = Path("metrics/size")
 WEIGHTS = "random, true shapes"
 PAGE_PIXELS = (1131, 1600)  # A4 at about 137 dpi: 1260 visual tokens
@@ -63,7 +63,7 @@ class Bench:
     Attributes
     ----------
     size
-        Options of `demo.true_size` that choose the model.
+        Options of `demo.benchmarks.true_size` that choose the model.
     work
         Folder for everything that is written.
     device
@@ -106,7 +106,9 @@ class Bench:
 
     def stage(self, name: str, folder: Path, *command: str) -> Result:
         """Run a stage in a working folder; on a GPU with its peak memory."""
-        words = ["-m", "demo.size_steps", "run_stage"] if self.device == "cuda" else ["-m"]
+        words = (
+            ["-m", "demo.benchmarks.size_steps", "run_stage"] if self.device == "cuda" else ["-m"]
+        )
         return self.call(name, *words, *command, folder=folder)
 
     def checkpoint(self, recipe: str) -> Path:
@@ -195,6 +197,7 @@ def prepare_run(
         params["calibration"]["sets"]["measured"] |= {"queries": 0, **samples}
     weights = {"bits": 4, "group_size": 128, "sym": True}
     params["recipes"] = {name: {**weights, **recipe}}
+    params |= {"fallbacks": {}, "release": {}}
     params["embed"] |= {"dtype": "bfloat16", "queries_per_batch": 16}
     params["evaluate"]["dataset"] = str(evaluation.absolute())
     params["benchmark"] |= SPEED
@@ -216,7 +219,7 @@ def prepare_run(
 def quantize(bench: Bench, name: str, folder: Path) -> Result:
     """Run stage ``quantize`` in a working folder; add bytes, made and predicted."""
     result = bench.stage(name, folder, "stages.quantize", name)
-    made = read_json(folder / f"metrics/quantize/{name}.json", "run it again")
+    made = read_json(folder / f"artifacts/quantize/{name}.json", "run it again")
     model = read_json(folder / "metrics/model.json", "run it again")
     files, expected = made["bytes"]["files"], model["expected_bytes"][FORMAT]
     return {
@@ -230,7 +233,9 @@ def quantize(bench: Bench, name: str, folder: Path) -> Result:
 
 def warm(bench: Bench) -> None:
     """Read the source once, so that every step that follows finds it in the page cache alike."""
-    bench.call("warm", "-m", "demo.size_steps", "floor", bench.model, bench.work / "warm", "0")
+    bench.call(
+        "warm", "-m", "demo.benchmarks.size_steps", "floor", bench.model, bench.work / "warm", "0"
+    )
 
 
 # ---- Steps -------------------------------------------------------------------------------------
@@ -240,7 +245,7 @@ def step_make(bench: Bench) -> Result:
     """Make the checkpoint again, timed, or for good when there is none."""
     out = bench.model.with_name(bench.model.name + "-timed")
     shutil.rmtree(out, ignore_errors=True)
-    result = bench.call("make", "-m", "demo.true_size", *bench.size, "--out", out)
+    result = bench.call("make", "-m", "demo.benchmarks.true_size", *bench.size, "--out", out)
     if bench.model.exists():
         shutil.rmtree(out)
     else:
@@ -251,7 +256,7 @@ def step_make(bench: Bench) -> Result:
 def step_inspect(bench: Bench) -> Result:
     """Inspect the folder; the start of Python alone is measured beside it."""
     empty = bench.call("python", "-c", "pass")
-    result = bench.call("inspect", "-m", "stages.inspect_model", "--model", bench.model.absolute())
+    result = bench.call("inspect", "-m", "colqwen3", "inspect", bench.model.absolute())
     found = json.loads((bench.work / "inspect.log").read_text())["metrics"]
     return {
         **result,
@@ -271,7 +276,7 @@ def step_floor(bench: Bench) -> Result:
     packed = sum(layout.quantized_bytes(shape, 4, 128) for shape in linears.values())
     size = str((rest + packed) / 1e9)
     out = bench.work / "floor.bin"
-    return bench.call("floor", "-m", "demo.size_steps", "floor", bench.model, out, size)
+    return bench.call("floor", "-m", "demo.benchmarks.size_steps", "floor", bench.model, out, size)
 
 
 def step_rtn(bench: Bench) -> Result:
@@ -286,13 +291,15 @@ def step_rtn_library(bench: Bench) -> Result:
     out = bench.work / "rtn-library"
     shutil.rmtree(out, ignore_errors=True)
     warm(bench)
-    return bench.call("rtn-library", "-m", "demo.size_steps", "model_free", bench.model, out)
+    return bench.call(
+        "rtn-library", "-m", "demo.benchmarks.size_steps", "model_free", bench.model, out
+    )
 
 
 def step_rtn_equal(bench: Bench) -> Result:
     """Count the tensors that both gave alike."""
     both = (bench.checkpoint(RTN), bench.work / "rtn-library")
-    return bench.call("rtn-equal", "-m", "demo.size_steps", "compare", *both)
+    return bench.call("rtn-equal", "-m", "demo.benchmarks.size_steps", "compare", *both)
 
 
 def embed(bench: Bench, name: str, model: Path, cap: float = 0) -> Result:
@@ -305,7 +312,7 @@ def embed(bench: Bench, name: str, model: Path, cap: float = 0) -> Result:
     # bfloat16 is slow on a CPU that lacks it: one page of the demo, small, must do
     pages = (evaluation if gpu else ROOT / "demo/pages/evaluation") / "corpus"
     return bench.call(
-        name, "-m", "demo.size_steps", "embed",
+        name, "-m", "demo.benchmarks.size_steps", "embed",
         "--model", model.absolute(),
         "--pages", pages.absolute(),
         "--queries", ROOT / "demo/pages/evaluation/queries.jsonl",
@@ -331,7 +338,8 @@ def step_speed(bench: Bench) -> Result:
     """Serve the original and the 4-bit checkpoint in turns, as stage ``benchmark`` does."""
     folder = bench.work / recipe_folder(RTN)
     result = bench.stage("speed", folder, "stages.benchmark", RTN)
-    return {**result, **read_json(folder / f"metrics/speed/{RTN}.json", "run it again")}
+    (timings,) = (folder / "artifacts/speed").glob(f"{RTN}-*.json")
+    return {**result, **read_json(timings, "run it again")}
 
 
 def step_embed_12gb(bench: Bench) -> Result:
@@ -437,7 +445,9 @@ STEPS: dict[str, dict[str, Callable[[Bench], Result]]] = {
     },
     "cuda": {
         "make": step_make,
-        "rates": lambda bench: bench.call("rates", "-m", "demo.size_steps", "peak_rates"),
+        "rates": lambda bench: bench.call(
+            "rates", "-m", "demo.benchmarks.size_steps", "peak_rates"
+        ),
         "floor": step_floor,
         "rtn": step_rtn,
         "tune-0": lambda bench: tune(bench, "tune-0", 0, MIXED),
@@ -522,7 +532,7 @@ def run_steps(bench: Bench, names: list[str], results: Result, out: Path) -> Non
 
 def main() -> None:
     """Measure, print and write."""
-    parser = argparse.ArgumentParser(prog="python -m demo.bench_size", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m demo.benchmarks.size", description=__doc__)
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--preset", default="4b", help="sizes of a published model: 4b or 8b")
     which.add_argument("--config", type=Path, metavar="FILE", help="a config.json of any sizes")

@@ -1,4 +1,4 @@
-"""The measured parts of `demo.bench_size` that are no stage: each runs as a child process.
+"""The measured parts of `demo.benchmarks.size` that are no stage: each runs as a child process.
 
 Results go to stdout as a line that begins with ``RESULT``.
 """
@@ -232,7 +232,9 @@ def renamed(values: dict[str, int], prefix: str) -> dict[str, int]:
 
 def main() -> None:
     """Run the part that the command line names."""
-    parser = argparse.ArgumentParser(prog="python -m demo.size_steps", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m demo.benchmarks.size_steps", description=__doc__
+    )
     parts = parser.add_subparsers(dest="part", required=True)
     part = parts.add_parser("floor")
     part.add_argument("model", type=Path)

@@ -287,7 +287,9 @@ def make_checkpoint(
 
 def main() -> None:
     """Write the checkpoint that the command line asks for."""
-    parser = argparse.ArgumentParser(prog="python -m demo.true_size", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m demo.benchmarks.true_size", description=__doc__
+    )
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--preset", choices=PRESETS, help="the sizes of a published model")
     which.add_argument("--config", type=Path, metavar="FILE", help="a config.json of any sizes")

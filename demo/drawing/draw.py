@@ -1,4 +1,4 @@
-"""Draw the page sets and the calibration texts: ``python -m demo.draw [SET ...] [--texts]``.
+"""Draw the page sets and the calibration texts: ``python -m demo.drawing.draw [SET ...] [--texts]``.
 
 Only Pillow's built-in font is used, and every random choice is seeded, so the same Pillow version
 draws the same bytes.  The sets follow the BEIR convention: ``corpus/<id>.png``, ``queries.jsonl``

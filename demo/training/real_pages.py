@@ -1,4 +1,4 @@
-"""Rank real manual pages: ``python -m demo.real_pages --model DIR manual.pdf ...``.
+"""Rank real manual pages: ``python -m demo.training.real_pages --model DIR manual.pdf ...``.
 
 The queries are the titles of each PDF's outline, the right answer the page a title points to.
 Nothing is fetched; the PDF files are the caller's.  Needs the optional package pypdfium2.

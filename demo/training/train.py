@@ -1,6 +1,6 @@
 """Train the demonstration retriever.
 
-``python -m demo.train --out DIR [--fonts DIR ...] [--minutes N] [--device cuda] [--seed S]``
+``python -m demo.training.train --out DIR [--shape 39m] [--fonts DIR ...] [--minutes N] [--device cuda]``
 
 Three losses share one forward pass over pages and queries: reading (which letter stands at each
 point of a patch), alignment (which cells show the letters of a query token) and retrieval (MaxSim
@@ -16,7 +16,7 @@ import platform
 import sys
 import time
 from collections import Counter, defaultdict, deque
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +30,18 @@ from demo.training.feed import Drawing, Replay, Stage
 from demo.training.network import (
     PATCH,
     Retriever,
-    Shape,
     initialise,
     published_config,
     save_published,
 )
 from demo.training.samples import CLASSES, SLOTS, Batch, Difficulty, PageMaker, find_fonts
 from demo.training.score import max_sim, ndcg
+from demo.training.shapes import SIZES, Size
 from demo.training.tokenizer import train_tokenizer
 
 HELD_OUT_FONTS = ("Carlito", "Caladea")
+LAST_SECONDS = 20.0
+"""What `--wall-minutes` leaves for the last measurement and for saving."""
 MAX_LOG_SCALE = math.log(100.0)
 
 
@@ -99,6 +101,14 @@ PRESETS = {
     "cpu": Preset(stages(3072), 2e-3, 3, 96),
     "cuda": Preset(stages(49152), 1.5e-3, 6, 512),
 }
+
+
+def fit(preset: Preset, size: Size) -> Preset:
+    """Return a preset with the batches and the learning rate of a size."""
+    plan = tuple(
+        replace(stage, patches=round(stage.patches * size.batch)) for stage in preset.stages
+    )
+    return replace(preset, stages=plan, rate=preset.rate * size.rate)
 
 
 class Muon(torch.optim.Optimizer):
@@ -237,7 +247,8 @@ def patch_filters(maker: PageMaker, level: Difficulty, count: int) -> Tensor:
     """Return the ``count`` principal components of rendered patches ``[count, 256]``.
 
     Blank patches are left out; filters are scaled so that each gives values of about unit size,
-    the weak ones at most 6 times amplified.
+    the weak ones at most 6 times amplified.  Beyond the 256th they are turned mixtures of the
+    first ones.
     """
     pages = maker.batch(level, 200, 1).pages.float() / 127.5 - 1
     patches = pages.unfold(1, PATCH, PATCH).unfold(2, PATCH, PATCH).reshape(-1, PATCH * PATCH)
@@ -246,6 +257,11 @@ def patch_filters(maker: PageMaker, level: Difficulty, count: int) -> Tensor:
     values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
     spread = values.flip(0)[:count].clamp(min=1e-8).sqrt()
     filters: Tensor = vectors.flip(1)[:, :count].T / spread.clamp(min=spread[0] / 6)[:, None]
+    more = count - len(filters)
+    if more > 0:
+        generator = torch.Generator().manual_seed(count)
+        turn, _ = torch.linalg.qr(torch.randn(more, more, generator=generator))
+        filters = torch.cat([filters, turn @ filters[:more]])
     return filters
 
 
@@ -276,12 +292,14 @@ def measure(model: Retriever, batches: list[Batch]) -> dict[str, float]:
     }
 
 
-def rate(done: float) -> float:
+def rate(done: float, warm_ups: tuple[tuple[float, float], ...] = ((0.0, 0.02),)) -> float:
     """Return the share of the peak learning rate at a fraction of the training.
 
-    It rises, stays, and falls to nearly zero, fast at first.
+    It rises, stays, and falls to nearly zero, fast at first.  At the beginning of each of
+    ``warm_ups`` it rises from 2 % again, over the given fraction.
     """
-    return min(1.0, done / 0.02 + 0.02, math.pow(max(0.0, 1.0 - done) / 0.42, 1.5) + 0.01)
+    warm = [(done - begin) / length + 0.02 for begin, length in warm_ups if done >= begin]
+    return min(1.0, *warm, math.pow(max(0.0, 1.0 - done) / 0.42, 1.5) + 0.01)
 
 
 def build_optimisers(model: Retriever, losses: Losses, peak: float) -> list[torch.optim.Optimizer]:
@@ -328,25 +346,34 @@ def main() -> None:
     parser.add_argument("--workers", type=int, help="drawing processes; two cores stay free")
     parser.add_argument("--fonts", type=Path, nargs="*", default=[], help="folders with fonts")
     parser.add_argument("--device", choices=sorted(PRESETS), default="cpu")
-    parser.add_argument("--minutes", type=float, default=90.0)
+    parser.add_argument("--shape", choices=list(SIZES), default="demo", help="size of the model")
+    parser.add_argument("--minutes", type=float, default=90.0, help="of training steps")
+    parser.add_argument(
+        "--wall-minutes",
+        type=float,
+        default=math.inf,
+        help="end by then even so: from the start of the program until the model is saved",
+    )
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--checkpoint", type=Path, help="file to save to and to continue from")
     parser.add_argument("--every", type=int, default=25, help="steps between printed lines")
     parser.add_argument("--measure-minutes", type=float, default=8.0)
     options = parser.parse_args()
+    deadline = time.monotonic() + 60 * options.wall_minutes - LAST_SECONDS
 
     torch.manual_seed(options.seed)
     torch.set_float32_matmul_precision("high")
-    preset, device = PRESETS[options.device], options.device
+    size, device = SIZES[options.shape], options.device
+    preset, shape = fit(PRESETS[device], size), size.shape
     corpus = harvest(options.seed, options.library)
-    tokenizer = train_tokenizer(corpus, Shape().vocab, options.seed)
+    tokenizer = train_tokenizer(corpus, shape.vocab, options.seed)
     fonts, other_fonts = find_fonts(options.fonts, HELD_OUT_FONTS)
     maker = PageMaker(corpus, fonts, tokenizer, options.seed + 1)
-    model = Retriever(published_config(Shape(), tokenizer), tokenizer)
-    filters = patch_filters(maker, preset.stages[1].levels[0], Shape().vision_hidden)
+    model = Retriever(published_config(shape, tokenizer), tokenizer)
+    filters = patch_filters(maker, preset.stages[1].levels[0], shape.vision_hidden)
     initialise(model, tokenizer, filters, options.seed)
     model.to(device)
-    losses = Losses(Shape().vision_hidden).to(device)
+    losses = Losses(shape.vision_hidden).to(device)
     optimisers = build_optimisers(model, losses, preset.rate)
     unseen = PageMaker(held_out(corpus), other_fonts or fonts, tokenizer, options.seed + 2)
     sizes = {
@@ -359,6 +386,7 @@ def main() -> None:
     }
     workers = options.workers or max(1, (os.cpu_count() or 1) - 2)
     log: dict[str, Any] = {
+        "size": options.shape,
         "seed": options.seed,
         "machine": machine(device),
         "python": platform.python_version(),
@@ -368,7 +396,7 @@ def main() -> None:
         "preset": {"patches": preset.stages[0].patches, "rate": preset.rate, "uses": preset.uses},
         "fonts": len(fonts),
         "held_out_fonts": len(other_fonts),
-        "shape": asdict(Shape()),
+        "shape": asdict(shape),
         "parameters": {
             "vision": sum(p.numel() for p in model.vlm.model.visual.parameters()),
             "text": sum(p.numel() for p in model.vlm.model.language_model.parameters()),
@@ -422,7 +450,7 @@ def main() -> None:
     if not step:
         note()
         last = time.monotonic()
-    while spent < total:
+    while spent < (total := min(total, spent + deadline - last)):
         done = spent / total
         stage = next(i for i, s in enumerate(preset.stages) if done < s.until)
         drawing.stage.value = stage
@@ -430,7 +458,7 @@ def main() -> None:
         for optimiser in optimisers:
             for group in optimiser.param_groups:
                 group.setdefault("peak", group["lr"])
-                group["lr"] = group["peak"] * rate(done)
+                group["lr"] = group["peak"] * rate(done, size.warm_ups)
             optimiser.zero_grad()
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             parts = losses(model, batch, preset.remember * preset.stages[stage].remember)

@@ -6,7 +6,7 @@ from pathlib import Path
 from colqwen3.dataset.beir import read_dataset, read_queries
 from colqwen3.dataset.pages import find_pages
 from colqwen3.system.errors import UserError
-from stages.quantization.sets import CalibrationParams, CalibrationSet
+from stages.calibration.sets import CalibrationParams, CalibrationSet
 
 PARTS = {"queries": "queries.jsonl", "pages": "corpus", "passages": "texts.jsonl"}
 

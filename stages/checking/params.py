@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping
 
 from pydantic import Field, field_validator, model_validator
 
+from stages.calibration.sets import NO_SAMPLES, CalibrationParams
 from stages.evaluation.limits import GateParams
 from stages.pipeline.params import (
     BenchmarkParams,
@@ -18,7 +19,6 @@ from stages.pipeline.params import (
 )
 from stages.publishing.options import ReleaseOptions
 from stages.quantization.recipes import AnyRecipe, AutoRoundRecipe, Recipe, RtnRecipe
-from stages.quantization.sets import NO_SAMPLES, CalibrationParams
 
 RESERVED_NAMES = {"original"}  # artifacts/embeddings/original.safetensors
 

@@ -70,7 +70,7 @@ def quote(value: object) -> str:
 def suggest(word: str, known: Iterable[str]) -> str:
     """Return ``; did you mean ...?`` with the most similar known word, or nothing."""
     plain = {name.replace("_", "").lower(): name for name in known}
-    close = difflib.get_close_matches(word.replace("_", "").lower(), plain, 1, 0.6)
+    close = difflib.get_close_matches(word.replace("_", "").lower(), plain, 1, 0.7)
     return f"; did you mean {plain[close[0]]}?" if close else ""
 
 

@@ -1,6 +1,6 @@
 """Experiment: the language model in bitsandbytes' NF4, measured as the recipes are.
 
-`python -m stages.nf4` loads the source model through transformers and bitsandbytes (an optional
+`python -m stages.tools.nf4` loads the source model through transformers and bitsandbytes (an optional
 extra), embeds the evaluation set, and prints how embeddings and search differ from the original's.
 It makes no checkpoint. NF4: Dettmers et al., "QLoRA", arXiv:2305.14314.
 """

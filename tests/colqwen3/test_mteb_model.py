@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from colqwen3.embedding.job import EmbeddingOptions
 from colqwen3.model.scoring import max_sim
 from colqwen3.mteb_model import ColQwen3Encoder, load_registered, register
 
@@ -32,7 +33,7 @@ class Rows(list[Any]):
 
 @pytest.fixture(scope="module")
 def encoder() -> ColQwen3Encoder:
-    return load_registered(register(str(MODEL), None, "float32"))
+    return load_registered(register(str(MODEL), None, EmbeddingOptions()))
 
 
 def alone(encoder: ColQwen3Encoder, inputs: Any) -> torch.Tensor:

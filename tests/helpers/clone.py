@@ -12,8 +12,7 @@ from typing import IO, Any
 
 from ruamel.yaml import YAML
 
-# wall times differ from run to run, and so do the digests of what holds them
-TIMED = "metrics/speed"
+TIMED = "artifacts/speed"  # wall times differ from run to run
 NO_ENV: Mapping[str, str] = {}
 
 
@@ -69,10 +68,9 @@ WHEN = dict.fromkeys(("GIT_AUTHOR_DATE", "GIT_COMMITTER_DATE"), "2026-01-01T00:0
 
 def commit(folder: Path) -> None:
     """Make a repository of a copied tree, without the results that came along."""
-    for path in ("dvc.lock", "ablation/dvc.lock"):
-        (folder / path).unlink(missing_ok=True)
-    for path in ("metrics", "ablation/metrics"):
-        shutil.rmtree(folder / path, ignore_errors=True)
+    (folder / "dvc.lock").unlink(missing_ok=True)
+    for name in ("plots", "quality", "quantize", "queries", "summary"):
+        shutil.rmtree(folder / "metrics" / name, ignore_errors=True)
     for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "clone"]):
         identity = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
         subprocess.run(["git", *identity, *command], cwd=folder, check=True, env=os.environ | WHEN)
@@ -113,10 +111,7 @@ def small_clone(folder: Path, pages: int = 8, iters: int = 10) -> Path:
 
 
 def results(clone: Path) -> dict[str, str]:
-    """Return a digest of every file that must be the same in each run, and of dvc.lock.
-
-    Left out are the benchmark's wall times, and of dvc.lock the digests that follow from them.
-    """
+    """Return a digest of every file that must be the same in each run, and of dvc.lock."""
     found = {}
     for root in ("artifacts", "metrics"):
         for path in sorted((clone / root).rglob("*")):
@@ -125,23 +120,13 @@ def results(clone: Path) -> dict[str, str]:
                 (TIMED, "artifacts/scratch", "artifacts/locks")
             ):
                 found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
-    found["dvc.lock"] = hashlib.sha256(lock_without_times(clone).encode()).hexdigest()
+    found["dvc.lock"] = hashlib.sha256(sorted_lock(clone).encode()).hexdigest()
     return found
 
 
-def lock_without_times(clone: Path) -> str:
-    """Return dvc.lock without the digests of wall times, stages by name.
-
-    DVC writes them in the order in which they ran, and that is not always the same.
-    """
+def sorted_lock(clone: Path) -> str:
+    """Return dvc.lock with its stages by name: DVC writes them in the order in which they ran."""
     lock: dict[str, Any] = YAML(typ="safe").load(clone / "dvc.lock")
-    for name, stage in lock["stages"].items():
-        if name.startswith("benchmark@"):
-            del stage["outs"]
-        if name.startswith("release@"):  # quotes the machine of the timings
-            stage["deps"] = [d for d in stage["deps"] if not d["path"].startswith(TIMED)]
-        if name == "gate":  # depends on the folder of all metrics
-            stage["deps"] = [dep for dep in stage["deps"] if dep["path"] != "metrics"]
     return json.dumps(lock, indent=1, sort_keys=True)
 
 

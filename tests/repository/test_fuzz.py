@@ -22,12 +22,13 @@ from ruamel.yaml import YAML
 from safetensors import safe_open
 
 from colqwen3.checkpoint.headers import read_header, read_headers
-from colqwen3.checkpoint.inspection import check_layout, read_config
 from colqwen3.dataset.beir import read_dataset, read_queries
 from colqwen3.dataset.pages import Page, open_page
+from colqwen3.inspection import check_layout, read_config
 from colqwen3.system.errors import UserError
 from stages.checking.params import Params
 from stages.pipeline.params import load_params
+from tests.helpers.odd_pages import PAGES
 
 EXAMPLES = os.environ.get("FUZZ_EXAMPLES")
 fuzz = settings(
@@ -39,7 +40,6 @@ fuzz = settings(
 )
 WORK = Path(tempfile.mkdtemp(prefix="fuzz-"))
 SHIPPED = YAML(typ="safe", pure=True).load(Path("params.yaml").read_text())
-SHIPPED.pop("ablation")
 CONFIG = json.loads(Path("tests/golden/model/config.json").read_text())
 HEADERS = read_headers(Path("tests/golden/model"))
 
@@ -134,7 +134,7 @@ def dumped(value: Any) -> bytes:
 
 
 def check_params(data: bytes) -> None:
-    found = answer(load_params, file("params.yaml", data))
+    found = answer(load_params, Params, file("params.yaml", data))
     assert found is None or isinstance(found, Params)
 
 
@@ -275,6 +275,17 @@ def picture(kind: str) -> bytes:
 @given(damaged(picture("PNG")) | damaged(picture("JPEG")))
 def test_damaged_page(data: bytes) -> None:
     answer(open_page, Page(file("p.png", data)))
+
+
+KINDS = ("turned 6 jpeg", "turned 3 png", "rgba", "palette, alpha as bytes", "rgb with a colour key",
+         "16-bit grey", "16-bit rgba", "cmyk with a profile")  # fmt: skip
+
+
+@fuzz
+@given(st.sampled_from(KINDS).flatmap(lambda kind: damaged(PAGES[kind][1]())))
+def test_damaged_page_of_another_kind(data: bytes) -> None:
+    page = answer(open_page, Page(file("p.png", data)))
+    assert page is None or page.mode == "RGB"
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
+from tests.helpers.cli import error_line, run_command
 from tests.helpers.command import fork_stage
 from tests.helpers.work import make_work, write_params
 
@@ -82,28 +83,42 @@ def test_nothing_of_a_hostile_folder_runs(work: Path) -> None:
     assert manifest["trust_remote_code"] is False
 
 
+EMBED = ("embed", "--model", "model", "--queries", "data/queries.jsonl", "--out", "out.safetensors")
+
+
 def test_code_of_a_tokenizer_runs_only_when_it_is_trusted(work: Path) -> None:
     """And then it does run: the canary above would have shown it."""
     before = outside(work)
     tokenizer = {"AutoTokenizer": ["evil.Tok", None]}
     edit(work / "model/tokenizer_config.json", auto_map=tokenizer, tokenizer_class="Tok")
-    assert fork_stage(work, ["inspect_model"]).code == 0
-    done = fork_stage(work, ["calibrate"])
-    assert done.code == 1
-    assert len(done.errors) == 1
-    assert "model.trust_remote_code" in done.errors[0]
+    assert "only with trust_remote_code" in error_line(run_command(*EMBED, cwd=work))
     assert outside(work) == before
+    done = run_command(*EMBED, "--trust-remote-code", cwd=work)
+    assert done.returncode == 0, done.stderr
+    assert "trust_remote_code is set: Python files of model may run" in done.stderr
+    assert outside(work) == before | {str(work.parent / "canary")}
 
+
+@pytest.mark.parametrize("trusted", [False, True])
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "config.json"])
+def test_a_tokenizer_with_code_is_not_quantized(work: Path, file: str, trusted: bool) -> None:
+    """A quantized folder carries no code, so it would tokenize otherwise than the original."""
+    before = outside(work)
     params = YAML(typ="safe").load(work / "params.yaml")
-    params["model"]["trust_remote_code"] = True
+    params["model"]["trust_remote_code"] = trusted
     write_params(work, params)
     assert fork_stage(work, ["inspect_model"]).code == 0
     manifest = json.loads((work / "artifacts/manifest.json").read_text())
-    assert manifest["trust_remote_code"] is True
-    done = fork_stage(work, ["calibrate"])
-    assert done.code == 0, done.err
-    assert "model.trust_remote_code is true: Python files of model may run" in done.err
-    assert outside(work) == before | {str(work.parent / "canary")}
+    assert manifest["trust_remote_code"] is trusted
+    auto_map = {**AUTO_MAP, "AutoTokenizer": ["evil.Tok", None]}
+    edit(work / "model" / file, auto_map=auto_map, tokenizer_class="Tok")
+    for stage in ("check", "inspect_model"):
+        done = fork_stage(work, [stage])
+        assert done.code == 1
+        assert len(done.errors) == 1
+        assert f"model/{file}: auto_map names code of the model's own" in done.errors[0]
+    assert "auto_map names code" in error_line(run_command("inspect", "model", cwd=work))
+    assert outside(work) == before
 
 
 @pytest.mark.parametrize("place", ["../stolen.safetensors", "{absolute}"])
@@ -119,12 +134,17 @@ def test_an_index_reads_nothing_outside(work: Path, place: str) -> None:
     }
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
     before, data = outside(work), stolen.read_bytes()
-    for words in (STAGES[0], ["embed", "--model", "model", "--pages", "data/corpus",
-                              "--out", "out.safetensors"]):  # fmt: skip
-        done = fork_stage(work, words)
-        assert done.code == 1
-        assert len(done.errors) == 1
-        assert "which is no file of the folder; mend the index" in done.errors[0]
+    problem = "which is no file of the folder; fix the index"
+    done = fork_stage(work, STAGES[0])
+    assert done.code == 1
+    assert len(done.errors) == 1
+    assert problem in done.errors[0]
+    for command in ("inspect", "embed"):
+        words = (
+            ["model"] if command == "inspect" else ["--model", "model", "--pages", "data/corpus"]
+        )
+        words += ["--out", "out.safetensors"] if command == "embed" else []
+        assert problem in error_line(run_command(command, *words, cwd=work))
     assert outside(work) == before
     assert stolen.read_bytes() == data
     assert not (work / "out.safetensors").exists()

@@ -13,10 +13,11 @@ from colqwen3.model.loading import load_processor
 from colqwen3.system.errors import UserError
 from colqwen3.system.files import write_json
 from stages import calibrate
-from stages.calibrate import draw, make_samples
+from stages.calibration.drawing import draw, make_samples
+from stages.calibration.sets import CalibrationParams, CalibrationSet
+from stages.checking.params import Params
 from stages.pipeline.params import load_params
 from stages.quantization.samples import INDEX, read_samples
-from stages.quantization.sets import CalibrationParams, CalibrationSet
 
 GOLDEN = Path("tests/golden")
 
@@ -137,7 +138,7 @@ def test_each_set_has_its_folder_and_a_change_leaves_the_others_alone(
         "some": CalibrationSet(queries=1, pages=1, passages=0),
         "text": CalibrationSet(queries=0, pages=0, passages=2),
     }
-    shipped = load_params()
+    shipped = load_params(Params)
     monkeypatch.setattr(calibrate, "CALIBRATION", out)
     monkeypatch.setattr(calibrate, "read_manifest", dict)
     monkeypatch.setattr(calibrate, "find_inspected_model", lambda *_: GOLDEN / "model")
@@ -145,7 +146,7 @@ def test_each_set_has_its_folder_and_a_change_leaves_the_others_alone(
     def run(sets: dict[str, CalibrationSet]) -> dict[str, bytes]:
         made = CalibrationParams(dataset=str(dataset), seed=7, sets=sets)
         monkeypatch.setattr(
-            calibrate, "load_params", lambda: shipped.model_copy(update={"calibration": made})
+            calibrate, "load_params", lambda _: shipped.model_copy(update={"calibration": made})
         )
         calibrate.main()
         return written(out)

@@ -16,19 +16,28 @@ from PIL import Image
 from ruamel.yaml import YAML
 from safetensors.torch import load_file, save_file
 
-from colqwen3.checkpoint.headers import SINGLE, read_headers
-from colqwen3.checkpoint.inspection import inspect_folder
+from colqwen3.checkpoint.headers import SINGLE, Checkpoint, read_headers
 from colqwen3.checkpoint.layout import BLOCKS
-from colqwen3.model.loading import load_model, load_packed, load_processor
-from colqwen3.system.errors import UserError, run
+from colqwen3.inspection import inspect_folder
+from colqwen3.model.loading import load_model, load_processor
+from colqwen3.system.errors import DiskFullError, NonFiniteWeightsError, UserError, run
 from colqwen3.system.files import write_json
 from colqwen3.system.resume import Scratch
 from stages import quantize
 from stages.pipeline.paths import MANIFEST as MANIFEST_FILE
-from stages.quantization.autoround import Sample, check_quantized
-from stages.quantization.linears import Recipe, round_linears
-from stages.quantization.recipes import AutoRoundRecipe, RtnRecipe
+from stages.pipeline.paths import QUANTIZED
+from stages.quantization import checkpoint
+from stages.quantization.autoround import Sample, SamplesLostError, check_quantized
+from stages.quantization.checkpoint import (
+    check_checkpoint,
+    count_bytes,
+    make_checkpoint,
+    planned_linears,
+)
+from stages.quantization.linears import Filled, Job, round_linears
+from stages.quantization.recipes import AnyRecipe, AutoRoundRecipe, RtnRecipe
 from tests.golden.variants import Variant, write_variant
+from tests.helpers.packed import load_packed
 
 GOLDEN = Path("tests/golden/model")
 MANIFEST, METRICS = inspect_folder(GOLDEN)
@@ -60,12 +69,25 @@ def samples_of(folder: Path) -> Sample:
     return dict(load_processor(folder, 64).process_images([image]))
 
 
-def run_quantize(folder: Path, recipe: Recipe, used: list[Sample], source: Path = GOLDEN) -> Path:
+def job(
+    recipe: AnyRecipe,
+    used: list[Sample],
+    scratch: Scratch,
+    source: Path = GOLDEN,
+    linears: dict[str, list[int]] = LINEARS,
+) -> Job:
+    return Job(Checkpoint.read(source), linears, recipe, used, CPU, scratch)
+
+
+def run_quantize(
+    folder: Path, recipe: AnyRecipe, used: list[Sample], source: Path = GOLDEN
+) -> Path:
     with Scratch(folder / "scratch", "key") as scratch:
-        made, errors = quantize.make_checkpoint(source, LINEARS, recipe, used, CPU, scratch)
-    quantize.check_checkpoint(made, source, LINEARS, recipe)
-    assert errors.keys() == LINEARS.keys()
-    return made
+        work = job(recipe, used, scratch, source)
+        result, filled = make_checkpoint(work)
+        check_checkpoint(result, work)
+    assert filled.weight_errors.keys() == LINEARS.keys()
+    return result
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +166,7 @@ def test_all_but_the_planned_linears_keep_their_bytes(
 
 
 def test_bytes_are_those_that_inspect_foretold(rtn: Path) -> None:
-    counted = quantize.count_bytes(rtn)
+    counted = count_bytes(rtn)
     foretold = METRICS["expected_bytes"]["w4g128"]
     assert sum(counted["components"].values()) == foretold
     assert counted["files"] == (rtn / "model.safetensors").stat().st_size
@@ -221,7 +243,7 @@ def test_rtn_equals_the_library_on_the_whole_model(rtn: Path, tmp_path: Path) ->
 def test_lost_calibration_sample_fails(tmp_path: Path) -> None:
     good = samples()
     broken = {**good[2], "pixel_values": good[2]["pixel_values"][:-4]}
-    with pytest.raises(UserError, match="calibration sample 1 fails in the model"):
+    with pytest.raises(SamplesLostError, match="calibration sample 1 fails in the model"):
         run_quantize(tmp_path, TUNED, [good[0], broken, good[1]])
 
 
@@ -240,9 +262,9 @@ def test_huge_and_nan_weights_are_refused(tmp_path: Path) -> None:
                 continue  # finite: AutoRound tunes what it is given
             with (
                 Scratch(tmp_path / "scratch", "key") as scratch,
-                pytest.raises(UserError, match="holds NaN"),
+                pytest.raises(NonFiniteWeightsError, match="holds NaN"),
             ):
-                quantize.make_checkpoint(source, linears, recipe, used, CPU, scratch)
+                make_checkpoint(job(recipe, used, scratch, source, linears))
 
 
 @pytest.mark.parametrize(
@@ -265,8 +287,10 @@ def test_another_checkpoint_than_planned_fails(
     tensors = load_file(rtn / "model.safetensors")
     change(tensors)
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match=message):
-        quantize.check_checkpoint(tmp_path, GOLDEN, LINEARS, RTN)
+    with Scratch(tmp_path / "scratch", "key") as scratch:
+        work = job(RTN, [], scratch)
+        with pytest.raises(UserError, match=message):
+            check_checkpoint(tmp_path, work)
 
 
 def test_quantized_linears_must_be_the_planned_ones() -> None:
@@ -280,9 +304,11 @@ def test_quantized_linears_must_be_the_planned_ones() -> None:
 
 
 def test_group_size_must_divide() -> None:
-    quantize.check_group_size("r", 64, {"m": [32, 192]})
+    manifest = {"linears": {"m": [32, 192]}}
+    narrow = RTN.model_copy(update={"group_size": 64})
+    assert planned_linears("r", narrow, manifest) == manifest["linears"]
     with pytest.raises(UserError, match=r"recipes\.r\.group_size is 128.*192 inputs of m"):
-        quantize.check_group_size("r", 128, {"m": [32, 192]})
+        planned_linears("r", RTN, manifest)
 
 
 def test_relative_errors_are_frobenius_norms(
@@ -290,7 +316,8 @@ def test_relative_errors_are_frobenius_norms(
 ) -> None:
     for recipe, used in ((RTN, []), (TUNED, samples())):
         with Scratch(tmp_path / "scratch", recipe.method) as scratch:
-            made, found = quantize.make_checkpoint(GOLDEN, LINEARS, recipe, used, CPU, scratch)
+            made, filled = make_checkpoint(job(recipe, used, scratch))
+        found = filled.weight_errors
         dense = load_model(made, torch.float32, CPU).state_dict()
         assert found.keys() == LINEARS.keys()
         for name, error in found.items():
@@ -307,22 +334,22 @@ def test_damaged_work_is_begun_again(
         pass
 
     class StopAfterTwo(Scratch):
-        def keep(self, files: dict[str, str], step: Any = None) -> None:
-            super().keep(files, step)
+        def record(self, files: dict[str, str], step: Any = None) -> None:
+            super().record(files, step)
             if len(self.steps) == 2:
                 raise Stopped
 
     def start() -> None:
         with pytest.raises(Stopped), StopAfterTwo(tmp_path / "scratch", "key") as scratch:
-            quantize.make_checkpoint(GOLDEN, LINEARS, TUNED, samples(), CPU, scratch)
+            make_checkpoint(job(TUNED, samples(), scratch))
 
     def finish() -> bool:
         caplog.clear()
         with caplog.at_level("INFO"), Scratch(tmp_path / "scratch", "key") as scratch:
-            made, _ = quantize.make_checkpoint(GOLDEN, LINEARS, TUNED, samples(), CPU, scratch)
+            made, _ = make_checkpoint(job(TUNED, samples(), scratch))
         assert (made / SINGLE).read_bytes() == (tuned / SINGLE).read_bytes()
         shutil.rmtree(tmp_path / "scratch")
-        return "going on after layer 2 of" in caplog.text
+        return "continuing after layer 2 of" in caplog.text
 
     start()
     assert finish()
@@ -353,7 +380,7 @@ def test_other_formats_round_to_the_nearest_step(
     inside = (weight.abs() < step * (2 ** (bits - 1) - 1)).numpy()
     error = (dense[f"{name}.weight"] - weight).abs()
     assert (error <= step / 2 * 1.001).numpy()[inside].all()
-    total = sum(quantize.count_bytes(folder)["components"].values())
+    total = sum(count_bytes(folder)["components"].values())
     assert total == METRICS["expected_bytes"][f"w{bits}g{group_size}"]
 
 
@@ -367,7 +394,6 @@ def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str
     params = yaml.load(Path("params.yaml").read_text())
     golden, demo = str(GOLDEN.resolve()), str(Path("demo/model").resolve())
     params["calibration"]["sets"] = {}
-    params.pop("ablation")
     write_json(tmp_path / "artifacts/calibration/none/index.json", {"samples": []})
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["quantize", "primary"])
@@ -375,6 +401,8 @@ def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str
     def run_stage(recipe: dict[str, Any]) -> None:
         params["model"]["source"] = demo if recipe.get("linears") else golden
         write_json(MANIFEST_FILE, inspect_folder(Path(params["model"]["source"]))[0])
+        recipe = dict(recipe)
+        params["fallbacks"] = {"primary": recipe.pop("fallback")} if "fallback" in recipe else {}
         params["recipes"] = {"primary": recipe, "plain": FALLBACK}
         with Path("params.yaml").open("w") as file:
             yaml.dump(params, file)
@@ -395,19 +423,19 @@ def test_a_fallback_runs_only_after_a_failure_and_is_told_of(
 ) -> None:
     primary = {**FALLBACK, "group_size": 64, "fallback": "plain"}
     stage(primary)
-    made = json.loads(Path("metrics/quantize/primary.json").read_text())["recipe"]
+    made = json.loads((QUANTIZED / "primary.json").read_text())["recipe"]
     assert (made["ran"], made["values"]["group_size"]) == ("primary", 64)
     assert made.keys() == {"ran", "values"}
 
     work = round_linears
 
-    def once(*args: Any) -> dict[str, float]:
-        monkeypatch.setattr(quantize, "round_linears", work)
+    def once(*args: Any) -> Filled:
+        monkeypatch.setattr(checkpoint, "round_linears", work)
         raise torch.OutOfMemoryError("no memory on /home/someone/models/it: 3 GB wanted\nmore")
 
-    monkeypatch.setattr(quantize, "round_linears", once)
+    monkeypatch.setattr(checkpoint, "round_linears", once)
     stage(primary)
-    made = json.loads(Path("metrics/quantize/primary.json").read_text())["recipe"]
+    made = json.loads((QUANTIZED / "primary.json").read_text())["recipe"]
     assert (made["ran"], made["instead_of"]) == ("plain", "primary")
     assert made["values"]["group_size"] == 32
     assert made["because"] == "no memory on it: 3 GB wanted"
@@ -420,20 +448,22 @@ def test_a_fallback_runs_only_after_a_failure_and_is_told_of(
 @pytest.mark.parametrize(
     ("fallback", "reason"),
     [
-        ({}, UserError("lost a sample")),
+        ({}, SamplesLostError("lost a sample")),
         ({"fallback": "plain"}, OSError(errno.ENOSPC, "No space left on device")),
+        ({"fallback": "plain"}, DiskFullError("artifacts: needs 9 bytes, 1 byte is free")),
+        ({"fallback": "plain"}, UserError("the result is not as planned")),
     ],
 )
-def test_nothing_falls_back_unasked_or_on_a_full_disk(
+def test_nothing_falls_back_unasked_or_for_another_reason(
     stage: Callable[[dict[str, Any]], None],
     monkeypatch: pytest.MonkeyPatch,
     fallback: dict[str, str],
     reason: Exception,
 ) -> None:
-    monkeypatch.setattr(quantize, "round_linears", fail(reason))
+    monkeypatch.setattr(checkpoint, "round_linears", fail(reason))
     with pytest.raises(SystemExit):
         stage({**FALLBACK, **fallback})
-    assert not Path("metrics/quantize/primary.json").exists()
+    assert not (QUANTIZED / "primary.json").exists()
     assert not Path("artifacts/checkpoints/primary").exists()
 
 
@@ -452,3 +482,82 @@ def test_all_linears_are_those_of_the_model_but_the_projection(
     with torch.inference_mode():
         one, other = (model(**inputs).embeddings for model in (packed, dense))
     assert torch.nn.functional.cosine_similarity(one, other, dim=-1).min() > 0.99999
+
+
+@pytest.mark.parametrize(
+    "reason",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        MemoryError("no memory"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes"),
+        SamplesLostError("lost a sample"),
+        NonFiniteWeightsError("q_proj came back with NaN"),
+    ],
+)
+def test_named_causes_start_the_fallback(
+    stage: Callable[[dict[str, Any]], None], monkeypatch: pytest.MonkeyPatch, reason: Exception
+) -> None:
+    work = round_linears
+
+    def once(*args: Any) -> Filled:
+        monkeypatch.setattr(checkpoint, "round_linears", work)
+        raise reason
+
+    monkeypatch.setattr(checkpoint, "round_linears", once)
+    stage({**FALLBACK, "group_size": 64, "fallback": "plain"})
+    assert json.loads((QUANTIZED / "primary.json").read_text())["recipe"]["ran"] == "plain"
+
+
+def test_a_defect_of_our_own_is_shown_and_not_hidden_by_a_fallback(
+    stage: Callable[[dict[str, Any]], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "round_linears", fail(TypeError("a defect")))
+    with pytest.raises(TypeError, match="a defect"):
+        stage({**FALLBACK, "fallback": "plain"})
+    assert not Path("artifacts/checkpoints/primary").exists()
+
+
+def test_one_step_is_one_step(rtn: Path, tmp_path: Path) -> None:
+    one = run_quantize(tmp_path, TUNED.model_copy(update={"iters": 1, "lr": 0.05}), samples())
+    plain, tuned = (load_file(folder / SINGLE) for folder in (rtn, one))
+    names = [f"{name}.qweight" for name in LINEARS]
+    assert not all(torch.equal(plain[name], tuned[name]) for name in names)
+
+
+COMBINATIONS = [
+    (bits, group_size, iters)
+    for bits in (2, 3, 4, 8)
+    for group_size in (32, 64, 128)
+    for iters in (None, 0, 1, 3)
+]
+
+
+@pytest.mark.parametrize(("bits", "group_size", "iters"), COMBINATIONS)
+def test_every_allowed_combination_runs(
+    tmp_path: Path, bits: Any, group_size: Any, iters: int | None
+) -> None:
+    recipe: AnyRecipe = RTN.model_copy(update={"bits": bits, "group_size": group_size})
+    if iters is not None:
+        fields = {"bits": bits, "group_size": group_size, "iters": iters, "lr": 0.01}
+        recipe = TUNED.model_copy(update=fields)
+    folder = run_quantize(tmp_path, recipe, samples() if iters is not None else [])
+    total = sum(count_bytes(folder)["components"].values())
+    assert total == METRICS["expected_bytes"][f"w{bits}g{group_size}"]
+    assert all(p.isfinite().all() for p in load_model(folder, torch.float32, CPU).parameters())
+
+
+def test_tuning_beats_rounding_and_a_layer_that_loses_is_rounded(
+    rtn: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Scratch(tmp_path / "good", "key") as scratch:
+        recipe = TUNED.model_copy(update={"iters": 20, "lr": 0.01})
+        _, filled = make_checkpoint(job(recipe, samples(), scratch))
+    assert all(outcome.tuned < 0.9 * outcome.rounded for outcome in filled.outcomes)
+    with Scratch(tmp_path / "bad", "key") as scratch:
+        wild = TUNED.model_copy(update={"iters": 5, "lr": 0.9})  # not allowed in params.yaml
+        work = job(wild, samples(), scratch)
+        folder, filled = make_checkpoint(work)
+        check_checkpoint(folder, work)
+    assert not any(outcome.tuning_won for outcome in filled.outcomes)
+    assert "tuning made the output worse than rounding" in caplog.text
+    assert (folder / SINGLE).read_bytes() == (rtn / SINGLE).read_bytes()

@@ -1,23 +1,19 @@
 """Header reading against the safetensors library, and the damage that it must notice."""
 
-import hashlib
 import json
 import os
 import struct
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from colqwen3.checkpoint import headers as checkpoint
-from colqwen3.checkpoint.fingerprint import check_unchanged, fingerprint, model_files
+from colqwen3.checkpoint.fingerprint import model_files
 from colqwen3.checkpoint.headers import INDEX, SINGLE, read_header, read_headers, weight_files
-from colqwen3.checkpoint.hub import find_model
-from colqwen3.system.errors import UserError
+from tests.helpers.model_folder import cache_layout, write_index
+from tests.helpers.refusal import refusal
 
 DTYPES = [
     torch.bool, torch.uint8, torch.int8, torch.float8_e4m3fn, torch.float8_e5m2,
@@ -27,36 +23,12 @@ DTYPES = [
 ENTRY = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
 
 
-def refusal(reader: Callable[..., object], *args: object) -> str:
-    with pytest.raises(UserError) as caught:
-        reader(*args)
-    assert len(str(caught.value).splitlines()) == 1
-    return str(caught.value)
-
-
 def write_raw(
     path: Path, header: object, data: bytes = bytes(4), length: int | None = None
 ) -> Path:
     raw = header if isinstance(header, bytes) else json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(raw) if length is None else length) + raw + data)
     return path
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Return a model folder of two shards: a and b in one, c in the other."""
-    home = tmp_path / "model"
-    home.mkdir()
-    shards = {"one.safetensors": ["a", "b"], "two.safetensors": ["c"]}
-    for file, names in shards.items():
-        save_file({name: torch.arange(6.0).reshape(2, 3) for name in names}, home / file)
-    write_index(home, {name: file for file, names in shards.items() for name in names})
-    (home / "config.json").write_text("{}")
-    return home
-
-
-def write_index(home: Path, weight_map: object) -> None:
-    (home / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
 # ---- Reading ------------------------------------------------------------------------------------
@@ -252,20 +224,6 @@ def test_link_within_the_folder_and_to_the_folder_are_fine(folder: Path, tmp_pat
     assert set(read_headers(tmp_path / "link")) == {"a", "b", "c"}
 
 
-def cache_layout(folder: Path, hub: Path) -> Path:
-    """Move a model folder into a Hub cache, as huggingface_hub lays it out."""
-    repo, revision = hub / "models--owner--name", "6" * 40
-    snapshot = repo / "snapshots" / revision
-    for part in (snapshot, repo / "blobs", repo / "refs"):
-        part.mkdir(parents=True)
-    (repo / "refs" / "main").write_text(revision)
-    for path in sorted(folder.iterdir()):
-        blob = hashlib.sha256(path.read_bytes()).hexdigest()
-        path.rename(repo / "blobs" / blob)
-        (snapshot / path.name).symlink_to(Path("../../blobs") / blob)
-    return snapshot
-
-
 def test_hub_cache_links_to_its_blobs_only(folder: Path, tmp_path: Path) -> None:
     snapshot = cache_layout(folder, tmp_path / "hub")
     assert set(read_headers(snapshot)) == {"a", "b", "c"}
@@ -340,168 +298,6 @@ def test_folder_without_weights_is_refused(tmp_path: Path) -> None:
     assert said.startswith(f"{tmp_path}: holds neither {INDEX} nor {SINGLE}")
 
 
-# ---- Fingerprints -------------------------------------------------------------------------------
-
-
-def test_small_file_is_hashed_whole(tmp_path: Path) -> None:
-    path = tmp_path / "config.json"
-    data = bytearray(os.urandom(100_000))
-    path.write_bytes(data)
-    assert fingerprint(path) == {"size": 100_000, "sha256": hashlib.sha256(data).hexdigest()}
-    before = fingerprint(path)
-    for position in (0, 54_321, 99_999):
-        changed = bytearray(data)
-        changed[position] ^= 1
-        path.write_bytes(changed)
-        assert fingerprint(path) != before
-    path.write_bytes(data)
-    assert fingerprint(path) == before
-
-
-def test_large_file_is_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "WHOLE_DIGEST_LIMIT", 99_999)
-    path = tmp_path / "model.safetensors"
-    size = 500_000
-    data = os.urandom(size)
-    path.write_bytes(data)
-    before = fingerprint(path)
-    assert before.keys() == {"size", "sampled_sha256"}
-    assert before["size"] == size
-    step = size // 63
-    # both ends by a byte, and any damage as long as a step wherever it lies
-    damages = [(0, 1), (size - 1, 1), *((i * step // 2, step) for i in range(125))]
-    for start, length in damages:
-        changed = bytearray(data)
-        changed[start : start + length] = bytes(b ^ 255 for b in data[start : start + length])
-        path.write_bytes(changed)
-        assert fingerprint(path) != before, f"{length} bytes at {start}"
-    path.write_bytes(data)
-    assert fingerprint(path) == before
-    path.write_bytes(data + b"\0")
-    assert fingerprint(path) != before
-
-
-def test_limit_itself_is_hashed_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "WHOLE_DIGEST_LIMIT", 10_000)
-    (tmp_path / "a").write_bytes(bytes(10_000))
-    (tmp_path / "b").write_bytes(bytes(10_001))
-    assert "sha256" in fingerprint(tmp_path / "a")
-    assert "sampled_sha256" in fingerprint(tmp_path / "b")
-
-
-def flip_a_byte(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
-
-
-CHANGES: dict[str, tuple[str, Callable[[Path], object]]] = {
-    "one bit": ("two.safetensors", flip_a_byte),
-    "removed": ("config.json", Path.unlink),
-    "added": ("tokenizer.json", Path.touch),
-    "added code": ("modeling.py", Path.touch),
-    "truncated": ("one.safetensors", lambda path: path.write_bytes(path.read_bytes()[:-1])),
-}
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_changed_folder_is_noticed(folder: Path, change: str) -> None:
-    name, apply = CHANGES[change]
-    files: Mapping[str, Any] = {path.name: fingerprint(path) for path in model_files(folder)}
-    recorded = json.loads(json.dumps(files))  # as the manifest holds it
-    check_unchanged(folder, recorded)
-    apply(folder / name)
-    said = refusal(check_unchanged, folder, recorded)
-    assert said.startswith(f"{folder / name}: changed since it was inspected; run `dvc repro")
-
-
-def test_files_that_make_no_model_may_change(folder: Path) -> None:
-    recorded = {path.name: fingerprint(path) for path in model_files(folder)}
-    (folder / "README.md").write_text("new")
-    (folder / "onnx").mkdir()
-    (folder / "onnx" / "config.json").write_text("{}")
-    check_unchanged(folder, recorded)
-
-
-# ---- Finding ------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return an empty Hub cache of a machine without network."""
-    home = tmp_path / "hub"
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(home))
-    monkeypatch.chdir(tmp_path)
-    return home
-
-
-def test_local_folder_is_taken_as_it_is(folder: Path, hub: Path) -> None:
-    assert find_model(str(folder), None) == folder
-    assert find_model("model", "6" * 40) == Path("model")
-    (hub.parent / "owner" / "name").mkdir(parents=True)
-    assert find_model("owner/name", None) == Path("owner/name")
-
-
-@pytest.mark.parametrize(
-    "source",
-    [
-        "gone",
-        "a/../b",
-        "../b/c",
-        "a/b/c",
-        "/gone",
-        "a//b",
-        "a/..",
-        "a b/c",
-        "https://x/y",
-        "a/" + "b" * 300,
-    ],
-)
-def test_what_is_neither_folder_nor_hub_id_is_refused(hub: Path, source: str) -> None:
-    said = refusal(find_model, source, None)
-    assert said == f"{source}: no such folder; give a model folder or a Hub id (owner/name)"
-
-
-def test_file_is_no_model_folder(folder: Path) -> None:
-    assert "no such folder" in refusal(find_model, str(folder / "config.json"), None)
-
-
-@pytest.mark.parametrize("source", ["owner/name", "-a/b", "é/b", "a/b.git"])
-@pytest.mark.parametrize("revision", [None, "6" * 40])
-def test_hub_id_without_network_is_one_line(hub: Path, source: str, revision: str | None) -> None:
-    said = refusal(find_model, source, revision)
-    assert said.startswith(source + (f" at revision {revision}" if revision else ""))
-    assert "the Hub cannot give it" in said
-
-
-def test_cached_snapshot_is_found_without_network(folder: Path, hub: Path) -> None:
-    snapshot = cache_layout(folder, hub)
-    for revision in ("6" * 40, None, "main"):
-        assert find_model("owner/name", revision) == snapshot
-    assert set(read_headers(find_model("owner/name", None))) == {"a", "b", "c"}
-    assert "cannot give it" in refusal(find_model, "owner/name", "7" * 40)
-
-
-@pytest.mark.parametrize("trust", [False, True])
-def test_python_files_are_fetched_for_those_who_trust_them(
-    hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trust: bool
-) -> None:
-    asked: dict[str, Any] = {}
-
-    def fetch(repo: str, **options: Any) -> str:
-        asked.update(options, repo=repo)
-        return str(tmp_path)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
-    assert find_model("owner/name", "6" * 40, trust) == tmp_path
-    assert (asked["repo"], asked["revision"]) == ("owner/name", "6" * 40)
-    wanted = asked["allow_patterns"]
-    assert ("*.py" in wanted) == trust
-    assert {"*.json", "*.safetensors"} <= set(wanted)
-    assert not {"*", "*.bin", "*.pt", "*.pth"} & set(wanted)
-
-
 @pytest.mark.parametrize("shape", [["ab", 10**30], [[0], 10**30]])
 def test_shape_of_texts_is_refused(tmp_path: Path, shape: list[object]) -> None:
     path = write_raw(tmp_path / SINGLE, {"a": entry(shape=shape)})
@@ -527,13 +323,6 @@ def test_odd_tensor_name_is_one_line(tmp_path: Path) -> None:
 def test_deeply_nested_index_is_refused(folder: Path) -> None:
     (folder / INDEX).write_text("[" * 100_000)
     assert refusal(read_headers, folder)
-
-
-@pytest.mark.parametrize(
-    ("source", "revision"), [("x" * 5000, None), ("a\nb", None), ("a/b", "x\ny"), ("", None)]
-)
-def test_odd_source_is_one_line(hub: Path, source: str, revision: str | None) -> None:
-    assert refusal(find_model, source, revision)
 
 
 def test_header_in_utf_16_is_refused_as_the_library_refuses_it(tmp_path: Path) -> None:

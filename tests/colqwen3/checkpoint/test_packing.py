@@ -24,7 +24,7 @@ def test_dequantize_equals_arithmetic_by_hand(bits: int, group_size: int) -> Non
     q = rng.integers(0, 2**bits, (out_features, in_features))
     zeros = rng.integers(1, 2**bits, (groups, out_features))
     scales = rng.normal(size=(groups, out_features)).astype(np.float16)
-    found = dequantize(
+    dense = dequantize(
         torch.from_numpy(pack(q, bits).T.copy()),
         torch.from_numpy(pack(zeros - 1, bits).copy()),
         torch.from_numpy(scales),
@@ -36,7 +36,7 @@ def test_dequantize_equals_arithmetic_by_hand(bits: int, group_size: int) -> Non
             group = column // group_size
             step = np.float32(scales[group, row])
             wanted[row, column] = step * np.float32(q[row, column] - zeros[group, row])
-    np.testing.assert_array_equal(found.numpy(), wanted)
+    np.testing.assert_array_equal(dense.numpy(), wanted)
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -52,9 +52,9 @@ def test_dequantize_equals_the_library_layer(bits: int) -> None:
     # a stored zero point of all ones means 2**bits, beyond what the symmetric format holds
     layer.qzeros &= 0x55555555
     layer.scales = torch.rand(layer.scales.shape, generator=generator).half()
-    wanted = layer(torch.eye(128, dtype=torch.float32)).T
-    found = dequantize(layer.qweight, layer.qzeros, layer.scales, bits)
-    torch.testing.assert_close(found, wanted.float(), atol=2**-8 * 2**bits, rtol=2e-3)
+    expected = layer(torch.eye(128, dtype=torch.float32)).T
+    dense = dequantize(layer.qweight, layer.qzeros, layer.scales, bits)
+    torch.testing.assert_close(dense, expected.float(), atol=2**-8 * 2**bits, rtol=2e-3)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -71,6 +71,29 @@ def test_pack_stores_a_stream_of_bits(bits: int) -> None:
     dense = dequantize(**found, bits=bits).numpy()
     wanted = codes.reshape(96, 2, 32) * scales.astype(np.float32)[..., None]
     np.testing.assert_array_equal(dense, wanted.reshape(96, 64).astype(np.float32))
+
+
+def test_three_bits_by_hand() -> None:
+    """32 values fill three words: 0..7 four times is the octal number 76543210 repeated."""
+    codes = (torch.arange(32) % 8 - 4).to(torch.int8).repeat(32, 1)
+    packed = packing.pack(codes, torch.ones(32, 1, dtype=torch.float16), 3)
+    stream = sum(int("76543210", 8) << 24 * eight for eight in range(4))
+    words = [(stream >> 32 * word & 0xFFFFFFFF) for word in range(3)]
+    assert [word & 0xFFFFFFFF for word in packed["qweight"][:, 5].tolist()] == words
+    assert torch.equal(dequantize(**packed, bits=3), codes.float())
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_packing_has_the_bits_of_the_library(bits: int) -> None:
+    from auto_round.utils.bit_packing import pack_bitstream
+
+    generator = torch.Generator().manual_seed(bits)
+    most = 2 ** (bits - 1)
+    codes = torch.randint(-most, most, (96, 64), generator=generator).to(torch.int8)
+    packed = packing.pack(codes, torch.ones(96, 2, dtype=torch.float16), bits)
+    assert torch.equal(packed["qweight"], pack_bitstream(codes + most, bits, dim=1).T)
+    zeros = torch.full((2, 96), most - 1)
+    assert torch.equal(packed["qzeros"], pack_bitstream(zeros, bits, dim=1))
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -109,3 +132,35 @@ def test_relative_error_by_hand() -> None:
     codes = torch.tensor([[2, 4], [0, 0]], dtype=torch.int8)
     scales = torch.ones(2, 1, dtype=torch.float16)
     assert packing.relative_error(weight, codes, scales) == pytest.approx(0.2)
+
+
+def test_relative_error_of_more_rows_than_are_taken_at_a_time() -> None:
+    """600 rows that each err differently: a chunk left out or counted twice changes the sum."""
+    generator = torch.Generator().manual_seed(5)
+    codes = torch.randint(-8, 8, (600, 64), generator=generator).to(torch.int8)
+    scales = torch.rand(600, 2, generator=generator).half()
+    dense = codes.double() * scales.double().repeat_interleave(32, dim=1)
+    noise = torch.randn(600, 64, generator=generator) * torch.arange(600).unsqueeze(1) / 600
+    weight = (dense + noise).float()
+    expected = float((dense - weight.double()).norm() / weight.double().norm())
+    assert packing.relative_error(weight, codes, scales) == pytest.approx(expected, rel=1e-5)
+    for start, end in ((0, 256), (256, 512), (512, 600)):  # each chunk counts
+        changed = codes.clone()
+        changed[start:end] = 0
+        assert packing.relative_error(weight, changed, scales) != pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_restored_codes_stay_within_their_range(bits: int) -> None:
+    """A weight beyond the range gives the last code and its distance, never a code that wraps."""
+    most = 2 ** (bits - 1)
+    steps = torch.zeros(32, 32)
+    steps[0, :4] = torch.tensor([-most - 1.0, float(-most), most - 1.0, float(most)])
+    scales = torch.full((32, 1), 0.5, dtype=torch.float16)
+    codes, gap = packing.restore_codes(steps * 0.5, scales, bits)
+    assert codes[0, :4].tolist() == [-most, -most, most - 1, most - 1]
+    assert gap == 1
+    steps[0, 3] = most + 2  # farther above the range than below it
+    assert packing.restore_codes(steps * 0.5, scales, bits)[1] == 3
+    # one too many on one end alone
+    assert packing.restore_codes(steps.clamp(min=0) * 0.5, scales, bits)[0][0, 3] == most - 1

@@ -2,7 +2,6 @@
 
 import json
 import socket
-import sys
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +18,7 @@ from colqwen3.model.loading import load_model, load_processor
 from colqwen3.model.scoring import max_sim
 from colqwen3.system.errors import UserError
 from stages.evaluation.retrieval import MEASURES, Run, measure
-from stages.pipeline.params import load_params
+from tests.helpers.cli import execute
 
 mteb = pytest.importorskip("mteb", reason="the benchmarks are an extra: pip install mteb")
 import datasets  # noqa: E402 - comes with mteb
@@ -94,9 +93,8 @@ class FolderTask(AbsTaskRetrieval):  # type: ignore[misc]
         return {}
 
 
-def command(monkeypatch: pytest.MonkeyPatch, *args: str | Path) -> None:
-    monkeypatch.setattr(sys, "argv", ["vidore", *map(str, args)])
-    vidore.main()
+def command(*args: str | Path) -> None:
+    execute("benchmark-vidore", *args)
 
 
 @pytest.fixture
@@ -116,13 +114,13 @@ def test_mteb_and_we_measure_the_same(
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(vidore, "PAGES_IN_MEMORY", 10)  # so that mteb merges two parts
     out = tmp_path / "out.json"
-    command(monkeypatch, "--model", MODEL, "--tasks", "FolderPages", "--out", out)
+    command("--model", MODEL, "--tasks", "FolderPages", "--out", out)
     report = json.loads(out.read_text())
 
-    dataset, params = read_dataset(folder), load_params()
-    processor = load_processor(MODEL, params.model.max_num_visual_tokens)
+    dataset = read_dataset(folder)
+    processor = load_processor(MODEL, 1280)
     model = load_model(MODEL, torch.float32, torch.device("cpu"))
-    queries, pages = embed_all(model, processor, dataset.queries, dataset.pages, params)
+    queries, pages = embed_all(model, processor, dataset.queries, dataset.pages, 16, 1280)
     scores = max_sim(list(queries.values()), list(pages.values())).numpy()
     run = Run(tuple(queries), tuple(pages), scores)
     ours = measure(run, dataset.relevance)
@@ -140,7 +138,7 @@ def test_mteb_and_we_measure_the_same(
         "model": "local/model",
         "revision": None,
         "dtype": "float32",
-        "max_num_visual_tokens": params.model.max_num_visual_tokens,
+        "max_num_visual_tokens": 1280,
         "mteb": version("mteb"),
         "tasks": {
             "FolderPages": {
@@ -163,7 +161,7 @@ def test_bad_input_is_one_line(
 ) -> None:
     out = tmp_path / "out.json"
     with pytest.raises(UserError) as caught:
-        command(monkeypatch, "--model", MODEL, "--out", out, *args)
+        command("--model", MODEL, "--out", out, *args)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not out.exists()
@@ -177,9 +175,7 @@ def test_data_that_cannot_be_fetched_is_one_line(
 
     monkeypatch.setattr(FolderTask, "load_data", fail)
     with pytest.raises(UserError, match=r"^FolderPages: .*\(no route\); check the network"):
-        command(
-            monkeypatch, "--model", MODEL, "--tasks", "FolderPages", "--out", tmp_path / "o.json"
-        )
+        command("--model", MODEL, "--tasks", "FolderPages", "--out", tmp_path / "o.json")
 
 
 def test_a_benchmark_stands_for_its_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,7 +194,7 @@ def test_without_mteb_the_error_names_what_to_install(
 ) -> None:
     monkeypatch.setattr(vidore, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=f"pip install {vidore.MTEB}"):
-        command(monkeypatch, "--model", MODEL, "--tasks", "any", "--out", tmp_path / "o.json")
+        command("--model", MODEL, "--tasks", "any", "--out", tmp_path / "o.json")
 
 
 def test_the_named_version_is_the_tested_one() -> None:

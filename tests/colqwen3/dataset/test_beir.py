@@ -1,13 +1,17 @@
+"""Document sets are read whole and in order, and refused by file and line."""
+
+import json
 import subprocess
 import sys
-from collections.abc import Callable
+import unicodedata
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from PIL import Image
 
 from colqwen3.dataset.beir import read_dataset, read_queries, read_relevance
-from colqwen3.system.errors import UserError
+from tests.helpers.refusal import refusal
 
 QRELS = "query-id\tcorpus-id\tscore\n"
 
@@ -23,13 +27,6 @@ def folder(tmp_path: Path) -> Path:
     )
     (tmp_path / "qrels.tsv").write_text(QRELS + "q1\tb\t1\nq1\ta\t0\nq2\tc.d\t3\nq2\tb\t1\n")
     return tmp_path
-
-
-def refusal(reader: Callable[..., object], *args: object) -> str:
-    with pytest.raises(UserError) as caught:
-        reader(*args)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def test_reads_a_whole_folder_in_order(folder: Path) -> None:
@@ -88,7 +85,9 @@ def test_refuses_a_missing_folder(tmp_path: Path) -> None:
     ("line", "reason"),
     [
         ("not json", "is not valid JSON"),
-        ('["q3", "text"]', "is no JSON object"),
+        pytest.param("[" * 100_000 + "]" * 100_000, "is not valid JSON", id="nested deeply"),
+        pytest.param('{"_id":' * 50_000, "is not valid JSON", id="objects nested deeply"),
+        ('["q3", "text"]', "is not a JSON object"),
         ('{"text": "t"}', 'lacks "_id"'),
         ('{"_id": 3, "text": "t"}', 'lacks "_id"'),
         ('{"_id": "q3"}', 'lacks "text"'),
@@ -96,9 +95,9 @@ def test_refuses_a_missing_folder(tmp_path: Path) -> None:
         ('{"_id": "q3", "text": " \\t"}', "text of 'q3' is blank"),
         ('{"_id": "", "text": "t"}', "_id '' is blank"),
         ('{"_id": "q\\t3", "text": "t"}', "unprintable"),
-        ('{"_id": "q3", "text": "\\ud800"}', "half a character"),
+        ('{"_id": "q3", "text": "\\ud800"}', "contains an unpaired surrogate; fix the \\u escape"),
         ('{"_id": "q1", "text": "again"}', "repeats _id 'q1' of line 1"),
-        (b'{"_id": "q3", "text": "\xff"}', "is not UTF-8"),
+        (b'{"_id": "q3", "text": "\xff"}', "is not valid UTF-8; re-save it as UTF-8"),
     ],
 )
 def test_refuses_a_bad_query_by_line(tmp_path: Path, line: str | bytes, reason: str) -> None:
@@ -154,6 +153,40 @@ def test_refuses_a_query_without_a_relevant_page(tmp_path: Path, lines: str) -> 
     assert "query 'q2' has no relevant page" in refusal(read_relevance, path, ["q1", "q2"], ["p1"])
 
 
+FORMS = ("NFC", "NFD")
+
+
+@pytest.mark.parametrize("on_disk", FORMS)
+@pytest.mark.parametrize("in_qrels", FORMS)
+def test_names_match_in_either_form_of_unicode(
+    folder: Path, on_disk: Literal["NFC", "NFD"], in_qrels: Literal["NFC", "NFD"]
+) -> None:
+    """macOS and some archivers spell é as e and an accent."""
+    normalize = unicodedata.normalize
+    Image.new("L", (4, 4)).save(folder / "corpus" / normalize(on_disk, "résumé.png"))
+    with (folder / "queries.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"_id": normalize(on_disk, "año"), "text": "t"}) + "\n")
+    with (folder / "qrels.tsv").open("a", encoding="utf-8") as file:
+        file.write(normalize(in_qrels, "año\trésumé\t1\n"))
+    dataset = read_dataset(folder)
+    assert dataset.relevance["año"] == {"résumé": 1}
+    page = dataset.pages["résumé"]
+    assert page.path.exists()
+    assert page.name == normalize(on_disk, "résumé.png")  # the file keeps its name
+
+
+def test_names_that_differ_by_their_form_alone_are_refused(folder: Path) -> None:
+    for form in FORMS:
+        path = folder / "corpus" / unicodedata.normalize(form, "é.png")  # type: ignore[arg-type]
+        Image.new("L", (4, 4)).save(path)
+    if len(list((folder / "corpus").iterdir())) == 5:  # a disk of macOS keeps only one
+        assert "has the same id as" in refusal(read_dataset, folder)
+    ids = [unicodedata.normalize(form, "é") for form in FORMS]  # type: ignore[arg-type]
+    path = folder / "queries.jsonl"
+    path.write_text("".join(json.dumps({"_id": name, "text": "t"}) + "\n" for name in ids))
+    assert "line 2: repeats _id 'é' of line 1" in refusal(read_queries, path)
+
+
 def test_needs_no_torch() -> None:
-    code = "import sys, stages.dataset; sys.exit('torch' in sys.modules)"
+    code = "import sys, colqwen3.dataset.beir; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,26 +1,24 @@
 """Finding and opening pages: images, PDFs, and what is wrong with them."""
 
+import inspect
+import os
+import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from PIL import Image, ImageChops, ImageDraw
+from PIL import Image, ImageChops, ImageCms, ImageDraw
 
+from colqwen3.dataset import pages
 from colqwen3.dataset.pages import Page, find_pages, open_page
-from colqwen3.system.errors import UserError
+from colqwen3.model import processing_colqwen3
+from tests.helpers.odd_pages import PAGES, expected_page, write_page
+from tests.helpers.refusal import refusal
 
 # a standard security handler whose password nobody has
 LOCK = b"/Encrypt<</Filter/Standard/V 1/R 2/P -4/O<%(key)s>/U<%(key)s>>>/ID[<00><00>]"
 LOCK %= {b"key": b"00" * 32}
-
-
-def refusal(reader: Callable[..., object], *args: object) -> str:
-    with pytest.raises(UserError) as caught:
-        reader(*args)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def sheet(number: int, size: tuple[int, int] = (200, 250)) -> Image.Image:
@@ -59,15 +57,15 @@ def test_finds_images_and_pages_of_pdfs_in_order(tmp_path: Path) -> None:
     pdf(tmp_path / "z.pdf", 1)
     for name in ("b.png", "m-0.jpg", "m-01.JPEG", "zz.d.png"):
         sheet(0).save(tmp_path / name)
-    pages = find_pages(tmp_path)
-    assert list(pages) == [
+    by_id = find_pages(tmp_path)
+    assert list(by_id) == [
         "b", *(f"m-{number}" for number in (0, "01")), *(f"m-{n}" for n in range(1, 12)),
         "z-1", "zz.d",
     ]  # fmt: skip
-    assert pages["m-11"] == Page(tmp_path / "m.PDF", 11)
-    assert (pages["m-11"].name, pages["m-0"].name) == ("m.PDF#page=11", "m-0.jpg")
-    assert str(pages["m-11"]) == f"{tmp_path}/m.PDF#page=11"
-    assert all(page.id == name for name, page in pages.items())
+    assert by_id["m-11"] == Page(tmp_path / "m.PDF", 11)
+    assert (by_id["m-11"].name, by_id["m-0"].name) == ("m.PDF#page=11", "m-0.jpg")
+    assert str(by_id["m-11"]) == f"{tmp_path}/m.PDF#page=11"
+    assert all(page.id == name for name, page in by_id.items())
 
 
 @pytest.mark.parametrize(
@@ -101,14 +99,35 @@ def test_names_the_files_that_are_left_out(
     (tmp_path / "scan.tiff").write_bytes(b"")
     (tmp_path / ".desktop").write_bytes(b"")
     assert set(find_pages(tmp_path)) == {"page"}
-    assert "left out 1 files" in caplog.text
+    assert "left out 1 entries" in caplog.text
     assert "scan.tiff" in caplog.text
 
 
+def test_names_links_to_nothing_pipes_and_folders_that_are_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    png(tmp_path)
+    (tmp_path / "a.png").symlink_to(tmp_path / "gone.png")
+    (tmp_path / "b.pdf").mkdir()
+    os.mkfifo(tmp_path / "c.jpg")  # opening it would wait for ever
+    assert set(find_pages(tmp_path)) == {"page"}
+    assert caplog.messages == [
+        f"{tmp_path}: left out 3 entries, no PNG, JPEG or PDF: "
+        "a.png (a link to nothing), b.pdf (a folder), c.jpg (not a file)"
+    ]
+    for number in range(6):
+        (tmp_path / f"d{number}.txt").touch()
+    find_pages(tmp_path)
+    assert caplog.messages[-1].endswith(
+        "left out 9 entries, no PNG, JPEG or PDF: "
+        "a.png (a link to nothing), b.pdf (a folder), c.jpg (not a file), d0.txt, d1.txt, ..."
+    )
+
+
 def test_renders_the_right_page_of_a_pdf_at_100_dpi(tmp_path: Path) -> None:
-    pages = find_pages(pdf(tmp_path / "m.pdf", 3).parent)
+    by_id = find_pages(pdf(tmp_path / "m.pdf", 3).parent)
     for number in (3, 1, 2):
-        image = open_page(pages[f"m-{number}"])
+        image = open_page(by_id[f"m-{number}"])
         assert (image.mode, image.size) == ("RGB", (200, 250))
         # Pillow's PDFs hold JPEGs: grey levels differ a little, another digit by far
         differences = [
@@ -161,14 +180,43 @@ def test_refuses_a_pdf_page_as_large_as_a_bomb(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "1", "P", "RGBA"])
-def test_opens_an_image_whole(tmp_path: Path, mode: str) -> None:
+def test_opens_an_image_whole_in_rgb(tmp_path: Path, mode: str) -> None:
     path = tmp_path / "page.png"
     drawn = Image.linear_gradient("L").resize((31, 17)).convert(mode)
     drawn.save(path)
     page = open_page(Page(path))
     path.unlink()
-    assert (page.mode, page.size) == (mode, (31, 17))
-    assert page.convert("RGBA").tobytes() == drawn.convert("RGBA").tobytes()
+    assert (page.mode, page.size) == ("RGB", (31, 17))
+    assert page.tobytes() == drawn.convert("RGBA").convert("RGB").tobytes()  # all opaque
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_is_upright_and_on_white_paper(tmp_path: Path, name: str) -> None:
+    page = open_page(Page(write_page(name, tmp_path)))
+    expected, tolerance = expected_page(name)
+    assert (page.mode, page.size) == (expected.mode, expected.size)
+    differences = ImageChops.difference(page, expected).getextrema()
+    assert max(high for _, high in differences) <= tolerance  # type: ignore[misc]
+    assert page.getexif().get(274) is None  # whoever reads it next must not turn it again
+
+
+def test_reader_and_processor_share_their_code_word_for_word() -> None:
+    """The processor travels with checkpoints, so it cannot import the reader."""
+    for name in ("to_rgb", "_cmyk_to_srgb"):
+        reader, processor = (getattr(module, name) for module in (pages, processing_colqwen3))
+        assert inspect.getsource(reader) == inspect.getsource(processor)
+    assert pages.TURNS == processing_colqwen3.TURNS
+
+
+def test_a_page_without_littlecms_is_still_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(*_: object, **__: object) -> None:
+        raise ImportError("The _imagingcms C module is not installed")
+
+    monkeypatch.setattr(ImageCms, "createProfile", missing)
+    page = open_page(Page(write_page("cmyk with a profile", tmp_path)))
+    assert page.getpixel((12, 4)) == (0, 0, 0)  # K as ink, not as the profile has it
 
 
 def test_refuses_unreadable_images(tmp_path: Path) -> None:
@@ -209,7 +257,7 @@ def test_opens_the_largest_allowed_page(tmp_path: Path, monkeypatch: pytest.Monk
 def test_sets_of_images_load_no_pdf_library(tmp_path: Path) -> None:
     png(tmp_path)
     code = (
-        "import pathlib, sys; from stages.pages import find_pages, open_page;"
+        "import pathlib, sys; from colqwen3.dataset.pages import find_pages, open_page;"
         "[open_page(p) for p in find_pages(pathlib.Path(sys.argv[1])).values()];"
         "sys.exit('pypdfium2' in sys.modules)"
     )
@@ -222,8 +270,8 @@ def test_refuses_a_ribbon(tmp_path: Path, size: tuple[int, int], fits: bool) -> 
     if fits:
         assert open_page(Page(tmp_path / "p.png")).size == size
     else:
-        with pytest.raises(UserError, match=r"p\.png: is .* times as long as wide; crop"):
-            open_page(Page(tmp_path / "p.png"))
+        said = refusal(open_page, Page(tmp_path / "p.png"))
+        assert re.search(r"p\.png: is .* times as long as wide; crop", said)
 
 
 def test_16_bits_become_the_same_greys_in_8(tmp_path: Path) -> None:
@@ -232,4 +280,4 @@ def test_16_bits_become_the_same_greys_in_8(tmp_path: Path) -> None:
     wide.convert("I;16").save(tmp_path / "p.png")
     with Image.open(tmp_path / "p.png") as stored:
         assert stored.mode == "I;16"
-    assert open_page(Page(tmp_path / "p.png")).tobytes() == greys.tobytes()
+    assert open_page(Page(tmp_path / "p.png")).tobytes() == greys.convert("RGB").tobytes()

@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from colqwen3.model.loading import load_model, load_processor, load_source_dtype
+from colqwen3.checkpoint.headers import Checkpoint
+from colqwen3.model.loading import load_model, load_processor, source_dtype
 from colqwen3.system.errors import UserError
 
 GOLDEN = Path("tests/golden/model")
@@ -25,7 +26,7 @@ def test_dtype_is_the_one_asked_for() -> None:
         model = load_model(GOLDEN, dtype, CPU)
         assert {parameter.dtype for parameter in model.parameters()} == {dtype}
         assert not model.training
-    assert load_source_dtype(GOLDEN) == torch.bfloat16
+    assert source_dtype(Checkpoint.read(GOLDEN)) == torch.bfloat16
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -5,22 +5,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoProcessor
 
 from colqwen3.model import ColQwen3, ColQwen3Config, ColQwen3Processor
 from tests.golden.variants import Variant, write_variant
+from tests.helpers.golden import STEMS, golden_page
 
 GOLDEN = Path("tests/golden")
 META = json.loads((GOLDEN / "golden_meta.json").read_text())
 EMBEDDINGS = load_file(GOLDEN / "golden.safetensors")
 QUERIES: dict[str, str] = json.loads((GOLDEN / "inputs/queries.json").read_text())
-PAGES = sorted(path.stem for path in (GOLDEN / "inputs/pages").glob("*.png"))
-
-
-def page(stem: str) -> Image.Image:
-    return Image.open(GOLDEN / "inputs/pages" / f"{stem}.png")
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +47,9 @@ def test_query_equals_golden(model: ColQwen3, processor: ColQwen3Processor, name
     torch.testing.assert_close(found, EMBEDDINGS[f"query/{name}"], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("stem", PAGES)
+@pytest.mark.parametrize("stem", STEMS)
 def test_page_equals_golden(model: ColQwen3, processor: ColQwen3Processor, stem: str) -> None:
-    found = embeddings(model, processor.process_images([page(stem)]))[0]
+    found = embeddings(model, processor.process_images([golden_page(stem)]))[0]
     wanted = EMBEDDINGS[f"page/{stem}"]
     torch.testing.assert_close(stored_rows(found, "pages", stem), wanted, atol=1e-5, rtol=0)
 
@@ -62,10 +57,10 @@ def test_page_equals_golden(model: ColQwen3, processor: ColQwen3Processor, stem:
 def test_left_padded_batches_equal_golden_and_pad_with_zeros(
     model: ColQwen3, processor: ColQwen3Processor
 ) -> None:
-    small = [stem for stem in PAGES if META["pages"][stem].get("rows") is None]
+    small = [stem for stem in STEMS if META["pages"][stem].get("rows") is None]
     batches = {
         "query": (list(QUERIES), processor.process_texts(list(QUERIES.values()))),
-        "page": (small, processor.process_images([page(stem) for stem in small])),
+        "page": (small, processor.process_images([golden_page(stem) for stem in small])),
     }
     for kind, (names, inputs) in batches.items():
         found = embeddings(model, inputs)

@@ -9,7 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
+from colqwen3.dataset.pages import Page, open_page
 from colqwen3.model import ColQwen3Processor
+from tests.helpers.odd_pages import PAGES as ODD_PAGES
+from tests.helpers.odd_pages import expected_page, write_page
 
 GOLDEN = Path("tests/golden")
 META = json.loads((GOLDEN / "golden_meta.json").read_text())
@@ -110,9 +113,52 @@ def test_image_modes_become_rgb(processor: ColQwen3Processor, mode: str) -> None
     assert torch.equal(found, wanted)
 
 
+@pytest.mark.parametrize("name", ODD_PAGES)
+def test_a_page_is_taken_upright_and_on_white_paper(
+    processor: ColQwen3Processor, tmp_path: Path, name: str
+) -> None:
+    expected, tolerance = expected_page(name)
+    with Image.open(write_page(name, tmp_path)) as image:
+        inputs = processor.process_images([image])
+        again = processor.process_images([image])  # and the image itself is left as it was
+    plain = processor.process_images([expected])
+    assert torch.equal(inputs["image_grid_thw"], plain["image_grid_thw"])
+    pixels, expected_pixels = inputs["pixel_values"], plain["pixel_values"]
+    # enlarging such a small page may overshoot by a fifth
+    bound = 1.2 * tolerance / 127.5 + 1e-6
+    torch.testing.assert_close(pixels, expected_pixels, atol=bound, rtol=0)
+    assert torch.equal(again["pixel_values"], pixels)
+
+
+def test_a_page_that_the_reader_has_opened_is_turned_once(
+    processor: ColQwen3Processor, tmp_path: Path
+) -> None:
+    path = write_page("turned 6 jpeg", tmp_path)
+    opened = processor.process_images([open_page(Page(path))])
+    with Image.open(path) as image:
+        direct = processor.process_images([image])
+    assert torch.equal(opened["image_grid_thw"], direct["image_grid_thw"])
+    assert torch.equal(opened["pixel_values"], direct["pixel_values"])
+
+
 def test_too_long_a_page_is_refused(processor: ColQwen3Processor) -> None:
-    with pytest.raises(ValueError, match="aspect ratio"):
-        processor.process_images([Image.new("RGB", (4020, 20))])
+    good = Image.new("RGB", (64, 64))
+    for size in ((4020, 20), (20, 4020)):
+        with pytest.raises(
+            ValueError, match=r"^page 2 of 2 is .* pixels: its aspect ratio is over"
+        ):
+            processor.process_images([good, Image.new("RGB", size)])
+
+
+@pytest.mark.parametrize("size", [(0, 0), (0, 5), (5, 0)])
+def test_a_page_without_pixels_is_refused_by_its_number(
+    processor: ColQwen3Processor, size: tuple[int, int]
+) -> None:
+    pages = [Image.new("RGB", (64, 64)), Image.new("L", size), Image.new("RGB", (64, 64))]
+    with pytest.raises(ValueError) as caught:
+        processor.process_images(pages)
+    width, height = size
+    assert str(caught.value) == f"page 2 of 3 is {width} x {height} pixels: it is empty"
 
 
 def test_saved_processor_is_the_same(processor: ColQwen3Processor, tmp_path: Path) -> None:

@@ -3,16 +3,13 @@
 import json
 import shutil
 import struct
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from colqwen3.commands import verify as command
-from colqwen3.release.provenance import METADATA, SELF_DIGEST, seal
+from colqwen3.release.provenance import METADATA, seal
 from colqwen3.release.verify import verify
-from colqwen3.system.errors import run
 
 WEIGHTS = "model.safetensors"
 PROJECTION = "embedding_proj_layer.bias"
@@ -115,24 +112,3 @@ def test_a_listed_path_out_of_the_folder_is_never_read(folder: Path) -> None:
     (folder.parent / "secret").write_text("x")
     (folder / METADATA).write_text(json.dumps(seal(metadata), indent=2, sort_keys=True) + "\n")
     assert "../secret: missing" in verify(folder)[1]
-
-
-def test_command_line(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["verify", str(folder)])
-    run(command.main)
-    said = capsys.readouterr().out
-    assert json.loads((folder / METADATA).read_text())[SELF_DIGEST] in said
-    flip(folder / "config.json", 3)
-    with pytest.raises(SystemExit) as ended:
-        run(command.main)
-    assert ended.value.code == 1
-    first, mend = capsys.readouterr().err.splitlines()
-    assert first == f"error: {folder}/config.json: changed"
-    assert mend.endswith("fetch it or release it again")
-    for damage in (b"\xff", b"{", b'{"files": [], "tensors": {}}'):
-        (folder / METADATA).write_bytes(damage)
-        with pytest.raises(SystemExit):
-            run(command.main)
-        assert capsys.readouterr().err.startswith(f"error: {folder}/{METADATA}: ")

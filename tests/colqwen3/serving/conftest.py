@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from colqwen3.checkpoint.inspection import inspect_folder
+from colqwen3.inspection import inspect_folder
 from tests.helpers.rounded import rounded
 
 MODEL = Path("tests/golden/model")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from colqwen3.serving.recording import agree, record
+from colqwen3.serving.recording import RecentlyUsed, agree, record
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 
@@ -17,6 +17,19 @@ def test_rounding_agrees_and_other_directions_do_not() -> None:
     assert not agree(unit(1, 2, 3), unit(3, 2, 1))
     assert not agree(torch.cat([unit(1, 0), unit(0, 1)]), torch.cat([unit(1, 0), unit(1, 0)]))
     assert not agree(unit(1, 2) * torch.nan, unit(1, 2))
+
+
+def test_what_was_used_longest_ago_is_forgotten() -> None:
+    recent: RecentlyUsed[str | None] = RecentlyUsed(2)
+    recent.put(1, "one")
+    recent.put(2, None)
+    assert (recent.get(1), recent.get(2), recent.get(3)) == ("one", None, None)
+    assert recent.get(1) == "one"
+    recent.put(3, "three")
+    assert (1 in recent, 2 in recent, 3 in recent, len(recent)) == (True, False, True, 2)
+    recent.put(1, "again")  # putting is a use too
+    recent.put(4, "four")
+    assert (recent.get(1), 3 in recent) == ("again", False)
 
 
 @needs_gpu

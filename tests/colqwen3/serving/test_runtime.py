@@ -12,25 +12,26 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from colqwen3.checkpoint.inspection import inspect_folder
 from colqwen3.embedding.batches import embed
+from colqwen3.inspection import inspect_folder
 from colqwen3.model.loading import load_model
 from colqwen3.serving import Runtime, load_runtime
 from colqwen3.serving.fused import PLAIN
 from colqwen3.serving.runtime import Mode, page_positions
+from tests.helpers.golden import STEMS, golden_page
 from tests.helpers.rounded import rounded
 
 GOLDEN = Path("tests/golden")
 META = json.loads((GOLDEN / "golden_meta.json").read_text())
 EMBEDDINGS = load_file(GOLDEN / "golden.safetensors")
 QUERIES: dict[str, str] = json.loads((GOLDEN / "inputs/queries.json").read_text())
-PAGES = sorted(path.stem for path in (GOLDEN / "inputs/pages").glob("*.png"))
+PAGES = STEMS
 CPU = torch.device("cpu")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 def page(stem: str) -> Image.Image:
-    return Image.open(GOLDEN / "inputs/pages" / f"{stem}.png")
+    return golden_page(stem)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +80,7 @@ def test_a_wrong_or_failing_operation_is_not_used(
     name: str, broken: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     operations = PLAIN._replace(**{name: broken})
-    monkeypatch.setattr("stages.colqwen3.serving.runtime.choose_operations", lambda _: operations)
+    monkeypatch.setattr("colqwen3.serving.runtime.choose_operations", lambda _: operations)
     runtime = load_runtime(GOLDEN / "model", CPU, torch.float32)
     assert "plain torch is used, and slower" in caplog.text
     assert not runtime.runs("graphs")
@@ -91,7 +92,7 @@ def test_a_wrong_or_failing_operation_is_not_used(
 def test_without_a_compiler_plain_torch_is_used(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("stages.colqwen3.serving.runtime.choose_operations", raises)
+    monkeypatch.setattr("colqwen3.serving.runtime.choose_operations", raises)
     runtime = load_runtime(GOLDEN / "model", CPU, torch.float32, "compiled")
     assert "fail (no compiler here) here: plain torch is used, and slower" in caplog.text
     assert not runtime.runs("compiled")
@@ -99,7 +100,7 @@ def test_without_a_compiler_plain_torch_is_used(
 
 def test_a_right_operation_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     operations = PLAIN._replace(gelu=lambda x: PLAIN.gelu(x))
-    monkeypatch.setattr("stages.colqwen3.serving.runtime.choose_operations", lambda _: operations)
+    monkeypatch.setattr("colqwen3.serving.runtime.choose_operations", lambda _: operations)
     runtime = load_runtime(GOLDEN / "model", CPU, torch.float32, "compiled")
     assert runtime.runs("compiled")
     assert not runtime.runs("graphs")
@@ -195,6 +196,96 @@ def test_a_quantized_vision_tower_is_served(tmp_path: Path) -> None:
     wanted = embed(model, runtime._processor.process_images(images))
     for ours, theirs in zip(runtime.embed_pages(images), wanted, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+def test_mode_says_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = load_runtime(GOLDEN / "model", CPU, torch.float32, "graphs")
+    assert runtime.mode == "eager"  # a CPU has no CUDA graphs, and no compiled kernels
+    assert runtime.runs("eager")
+    operations = PLAIN._replace(gelu=lambda x: PLAIN.gelu(x))
+    monkeypatch.setattr("colqwen3.serving.runtime.choose_operations", lambda _: operations)
+    modes: dict[Mode, Mode] = {"graphs": "compiled", "compiled": "compiled", "eager": "eager"}
+    for mode, runs in modes.items():
+        runtime.use(mode)
+        assert runtime.mode == runs
+    monkeypatch.setattr("colqwen3.serving.runtime.choose_operations", raises)
+    runtime.use("compiled")
+    assert runtime.mode == "eager"
+
+
+class Replay:
+    """A recording as a CPU can make it: the work itself, run anew for each input."""
+
+    def __init__(self, work: Any) -> None:
+        self.replay = work
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Let a CPU record, and return the shapes of what was recorded."""
+    shapes: list[tuple[int, ...]] = []
+
+    def record(work: Any, inputs: torch.Tensor, *_: object) -> Replay:
+        shapes.append(tuple(inputs.shape))
+        return Replay(work)
+
+    monkeypatch.setattr("colqwen3.serving.runtime.record", record)
+    return shapes
+
+
+def test_recorded_sizes_of_queries_are_bounded(
+    recorded: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("colqwen3.serving.runtime.RECORDED_QUERIES", 3)
+    runtime = load_runtime(GOLDEN / "model", CPU, torch.float32)
+    runtime.mode = "graphs"
+    texts = {n: " ".join(["total"] * n) for n in (1, 11, 21, 31)}
+    alone = {
+        n: load_runtime(GOLDEN / "model", CPU, torch.float32).embed_queries([t])[0]
+        for n, t in texts.items()
+    }
+    for n in (1, 11, 21, 1, 31, 1, 21, 11):
+        (vectors,) = runtime.embed_queries([texts[n]])
+        torch.testing.assert_close(vectors, alone[n], atol=1e-5, rtol=0)
+        assert len(runtime._recorded_queries) <= 3
+    # the second and third use of the first are replays, as is the second of the third size; only
+    # the second size was used longest ago when the fourth came
+    sizes = [shape[1] for shape in recorded]
+    assert len(recorded) == 5
+    assert sizes == [*sorted(set(sizes)), sizes[1]]
+
+
+def test_recorded_sizes_of_pages_are_bounded(
+    recorded: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("colqwen3.serving.runtime.RECORDED_PAGES", 2)
+    runtime = load_runtime(GOLDEN / "model", CPU, torch.float32)
+    runtime.mode = "graphs"
+    images = [Image.linear_gradient("L").resize((64 * n, 128)) for n in (1, 2, 3)]
+    for n in (0, 0, 0, 1, 2, 0):  # a size is recorded the second time in a row of uses
+        runtime.embed_pages([images[n]])
+        assert len(runtime._recorded_pages) <= 2
+    assert len(recorded) == 1
+    runtime.embed_pages([images[0]])  # it had been forgotten
+    assert len(recorded) == 2
+
+
+def test_when_recording_fails_the_mode_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("colqwen3.serving.runtime.record", raises)
+    runtime = load_runtime(GOLDEN / "model", CPU, torch.float32)
+    runtime.mode = "graphs"
+    name, text = next(iter(QUERIES.items()))
+    (vectors,) = runtime.embed_queries([text])
+    torch.testing.assert_close(vectors, EMBEDDINGS[f"query/{name}"], atol=1e-5, rtol=0)
+    assert runtime.mode == "eager"
+    assert "CUDA graphs do not work here (no compiler here)" in caplog.text
+
+
+def test_an_empty_page_is_named_by_its_number(runtime: Runtime) -> None:
+    with pytest.raises(ValueError, match=r"^page 2 of 2 is 0 x 0 pixels: it is empty$"):
+        runtime.embed_pages([page(PAGES[0]), Image.new("RGB", (0, 0))])
 
 
 def test_wrong_arguments_are_named(runtime: Runtime) -> None:

@@ -1,7 +1,8 @@
-"""How a stage ends: in one line on what the user can mend, in a traceback on anything else."""
+"""How a command ends: in one line on what the user can fix, in a traceback on anything else."""
 
 import errno
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from safetensors import SafetensorError
 from colqwen3.system.errors import UserError, run
 
 
-def stage_that(fails: BaseException) -> Callable[[], None]:
+def command_that(fails: BaseException) -> Callable[[], None]:
     def main() -> None:
         raise fails
 
@@ -28,8 +29,8 @@ def ended(main: Callable[[], None], capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def test_an_error_of_the_user_is_its_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    line = ended(stage_that(UserError("f.json: is bad\x1b; mend it")), capsys)
-    assert line == "error: f.json: is bad\\x1b; mend it"
+    line = ended(command_that(UserError("f.json: is bad\x1b; fix it")), capsys)
+    assert line == "error: f.json: is bad\\x1b; fix it"
 
 
 @pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="the system has no /dev/full")
@@ -57,9 +58,9 @@ def test_a_full_disk_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
 def test_so_is_one_that_a_library_reports(
     error: Exception, start: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    line = ended(stage_that(error), capsys)
+    line = ended(command_that(error), capsys)
     assert line.startswith(f"error: {start}")
-    assert "free space" in line
+    assert "free some space" in line
 
 
 @pytest.mark.parametrize(
@@ -68,10 +69,17 @@ def test_so_is_one_that_a_library_reports(
         OSError(errno.EIO, os.strerror(errno.EIO), "No space left on device"),
         PermissionError(errno.EACCES, "Permission denied", "a"),
         ValueError("wrong"),
-        KeyboardInterrupt(),
     ],
 )
 def test_anything_else_passes_through(error: BaseException) -> None:
     with pytest.raises(type(error)) as caught:
-        run(stage_that(error))
+        run(command_that(error))
     assert caught.value is error
+
+
+def test_an_interrupted_command_says_how_to_go_on(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        run(command_that(KeyboardInterrupt()))
+    assert caught.value.code == 128 + signal.SIGINT
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "error: interrupted; run the same command again to continue"

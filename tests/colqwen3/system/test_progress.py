@@ -10,7 +10,7 @@ from colqwen3.system.progress import Progress, track
 
 @pytest.fixture
 def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
-    caplog.set_level(logging.INFO, logger="stages.progress")
+    caplog.set_level(logging.INFO, logger="colqwen3.system.progress")
     return caplog
 
 

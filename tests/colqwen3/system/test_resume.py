@@ -19,8 +19,8 @@ def put(scratch: Scratch, name: str, text: str) -> dict[str, str]:
 def test_work_goes_on_under_the_same_key(tmp_path: Path) -> None:
     with Scratch(tmp_path / "w", "key") as scratch:
         assert (scratch.steps, scratch.files) == ([], {})
-        scratch.keep(put(scratch, "a", "inputs"))
-        scratch.keep(put(scratch, "b", "chain"), {"n": 1})
+        scratch.record(put(scratch, "a", "inputs"))
+        scratch.record(put(scratch, "b", "chain"), {"n": 1})
     with Scratch(tmp_path / "w", "key") as scratch:
         assert scratch.steps == [{"n": 1}]
         assert scratch.files.keys() == {"b"}
@@ -34,7 +34,7 @@ def test_work_goes_on_under_the_same_key(tmp_path: Path) -> None:
 @pytest.mark.parametrize("damage", ["key", "file", "missing", "state", "list"])
 def test_stale_or_damaged_work_is_deleted(tmp_path: Path, damage: str) -> None:
     with Scratch(tmp_path / "w", "key") as scratch:
-        scratch.keep(put(scratch, "a", "inputs"), {"n": 1})
+        scratch.record(put(scratch, "a", "inputs"), {"n": 1})
     if damage == "file":
         (tmp_path / "w/a").write_text("inputS")
     elif damage == "missing":
@@ -51,7 +51,7 @@ def test_work_in_use_is_refused_and_says_by_whom(tmp_path: Path) -> None:
         Scratch(tmp_path / "w", "key") as scratch,
         pytest.raises(UserError, match=f"process {os.getpid()} is working on it"),
     ):
-        scratch.keep(put(scratch, "a", "inputs"), {"n": 1})
+        scratch.record(put(scratch, "a", "inputs"), {"n": 1})
         Scratch(tmp_path / "w", "key").__enter__()
     with Scratch(tmp_path / "w", "key") as scratch:  # and nothing was lost
         assert scratch.steps == [{"n": 1}]

@@ -27,6 +27,7 @@ from demo.benchmarks.size import (
     ratios,
     run_steps,
 )
+from stages.checking.params import Params
 from stages.pipeline.params import load_params
 
 CONFIG = Path("demo/model/config.json")
@@ -171,12 +172,12 @@ def test_a_working_folder_is_what_the_stages_take(
         return {}
 
     monkeypatch.setattr(Bench, "call", call)
-    recipe = {"method": "autoround", "calibration": "measured", "iters": 7, "seed": 1}
+    recipe = {"method": "autoround", "calibration": "measured", "iters": 20, "seed": 1}
     samples = {"queries": 2, "pages": 3}
     folder = prepare_run(bench, "tuned", recipe, samples)
     monkeypatch.chdir(folder)
-    params = load_params()
-    made = params.recipe("tuned")
+    params = load_params(Params)
+    made = params.recipes["tuned"]
     assert (made.bits, made.group_size, made.method) == (4, 128, "autoround")
     drawn = params.calibration.sets["measured"]
     assert (drawn.queries, drawn.pages, drawn.passages) == (2, 3, 0)

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from colqwen3.checkpoint.inspection import inspect_folder
+from colqwen3.inspection import inspect_folder
 from colqwen3.model.loading import load_model, load_processor
 from colqwen3.system.errors import UserError
 from demo.benchmarks import true_size
@@ -265,7 +265,7 @@ def test_a_config_that_cannot_serve_is_refused_by_the_command(
 
 
 def command(*args: str | Path) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "-m", "demo.true_size", *map(str, args)]
+    line = [sys.executable, "-m", "demo.benchmarks.true_size", *map(str, args)]
     return subprocess.run(line, capture_output=True, text=True, check=False)
 
 

@@ -7,6 +7,7 @@ import pytest
 from dvc.utils.serialize import parse_yaml
 
 from colqwen3.system.errors import UserError
+from stages.calibration.sets import CalibrationParams
 from stages.checking.params import RESERVED_NAMES, Params
 from stages.evaluation.limits import GateParams
 from stages.pipeline.params import (
@@ -16,10 +17,10 @@ from stages.pipeline.params import (
     EvaluateParams,
     ModelParams,
     Section,
+    choose_recipe,
     load_params,
 )
 from stages.quantization.recipes import AutoRoundRecipe, RtnRecipe
-from stages.quantization.sets import CalibrationParams
 
 SHIPPED = Path("params.yaml")
 SECTIONS: dict[str, type[Section]] = {
@@ -83,16 +84,9 @@ gate:
   max_bytes: null
 compute:
   device: auto
-ablation:
-  datasets: {first: some/pages}
-  sets:
-    more: {queries: 8, pages: 9, passages: 0, seed: 1}
-  recipes:
-    more-w4: {method: "autoround", calibration: more, bits: 2, group_size: 64, "sym": true, iters: 9, seed: 8}
-    nothing: {method: "rtn", calibration: "none", bits: 8, group_size: 64, "sym": true}
 """
 RECIPES = GOOD[GOOD.index("recipes:") : GOOD.index("embed:")]
-TAKEN = ("demo_training", "model", "original", "plots", "quantize", "speed")
+TAKEN = ("original",)
 PLAIN = RECIPES[RECIPES.index("  plain:") :]
 
 
@@ -104,7 +98,7 @@ def edit(old: str, new: str) -> str:
 def load(folder: Path, text: str | bytes) -> Params:
     path = folder / "params.yaml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    return load_params(path)
+    return load_params(Params, path)
 
 
 def refusal(folder: Path, text: str | bytes) -> str:
@@ -124,12 +118,12 @@ def refusal(folder: Path, text: str | bytes) -> str:
 
 
 def test_shipped_file_loads_with_the_recipes_that_the_readme_names() -> None:
-    params = load_params(SHIPPED)
-    assert isinstance(params.recipe("w4g128"), AutoRoundRecipe)
-    assert isinstance(params.recipe("rtn-w4g128"), RtnRecipe)
+    params = load_params(Params, SHIPPED)
+    assert isinstance(params.recipes["w4g128"], AutoRoundRecipe)
+    assert isinstance(params.recipes["rtn-w4g128"], RtnRecipe)
     assert not params.model.trust_remote_code
     assert params.calibration.dataset != params.evaluate.dataset
-    tuned_on = params.calibration.sets[params.recipe("w4g128").calibration]
+    tuned_on = params.calibration.sets[params.recipes["w4g128"].calibration]
     assert tuned_on.queries > 0
     assert tuned_on.pages > 0
 
@@ -140,7 +134,7 @@ def test_commented_examples_become_recipes_when_uncommented(tmp_path: Path) -> N
     examples = [re.sub(r"^  # ", "  ", line) for line in lines[start:end]]
     text = "\n".join(lines[:start] + examples + lines[end:]) + "\n"
     added = load(tmp_path, text).recipes
-    assert len(added) > len(load_params(SHIPPED).recipes)
+    assert len(added) > len(load_params(Params, SHIPPED).recipes)
     assert {3, 2} <= {recipe.bits for recipe in added.values()}
     assert 32 in {recipe.group_size for recipe in added.values()}
 
@@ -170,25 +164,28 @@ def test_every_value_arrives(tmp_path: Path) -> None:
         GOOD, path="params.yaml"
     )
     assert list(params.recipes) == ["tuned", "plain"]
-    tuned = params.recipe("tuned")
+    tuned = params.recipes["tuned"]
     assert isinstance(tuned, AutoRoundRecipe)
     assert (tuned.lr, tuned.seed, tuned.gradient_accumulate_steps) == (0.005, 7, 8)
-    assert isinstance(params.recipe("plain"), RtnRecipe)
+    assert isinstance(params.recipes["plain"], RtnRecipe)
 
 
 def test_unknown_recipe_is_refused_with_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"recipes\.w4 does not exist; known: tuned, plain$"):
-        load(tmp_path, GOOD).recipe("w4")
+    recipes = load(tmp_path, GOOD).recipes
+    with pytest.raises(UserError, match=r"recipes\.w4: no such recipe \(known: tuned, plain\)$"):
+        choose_recipe(recipes, "w4")
+    with pytest.raises(UserError, match=r"recipes\.tuend: no such recipe; did you mean tuned\?"):
+        choose_recipe(recipes, "tuend")
 
 
 @pytest.mark.parametrize(
-    ("written", "meant"), [("1e-3", 0.001), ("1E-3", 0.001), ("5.0e-03", 0.005), ("1", 1.0)]
+    ("written", "meant"), [("1e-3", 0.001), ("1E-3", 0.001), ("5.0e-03", 0.005), ("0.01", 0.01)]
 )
 def test_exponents_are_numbers_as_dvc_reads_them(
     tmp_path: Path, written: str, meant: float
 ) -> None:
     text = edit("lr: 0.005", f"lr: {written}")
-    recipe = load(tmp_path, text).recipe("tuned")
+    recipe = load(tmp_path, text).recipes["tuned"]
     assert isinstance(recipe, AutoRoundRecipe)
     assert recipe.lr == meant == parse_yaml(text, path="params.yaml")["recipes"]["tuned"]["lr"]
 
@@ -200,7 +197,7 @@ def test_leading_zero_is_no_octal(tmp_path: Path, written: str) -> None:
 
 @pytest.mark.parametrize("line", ["", "    lr: null\n", "    lr:\n"])
 def test_step_size_may_be_absent_or_null(tmp_path: Path, line: str) -> None:
-    recipe = load(tmp_path, edit("    lr: 0.005\n", line)).recipe("tuned")
+    recipe = load(tmp_path, edit("    lr: 0.005\n", line)).recipes["tuned"]
     assert isinstance(recipe, AutoRoundRecipe)
     assert recipe.lr is None
 
@@ -225,14 +222,16 @@ def test_plain_rounding_needs_no_set(tmp_path: Path) -> None:
 
 def test_unknown_set_is_refused_with_the_known_ones(tmp_path: Path) -> None:
     said = refusal(tmp_path, edit("calibration: some\n", "calibration: smoe\n"))
-    assert said.endswith("'smoe' is no set of calibration.sets; known: some, other")
+    assert said.endswith(
+        "'smoe' is not a set of calibration.sets; did you mean some? (known: some, other)"
+    )
 
 
 @pytest.mark.parametrize(("line", "meant"), [("", True), ("    deepstack: false\n", False)])
 def test_layers_are_tuned_on_the_truth_unless_told_otherwise(
     tmp_path: Path, line: str, meant: bool
 ) -> None:
-    recipe = load(tmp_path, edit("    lr: 0.005\n", line)).recipe("tuned")
+    recipe = load(tmp_path, edit("    lr: 0.005\n", line)).recipes["tuned"]
     assert isinstance(recipe, AutoRoundRecipe)
     assert recipe.deepstack is meant
 
@@ -241,7 +240,7 @@ def test_layers_are_tuned_on_the_truth_unless_told_otherwise(
 @pytest.mark.parametrize("group_size", [32, 64, 128])
 def test_every_format_is_accepted(tmp_path: Path, bits: int, group_size: int) -> None:
     text = edit("bits: 4\n    group_size: 128", f"bits: {bits}\n    group_size: {group_size}")
-    recipe = load(tmp_path, text).recipe("tuned")
+    recipe = load(tmp_path, text).recipes["tuned"]
     assert (recipe.bits, recipe.group_size) == (bits, group_size)
 
 
@@ -254,10 +253,6 @@ def test_recipe_names_may_be(tmp_path: Path, name: str) -> None:
 def test_files_saved_by_windows_load(tmp_path: Path, encode: object) -> None:
     assert callable(encode)
     assert load(tmp_path, encode(GOOD.encode())) == load(tmp_path, GOOD)
-
-
-def test_the_ablation_may_be_absent(tmp_path: Path) -> None:
-    assert load(tmp_path, GOOD[: GOOD.index("ablation:")]).ablation is None
 
 
 def test_params_cannot_be_changed(tmp_path: Path) -> None:
@@ -291,15 +286,6 @@ BAD = [
     ("    iters: 50\n", "", "recipes.tuned.iters: ", "is missing"),
     ("    seed: 7\n", "", "recipes.tuned.seed: ", "is missing"),
     ("compute:\n  device: auto\n", "", "compute: ", "is missing"),
-    ("first: some/pages", "first: 3", "ablation.datasets.first: ", "3"),
-    ("{first: some/pages}", "{}", "ablation.datasets: ", "1 item"),
-    ("{first:", "{quantize:", "ablation.datasets: ", "'quantize' is taken"),
-    ("    more:", "    none:", "ablation.sets: ", "'none' is taken"),
-    ("queries: 8, pages: 9", "queries: 0, pages: 0", "ablation.sets.more: ", "all 0"),
-    ("calibration: more", "calibration: some", "ablation.recipes.more-w4.calibration: ", "no set of ablation"),
-    ("iters: 9", "iter: 9", "ablation.recipes.more-w4.iters: ", "is missing"),
-    ("bits: 8", "bits: 9", "ablation.recipes.nothing.bits: ", "(it is 9)"),
-    ("    nothing:", "    model:", "ablation.recipes: ", "'model' is taken"),
     (RECIPES, "", "recipes: ", "is missing"),
     ("    method: rtn\n", "", "recipes.plain: ", "lacks the key method"),
     # wrong kinds
@@ -339,10 +325,10 @@ BAD = [
     ("passages: 4", "passages: -4", "calibration.sets.other.passages: ", "-4"),
     ("seed: 43", "seed: -43", "calibration.sets.other.seed: ", "-43"),
     ("    some:", "    So me:", "calibration.sets: ", "'So me' is not allowed"),
-    ("    some:", "    none:", "calibration.sets: ", "'none' is taken"),
+    ("    some:", "    none:", "calibration.sets: ", "'none' is reserved"),
     ("    some:", "    any: 3\n    some:", "calibration.sets.any: ", "3"),
-    ("calibration: some\n", "calibration: smoe\n", "recipes.tuned.calibration: ", "'smoe' is no set"),
-    ("calibration: some\n", "calibration: none\n", "recipes.tuned.calibration: ", "'none' is no set"),
+    ("calibration: some\n", "calibration: smoe\n", "recipes.tuned.calibration: ", "'smoe' is not a set"),
+    ("calibration: some\n", "calibration: none\n", "recipes.tuned.calibration: ", "'none' is not a set"),
     ("calibration: some\n", "calibration: null\n", "recipes.tuned.calibration: ", "None"),
     ("    calibration: some\n", "", "recipes.tuned.calibration: ", "is missing"),
     ("calibration: none", "calibration: some", "recipes.plain.calibration: ", "'some'"),
@@ -396,7 +382,7 @@ BAD = [
     ("  plain:", '  "w4\\n":', "recipes: ", "'w4\\n' is not allowed"),
     ("  plain:", "  4:", "recipes.4", "string"),
     ("  plain:", "  null:", "recipes.None", "string"),
-    *(("  plain:", f"  {n}:", "recipes: ", f"{n!r} is taken") for n in TAKEN),
+    *(("  plain:", f"  {n}:", "recipes: ", f"{n!r} is reserved") for n in TAKEN),
     # one line for several problems
     ("bits: 4\n    group_size: 128", "bits: 5\n    group_size: 1", "recipes.tuned.bits", "1 more"),
     # no valid YAML
@@ -447,29 +433,27 @@ def test_other_files_are_refused(
 def test_missing_file_is_one_line(tmp_path: Path) -> None:
     for path in (tmp_path / "params.yaml", tmp_path):
         with pytest.raises(UserError) as caught:
-            load_params(path)
+            load_params(Params, path)
         assert str(caught.value).startswith(f"{path}: cannot be read (")
 
 
-def test_reserved_names_cover_what_lies_beside_the_recipes_results() -> None:
-    """A recipe `x` writes metrics/x.json, metrics/plots/x/ and artifacts/embeddings/x.safetensors."""
+def test_the_name_of_the_original_is_reserved() -> None:
+    """A recipe `x` writes artifacts/embeddings/x.safetensors, beside that of the original."""
     dvc = parse_yaml(Path("dvc.yaml").read_text(encoding="utf-8"), path="dvc.yaml")["stages"]
-    stages = [stage.get("do", stage) for stage in dvc.values()]
     outs = [
         out if isinstance(out, str) else next(iter(out))
-        for stage in stages
+        for stage in dvc.values()
         for kind in ("outs", "metrics", "plots")
-        for out in stage.get(kind, [])
+        for out in stage.get("do", stage).get(kind, [])
     ]
-    fixed = [re.sub(r"\$\{key\}.*", "", out) for out in outs]
-    taken = {
-        Path(path).relative_to(folder).parts[0].removesuffix(".json").removesuffix(".safetensors")
-        for path in fixed
-        for folder in ("metrics", "artifacts/embeddings", "artifacts/checkpoints")
-        if path.startswith(f"{folder}/") and path != f"{folder}/"
-    }
-    assert taken >= {"model", "original"}
-    assert taken <= RESERVED_NAMES
+    templates = {out for out in outs if "${key}" in out}
+    fixed = {out for out in outs if "${key}" not in out}
+    for template in templates:
+        pattern = re.escape(template).replace(re.escape("${key}"), "([^/]+)")
+        taken = {match[1] for out in fixed if (match := re.fullmatch(pattern, out))}
+        assert taken <= RESERVED_NAMES
+        if template.startswith("artifacts/embeddings/"):
+            assert taken == {"original"}
 
 
 @pytest.mark.parametrize(("old", "new"), [("bits: 4", "bits: 4.0"), ("size: 128", "size: 128.0")])
@@ -512,6 +496,48 @@ def test_seeds_fit_the_generators(tmp_path: Path, old: str, key: str) -> None:
     assert refusal(tmp_path, edit(old, f"seed: {2**64}")).startswith(f"{key}.seed: ")
 
 
+# ---- Unknown keys -------------------------------------------------------------------------------
+
+
+MISSPELT = [
+    ("    group_size: 128", "    groupsize: 128", "recipes.tuned.groupsize", "group_size"),
+    ("    iters: 50", "    iter: 50", "recipes.tuned.iter", "iters"),
+    ("  max_bytes:", "  max_byte:", "gate.max_byte", "max_bytes"),
+    ("compute:", "computer:", "computer", "compute"),
+    ("   queries: 3", "   querys: 3", "calibration.sets.some.querys", "queries"),
+    ("    method: rtn", "    method: rtn\n    linear: all", "recipes.plain.linear", "linears"),
+]
+FOREIGN = [
+    ("    method: rtn", "    method: rtn\n    iters: 50", "recipes.plain.iters", "remove it"),
+    ("    bits: 3", "    bits: 3\n    format: gguf", "recipes.plain.format", "it belongs in release.plain.format"),
+    ("    bits: 3", "    bits: 3\n    fallback: tuned", "recipes.plain.fallback", "it belongs in fallbacks.plain"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "key", "advice"),
+    [*((a, b, key, f"did you mean {right}?") for a, b, key, right in MISSPELT), *FOREIGN],
+)
+def test_a_misspelt_key_is_named_before_what_is_missing_because_of_it(
+    tmp_path: Path, old: str, new: str, key: str, advice: str
+) -> None:
+    assert refusal(tmp_path, edit(old, new)).startswith(f"{key}: unknown key; {advice}")
+
+
+@pytest.mark.parametrize(("iters", "lr"), [(5, "null"), (9, "null"), (10, "null"), (50, "0.1")])
+def test_step_sizes_that_cannot_work_are_refused(tmp_path: Path, iters: int, lr: str) -> None:
+    text = edit("iters: 50", f"iters: {iters}").replace("lr: 0.005", f"lr: {lr}")
+    said = refusal(tmp_path, text)
+    assert said.startswith("recipes.tuned: step size 0.")
+    assert "set lr" in said
+
+
+@pytest.mark.parametrize(("iters", "lr"), [(0, "null"), (11, "null"), (5, "0.005")])
+def test_other_step_sizes_are_accepted(tmp_path: Path, iters: int, lr: str) -> None:
+    text = edit("iters: 50", f"iters: {iters}").replace("lr: 0.005", f"lr: {lr}")
+    assert load(tmp_path, text).recipes["tuned"]
+
+
 # ---- Formats and fallbacks ----------------------------------------------------------------------
 
 
@@ -519,30 +545,45 @@ def test_seeds_fit_the_generators(tmp_path: Path, old: str, key: str) -> None:
 def test_a_format_that_cannot_hold_the_model_is_refused_with_the_reason(
     tmp_path: Path, name: str
 ) -> None:
-    said = refusal(tmp_path, edit("    bits: 3\n", f"    bits: 3\n    format: {name}\n"))
-    assert said.startswith(f"recipes.plain.format: cannot be {name}: ")
+    said = refusal(tmp_path, GOOD + f"release: {{plain: {{format: {name}}}}}\n")
+    assert said.startswith(f"release.plain.format: cannot be {name}: ")
     assert "ColQwen3" in said
 
 
 @pytest.mark.parametrize(
-    ("keys", "reason"),
+    ("line", "reason"),
     [
-        ("format: llm_compressor", "takes 4 or 8 bits, not 3"),
-        ("format: auto_gptq\n    linears: all", "linears all cannot be written as auto_gptq"),
-        ("format: fp8", "'auto_round', 'auto_gptq' or 'llm_compressor'"),
-        ("fallback: tuned", "is tuned on"),
-        ("fallback: plain", "is no other recipe; known: tuned"),
-        ("fallback: other", "is no other recipe; known: tuned"),
+        ("release: {plain: {format: llm_compressor}}", "takes 4 or 8 bits, not 3"),
+        ("release: {plain: {format: fp8}}", "'auto_round', 'auto_gptq' or 'llm_compressor'"),
+        ("release: {plian: {format: auto_gptq}}", "no such recipe; did you mean plain?"),
+        ("release: {plain: {formt: auto_gptq}}", "unknown key; did you mean format?"),
+        ("release: {plain: {even_if_worse: 1}}", "release.plain.even_if_worse"),
+        ("fallbacks: {plain: tuned}", "is tuned on"),
+        ("fallbacks: {plain: plain}", "is not another recipe (known: tuned)"),
+        ("fallbacks: {plain: other}", "is not another recipe (known: tuned)"),
+        ("fallbacks: {plian: tuned}", "no such recipe; did you mean plain?"),
     ],
 )
 def test_impossible_formats_and_fallbacks_are_refused(
-    tmp_path: Path, keys: str, reason: str
+    tmp_path: Path, line: str, reason: str
 ) -> None:
-    assert reason in refusal(tmp_path, edit("    bits: 3\n", f"    bits: 3\n    {keys}\n"))
+    assert reason in refusal(tmp_path, GOOD + line + "\n")
+
+
+def test_a_format_of_one_list_of_blocks_cannot_hold_the_vision_tower(tmp_path: Path) -> None:
+    text = edit("    bits: 3\n", "    bits: 3\n    linears: all\n")
+    said = refusal(tmp_path, text + "release: {plain: {format: auto_gptq}}\n")
+    assert "auto_gptq cannot hold a recipe with linears: all" in said
 
 
 def test_formats_and_fallbacks_arrive(tmp_path: Path) -> None:
-    text = edit("    bits: 3\n", "    bits: 4\n    format: llm_compressor\n")
-    recipes = load(tmp_path, text.replace("    lr: 0.005\n", "    fallback: plain\n")).recipes
-    assert (recipes["plain"].format, recipes["plain"].fallback) == ("llm_compressor", None)
-    assert (recipes["tuned"].format, recipes["tuned"].fallback) == ("auto_round", "plain")
+    text = edit("    bits: 3\n", "    bits: 4\n")
+    params = load(
+        tmp_path,
+        text + "release: {plain: {format: llm_compressor}}\nfallbacks: {tuned: plain}\n",
+    )
+    assert (params.release["plain"].format, params.fallbacks) == (
+        "llm_compressor",
+        {"tuned": "plain"},
+    )
+    assert "tuned" not in params.release

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from colqwen3.checkpoint.inspection import inspect_folder
+from colqwen3.inspection import inspect_folder
 from colqwen3.system.errors import UserError
 from colqwen3.system.files import write_json
 from stages.pipeline.manifest import find_inspected_model, read_manifest

@@ -1,25 +1,23 @@
 """One run at a time: who has a lock is known, and nobody outlives the DVC that started it."""
 
-import fcntl
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from colqwen3.system.lock import Lock
 from stages.pipeline import stage as lock
 from tests.helpers.command import alive
 
 ROOT = Path.cwd()
 CLAIM = """
 import logging, time
-from stages import lock
+from stages.pipeline import stage as lock
 logging.basicConfig()
 lock.POLL = 0.05
 lock.claim("work")
@@ -68,34 +66,6 @@ def wait_for_end(stage: int) -> None:
         time.sleep(0.05)
     os.kill(stage, signal.SIGKILL)
     pytest.fail("the stage outlives its dvc")
-
-
-def test_a_lock_is_had_once_and_given_up(tmp_path: Path) -> None:
-    first, second = Lock(tmp_path / "new" / "a.lock"), Lock(tmp_path / "new" / "a.lock")
-    assert first.take()
-    assert not second.take()
-    assert second.holder() == str(os.getpid())
-    first.release()
-    assert second.take()
-    second.release(delete=True)
-    assert not list((tmp_path / "new").iterdir())
-    assert first.take()
-
-
-def test_a_deleted_lock_locks_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its holder deletes it between another's opening and locking it."""
-    first, second, third = (Lock(tmp_path / "a.lock") for _ in range(3))
-    assert first.take()
-    locked = fcntl.flock
-
-    def late(*args: Any) -> None:
-        monkeypatch.setattr(fcntl, "flock", locked)
-        first.release(delete=True)
-        locked(*args)
-
-    monkeypatch.setattr(fcntl, "flock", late)
-    assert second.take()
-    assert not third.take()
 
 
 def test_a_second_run_waits_and_says_for_whom(
@@ -157,3 +127,28 @@ def test_a_stage_run_by_hand_may_outlive_its_shell(
     time.sleep(0.5)  # ten looks at the parent
     assert alive(stage)
     os.kill(stage, signal.SIGKILL)
+
+
+def test_code_digest_follows_the_folders_of_the_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is half done survives exactly those edits that do not make DVC run the stage again."""
+    shutil.copytree(ROOT / "stages", tmp_path / "stages")
+    shutil.copytree(ROOT / "colqwen3", tmp_path / "colqwen3")
+    shutil.copyfile(ROOT / "dvc.yaml", tmp_path / "dvc.yaml")
+    monkeypatch.setattr(lock, "ROOT", tmp_path)
+
+    def changed(path: str) -> set[str]:
+        names = ("quantize", "embed", "benchmark")
+        before = {name: lock.code_digest.__wrapped__(name) for name in names}
+        file = tmp_path / path
+        file.write_text(file.read_text() + "\n# a comment\n")
+        return {name for name in names if lock.code_digest.__wrapped__(name) != before[name]}
+
+    assert changed("stages/tools/report.py") == set()
+    assert changed("stages/evaluation/retrieval.py") == set()
+    assert changed("stages/quantization/recipes.py") == {"quantize"}
+    assert changed("colqwen3/embedding/store.py") == {"embed"}
+    assert changed("colqwen3/serving/runtime.py") == {"benchmark"}
+    assert changed("colqwen3/model/scoring.py") == {"quantize", "embed", "benchmark"}
+    assert changed("stages/embed.py") == {"embed"}

@@ -7,27 +7,36 @@ import pytest
 import torch
 from PIL import Image
 
-from colqwen3.checkpoint.inspection import inspect_folder
+from colqwen3.checkpoint.headers import Checkpoint
 from colqwen3.checkpoint.layout import BLOCKS
+from colqwen3.inspection import inspect_folder
 from colqwen3.model.loading import load_model, load_processor
 from colqwen3.system.resume import Scratch
-from stages import quantize
-from stages.quantization import layers as blocks
+from stages.quantization import layers
 from stages.quantization.autoround import Sample
+from stages.quantization.checkpoint import make_checkpoint
 from stages.quantization.deepstack import fold_deepstack
+from stages.quantization.linears import Job
 from stages.quantization.recipes import AutoRoundRecipe
 
 GOLDEN = Path("tests/golden/model")
 CPU = torch.device("cpu")
 RECIPE = AutoRoundRecipe(
-    method="autoround", calibration="any", bits=4, group_size=128, sym=True, iters=1, seed=1
+    method="autoround",
+    calibration="any",
+    bits=4,
+    group_size=128,
+    sym=True,
+    iters=1,
+    lr=0.01,
+    seed=1,
 )
 
 
 def recipe(deepstack: bool) -> AutoRoundRecipe:
     return AutoRoundRecipe(
         method="autoround", calibration="some", deepstack=deepstack,
-        bits=4, group_size=128, sym=True, iters=1, seed=1,
+        bits=4, group_size=128, sym=True, iters=1, lr=0.01, seed=1,
     )  # fmt: skip
 
 
@@ -71,10 +80,10 @@ def tuned_on(
 ) -> dict[int, list[torch.Tensor]]:
     """Return the inputs that AutoRound gives each layer before the layer is changed."""
     seen: dict[int, list[torch.Tensor]] = {}
-    load_block = blocks.load_block
+    load_layer = layers.load_layer
 
-    def load_watched(source: Path, tensors: Any, front: Any, index: int, dtype: Any) -> Any:
-        block = load_block(source, tensors, front, index, dtype)
+    def load_watched(source: Checkpoint, front: Any, index: int, dtype: Any) -> Any:
+        block = load_layer(source, front, index, dtype)
 
         def record(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
             if len(seen.setdefault(index, [])) < len(used):
@@ -83,10 +92,10 @@ def tuned_on(
         block.register_forward_pre_hook(record, with_kwargs=True)
         return block
 
-    monkeypatch.setattr(blocks, "load_block", load_watched)
+    monkeypatch.setattr(layers, "load_layer", load_watched)
     linears = inspect_folder(GOLDEN)[0]["linears"]
     with Scratch(folder, "key") as scratch:
-        quantize.make_checkpoint(GOLDEN, linears, recipe, used, CPU, scratch)
+        make_checkpoint(Job(Checkpoint.read(GOLDEN), linears, recipe, used, CPU, scratch))
     return seen
 
 

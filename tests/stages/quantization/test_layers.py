@@ -8,11 +8,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from colqwen3.checkpoint.headers import read_used_headers
+from colqwen3.checkpoint.headers import Checkpoint
 from colqwen3.checkpoint.layout import BLOCKS
 from colqwen3.model.loading import load_model, load_processor
 from colqwen3.system.errors import UserError
-from stages.quantization.layers import load_block, load_front
+from stages.quantization.layers import load_front, load_layer
 from tests.golden.variants import Variant, write_variant
 
 GOLDEN = Path("tests/golden/model")
@@ -38,24 +38,24 @@ def test_front_and_layers_are_those_of_the_whole_model(tmp_path: Path, variant: 
         name: Variant = "legacy" if variant == "legacy" else "lm_head"
         write_variant(name, source)
     whole = load_model(GOLDEN, torch.float32, CPU)
-    front = load_front(source, torch.float32, CPU)
+    checkpoint = Checkpoint.read(source)
+    front = load_front(checkpoint, torch.float32, CPU)
     assert len(front.get_submodule(BLOCKS)) == 1
-    stored = read_used_headers(source)
     for index, layer in enumerate(whole.get_submodule(BLOCKS)):
         wanted = layer.state_dict()
-        found = load_block(source, stored, front, index, torch.float32).state_dict()
+        found = load_layer(checkpoint, front, index, torch.float32).state_dict()
         assert found.keys() == wanted.keys()
         assert all(torch.equal(found[key], wanted[key]) for key in wanted)
     assert torch.equal(first_input(front), first_input(whole))
 
 
 def test_layers_with_missing_or_broken_weights_are_refused(tmp_path: Path) -> None:
-    front = load_front(GOLDEN, torch.float32, CPU)
-    stored = read_used_headers(GOLDEN)
+    golden = Checkpoint.read(GOLDEN)
+    front, stored = load_front(golden, torch.float32, CPU), golden.tensors
     name = f"{BLOCKS}.1.mlp.up_proj.weight"
     without = {key: tensor for key, tensor in stored.items() if key != name}
     with pytest.raises(UserError, match=r"Missing key|Error\(s\) in loading"):
-        load_block(GOLDEN, without, front, 1, torch.float32)
+        load_layer(Checkpoint(GOLDEN, without), front, 1, torch.float32)
     tensors = load_file(GOLDEN / stored[name].file)
     tensors[name][2, 1] = float("nan")
     save_file(tensors, tmp_path / stored[name].file)
@@ -65,4 +65,4 @@ def test_layers_with_missing_or_broken_weights_are_refused(tmp_path: Path) -> No
         if path.name != stored[name].file:
             (tmp_path / path.name).symlink_to(path.resolve())
     with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj\.weight holds NaN"):
-        load_block(tmp_path, stored, front, 1, torch.float32)
+        load_layer(Checkpoint(tmp_path, stored), front, 1, torch.float32)

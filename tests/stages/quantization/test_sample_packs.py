@@ -7,11 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-from colqwen3.checkpoint.headers import read_used_headers
+from colqwen3.checkpoint.headers import Checkpoint
 from colqwen3.model.loading import load_processor
 from stages.quantization.autoround import _unflatten, capture_inputs
 from stages.quantization.deepstack import fold_deepstack, fold_into_layer
-from stages.quantization.layers import load_block, load_front
+from stages.quantization.layers import load_front, load_layer
 from stages.quantization.sample_packs import LENGTHS, attend_within_samples, pack_samples
 
 GOLDEN = Path("tests/golden/model")
@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def front() -> Any:
-    model = load_front(GOLDEN, torch.float32, CPU)
+    model = load_front(Checkpoint.read(GOLDEN), torch.float32, CPU)
     fold_deepstack(model)
     return model
 
@@ -35,7 +35,7 @@ def inputs(front: Any) -> list[dict[str, torch.Tensor]]:
 
 
 def layer(front: Any, index: int) -> Any:
-    block = load_block(GOLDEN, read_used_headers(GOLDEN), front, index, torch.float32)
+    block = load_layer(Checkpoint.read(GOLDEN), front, index, torch.float32)
     fold_into_layer(block, index)
     return block
 

@@ -5,20 +5,33 @@ from typing import Any
 
 import pytest
 from ruamel.yaml import YAML
-from stages.tools.ablation import Workspace, group_seeds, measure_recipe, own_params, table
 
 from colqwen3.system.errors import UserError
 from colqwen3.system.files import read_json, write_json
+from demo.studies.ablation import study
+from demo.studies.ablation.study import (
+    AblationParams,
+    Workspace,
+    group_seeds,
+    load_ablation,
+    measure_recipe,
+    own_params,
+    table,
+)
 from stages.checking.params import Params
 from stages.pipeline.params import load_params
-from stages.tools import ablation
 
 TUNED, PLAIN = "mixed-w4g128-seed1", "rtn-w4g128"
 
 
 @pytest.fixture
 def params() -> Params:
-    return load_params()
+    return load_params(Params)
+
+
+@pytest.fixture
+def ablation() -> AblationParams:
+    return load_ablation()
 
 
 def figures(page: float, query: float = 0.5, change: float = 0.0, size: int = 1000) -> Any:
@@ -64,31 +77,33 @@ def test_only_a_seed_at_the_end_of_a_name_groups() -> None:
     }  # fmt: skip
 
 
-def test_shipped_rows_differ_in_the_seed_alone(params: Params) -> None:
-    assert params.ablation
-    for members in group_seeds(list(params.ablation.recipes)).values():
+def test_shipped_rows_differ_in_the_seed_alone(ablation: AblationParams) -> None:
+    for members in group_seeds(list(ablation.recipes)).values():
         made = []
         for name in members:
-            recipe = params.ablation.recipes[name].model_dump(exclude={"seed", "calibration"})
-            used = params.ablation.sets.get(params.ablation.recipes[name].calibration)
+            recipe = ablation.recipes[name].model_dump(exclude={"seed", "calibration"})
+            used = ablation.sets.get(ablation.recipes[name].calibration)
             made.append((recipe, used and used.model_dump(exclude={"seed"})))
         assert all(one == made[0] for one in made)
 
 
 @pytest.mark.parametrize("recipe", [TUNED, PLAIN])
 def test_own_params_are_valid_and_know_one_recipe(
-    recipe: str, params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: str,
+    params: Params,
+    ablation: AblationParams,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert params.ablation
-    values = own_params(params, "evaluation2", recipe)
+    values = own_params(params, ablation, "evaluation2", recipe)
     path = tmp_path / "params.yaml"
     with path.open("w") as file:
         YAML(typ="safe", pure=True).dump(values, file)
     root = Path.cwd()
     monkeypatch.chdir(tmp_path)
-    own = load_params(path)
-    assert own.recipes == {recipe: params.ablation.recipes[recipe]}
-    used = {} if recipe == PLAIN else {"mixed-seed1": params.ablation.sets["mixed-seed1"]}
+    own = load_params(Params, path)
+    assert own.recipes == {recipe: ablation.recipes[recipe]}
+    used = {} if recipe == PLAIN else {"mixed-seed1": ablation.sets["mixed-seed1"]}
     assert own.calibration.sets == used
     assert own.evaluate.dataset == str(root / "demo/pages/evaluation2")
     assert own.calibration.dataset == str(root / "demo/pages/calibration")
@@ -96,53 +111,77 @@ def test_own_params_are_valid_and_know_one_recipe(
     assert own.embed == params.embed
 
 
-def test_a_hub_id_stays_one(params: Params) -> None:
+def test_a_hub_id_stays_one(params: Params, ablation: AblationParams) -> None:
     model = params.model.model_copy(update={"source": "owner/name"})
-    values = own_params(params.model_copy(update={"model": model}), "evaluation", TUNED)
+    values = own_params(params.model_copy(update={"model": model}), ablation, "evaluation", TUNED)
     assert values["model"]["source"] == "owner/name"
 
 
-def test_what_is_not_there_is_refused(params: Params) -> None:
-    with pytest.raises(UserError, match=r"ablation\.recipes\.w4 does not exist; known: rtn-"):
-        own_params(params, "evaluation", "w4")
-    with pytest.raises(UserError, match=r"ablation\.datasets\.x does not exist; known: eval"):
-        own_params(params, "x", TUNED)
-    with pytest.raises(UserError, match="has no section ablation"):
-        own_params(params.model_copy(update={"ablation": None}), "evaluation", TUNED)
+def test_what_is_not_there_is_refused(params: Params, ablation: AblationParams) -> None:
+    with pytest.raises(UserError, match=r"recipes\.w4: there is none.*known: rtn-"):
+        own_params(params, ablation, "evaluation", "w4")
+    with pytest.raises(UserError, match=r"datasets\.evaluaton: .* did you mean evaluation\?"):
+        own_params(params, ablation, "evaluaton", TUNED)
+
+
+@pytest.mark.parametrize(
+    ("section", "value", "message"),
+    [
+        ("datasets", {}, "at least 1 item"),
+        ("datasets", {"first": 3}, "datasets.first"),
+        ("datasets", {"quantize": "x"}, "'quantize' is reserved"),
+        ("sets", {"none": {"queries": 1, "pages": 0, "passages": 0}}, "'none' is reserved"),
+        ("sets", {}, "is not a set of sets (known: none yet)"),
+        ("gate", {}, "gate: unknown key"),
+    ],
+)
+def test_wrong_params_are_refused(
+    section: str, value: Any, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    yaml = YAML(typ="safe", pure=True)
+    values = yaml.load(study.ABLATION / "params.yaml")
+    values[section] = value
+    with (tmp_path / "params.yaml").open("w") as file:
+        yaml.dump(values, file)
+    monkeypatch.setattr(study, "ABLATION", tmp_path)
+    with pytest.raises(UserError) as caught:
+        load_ablation()
+    assert message in str(caught.value)
 
 
 @pytest.fixture
-def elsewhere(params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty repository root that has been inspected, once params.yaml has been read."""
+def elsewhere(
+    params: Params, ablation: AblationParams, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """An empty repository root, once both files of parameters have been read."""
     monkeypatch.chdir(tmp_path)
-    write_json(Path("artifacts/manifest.json"), {"files": {}})
-    write_json(Path("metrics/model.json"), {"files_bytes": 1})
+    monkeypatch.setattr(study, "inspect_folder", lambda _: ({"files": {}}, {"files_bytes": 1}))
+    monkeypatch.setattr(study, "find_model", lambda *_: tmp_path)
     return tmp_path
 
 
 def test_a_recipe_runs_through_the_stages_and_leaves_its_metrics_only(
-    elsewhere: Path, params: Params, monkeypatch: pytest.MonkeyPatch
+    elsewhere: Path, params: Params, ablation: AblationParams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for dataset in ("evaluation", "evaluation2"):
-        path = Path(f"artifacts/ablation/original/{dataset}.safetensors")
+        path = study.ORIGINALS / f"{dataset}.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(dataset)
     calls = []
 
     def stage(space: Workspace, name: str, *args: str) -> None:
-        dataset = Path(load_params(space.folder / "params.yaml").evaluate.dataset).name
+        dataset = Path(load_params(Params, space.folder / "params.yaml").evaluate.dataset).name
         calls.append((name, *args, dataset))
         assert read_json(space.folder / "metrics/model.json", "") == {"files_bytes": 1}
-        if name == "quantize":
-            write_json(space.folder / f"metrics/quantize/{TUNED}.json", {"made": TUNED})
         if name == "evaluate":
             original = space.folder / "artifacts/embeddings/original.safetensors"
             assert original.read_text() == dataset
-            write_json(space.folder / f"metrics/{TUNED}.json", {"on": dataset})
+            write_json(space.folder / f"metrics/quality/{TUNED}.json", {"on": dataset})
+            write_json(space.folder / f"metrics/quantize/{TUNED}.json", {"made": TUNED})
 
     monkeypatch.setattr(Workspace, "run", stage)
     before = {path for path in elsewhere.rglob("*") if path.is_file()}
-    measure_recipe(params, TUNED)
+    measure_recipe(params, ablation, TUNED)
     assert calls == [
         ("calibrate", "evaluation"),
         ("quantize", TUNED, "evaluation"),
@@ -151,7 +190,7 @@ def test_a_recipe_runs_through_the_stages_and_leaves_its_metrics_only(
         ("embed", TUNED, "evaluation2"),
         ("evaluate", TUNED, "evaluation2"),
     ]
-    made = elsewhere / f"ablation/metrics/{TUNED}.json"
+    made = elsewhere / study.METRICS / f"{TUNED}.json"
     assert read_json(made, "") == {
         "quantize": {"made": TUNED},
         "evaluation": {"on": "evaluation"},
@@ -160,23 +199,23 @@ def test_a_recipe_runs_through_the_stages_and_leaves_its_metrics_only(
     assert {path for path in elsewhere.rglob("*") if path.is_file()} == before | {made}
 
 
-def test_a_failing_stage_is_named(elsewhere: Path) -> None:
-    space = Workspace(elsewhere / "work")
+def test_a_failing_stage_is_named(elsewhere: Path, params: Params) -> None:
+    space = Workspace(elsewhere / "work", params)
     with pytest.raises(UserError, match="work: stage no_such_stage failed"):
         space.run("no_such_stage")
 
 
 def test_tables_need_results(
-    elsewhere: Path, params: Params, capsys: pytest.CaptureFixture[str]
+    elsewhere: Path, ablation: AblationParams, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(UserError, match=r"ablation/metrics: holds no results"):
-        ablation.print_tables(params)
-    path = elsewhere / f"ablation/metrics/{TUNED}.json"
+        study.print_tables(ablation)
+    path = elsewhere / study.METRICS / f"{TUNED}.json"
     write_json(path, {"evaluation": figures(0.5), "evaluation2": figures(0.25)})
-    ablation.print_tables(params)
+    study.print_tables(ablation)
     printed = capsys.readouterr().out
     assert printed.index("demo/pages/evaluation: 4 pages, 9 queries") < printed.index("0.50000")
     assert "0.75000" in printed.split("demo/pages/evaluation2:")[1]
     write_json(path, {"evaluation": {"data": {}}})
     with pytest.raises(UserError, match="lacks a figure"):
-        ablation.print_tables(params)
+        study.print_tables(ablation)

@@ -1,4 +1,4 @@
-"""The inspect stage against numbers counted from the weights, and the models that it refuses."""
+"""Inspection against numbers counted from the weights, and the models that it refuses."""
 
 import copy
 import json
@@ -6,7 +6,6 @@ import math
 import os
 import shutil
 import struct
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,11 +15,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from colqwen3.checkpoint.inspection import inspect_folder
+from colqwen3.inspection import inspect_folder
 from colqwen3.model import ColQwen3, ColQwen3Config
-from colqwen3.system.errors import UserError
-from stages import inspect_model
 from tests.golden.variants import Variant, write_variant
+from tests.helpers.cli import run_command
+from tests.helpers.refusal import refusal as refusal_of
 
 GOLDEN = Path("tests/golden/model")
 INDEX = "model.safetensors.index.json"
@@ -34,10 +33,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def refusal(folder: Path) -> str:
-    with pytest.raises(UserError) as caught:
-        inspect_folder(folder)
-    said = str(caught.value)
-    assert len(said.splitlines()) == 1
+    said = refusal_of(inspect_folder, folder)
     assert said.startswith(str(folder))
     return said.removeprefix(str(folder)).removeprefix(os.sep)
 
@@ -253,6 +249,7 @@ def truncate(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
 
+DEPTH = json.loads((GOLDEN / "config.json").read_text())["vision_config"]["depth"]
 NORM = "vlm.model.language_model.norm.weight"
 BIAS = "embedding_proj_layer.bias"
 DOWN = "vlm.model.language_model.layers.2.mlp.down_proj.weight"
@@ -284,6 +281,22 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "layers a float": (edit_config(text_config__num_hidden_layers=4.0), "config.json: ", "wrong size"),
     "no deepstack": (
         edit_config(vision_config__deepstack_visual_indexes=None), "config.json: ", "wrong size",
+    ),
+    "deepstack beyond the depth": (
+        edit_config(vision_config__deepstack_visual_indexes=[0, DEPTH]),
+        "config.json: ", f"deepstack_visual_indexes names layers beyond the {DEPTH} of depth",
+    ),
+    "deepstack before the first": (
+        edit_config(vision_config__deepstack_visual_indexes=[-1, 1]),
+        "config.json: ", "deepstack_visual_indexes names layers beyond",
+    ),
+    "deepstack a float": (
+        edit_config(vision_config__deepstack_visual_indexes=[0, 1.0]),
+        "config.json: ", "deepstack_visual_indexes names layers beyond",
+    ),
+    "deepstack a truth": (
+        edit_config(vision_config__deepstack_visual_indexes=[0, True]),
+        "config.json: ", "deepstack_visual_indexes names layers beyond",
     ),
     "no heads": (
         edit_config(text_config__num_attention_heads=0, text_config__head_dim=None),
@@ -362,111 +375,6 @@ def test_what_the_native_class_saves_is_supported(tmp_path: Path) -> None:
     assert metrics["total"]["parameters"] == sum(map(math.prod, shapes_of(config).values()))
 
 
-# ---- The command --------------------------------------------------------------------------------
-
-
-def command(
-    *args: str | Path,
-    code: str | None = None,
-    env: dict[str, str] | None = None,
-    cwd: Path | None = None,
-) -> subprocess.CompletedProcess[str]:
-    start = ["-c", code] if code else ["-m", "stages.inspect_model"]
-    return subprocess.run(
-        [sys.executable, *start, *map(str, args)],
-        capture_output=True, text=True, check=False, cwd=cwd, env={**os.environ, **(env or {})},
-    )  # fmt: skip
-
-
-def test_command_prints_the_json_of_the_stage_without_torch() -> None:
-    code = (
-        "import runpy, sys\n"
-        "runpy.run_module('stages.inspect_model', run_name='__main__', alter_sys=True)\n"
-        "heavy = {'torch', 'numpy', 'safetensors', 'transformers', 'auto_round', 'huggingface_hub'}\n"
-        "print(sorted(heavy & sys.modules.keys()), file=sys.stderr)\n"
-    )
-    done = command("--model", GOLDEN, code=code)
-    assert done.returncode == 0
-    assert done.stderr == "[]\n"
-    manifest, metrics = inspect_folder(GOLDEN)
-    assert json.loads(done.stdout) == {"manifest": manifest, "metrics": metrics}
-
-
-def test_command_ends_with_status_0_and_writes_nothing(tmp_path: Path) -> None:
-    done = command("--model", GOLDEN.resolve(), cwd=tmp_path, env={"PYTHONPATH": str(Path.cwd())})
-    assert (done.returncode, done.stderr) == (0, "")
-    assert json.loads(done.stdout)["metrics"] == inspect_folder(GOLDEN)[1]
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    ("model", "part"),
-    [
-        ("no/such/folder", "no/such/folder: no such folder"),
-        ("owner/name", "the Hub cannot give it"),
-        ("tests", "config.json: cannot be read"),
-        ("{damaged}", "its header says"),
-    ],
-)
-def test_bad_folder_is_one_line_and_status_1(
-    folder: Path, tmp_path: Path, model: str, part: str
-) -> None:
-    if model == "{damaged}":
-        truncate(folder)
-        model = str(folder)
-    done = command("--model", model, env={"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")})
-    assert done.returncode == 1
-    assert done.stdout == ""
-    assert len(done.stderr.splitlines()) == 1
-    assert done.stderr.startswith("error: ")
-    assert part in done.stderr
-
-
-@pytest.fixture
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return a working folder with params.yaml and a model as `dvc repro` would find them."""
-    shutil.copytree(GOLDEN, tmp_path / "demo" / "model")
-    shutil.copyfile("params.yaml", tmp_path / "params.yaml")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["inspect_model"])
-    text = Path("params.yaml").read_text()
-    assert text.count("  source: demo/model\n") == 1
-    return tmp_path
-
-
-def test_stage_writes_manifest_and_metrics_without_paths(project: Path) -> None:
-    inspect_model.main()
-    manifest, metrics = inspect_folder(project / "demo" / "model")
-    files = [project / "artifacts" / "manifest.json", project / "metrics" / "model.json"]
-    manifest["trust_remote_code"] = False  # for whoever asks whether code of the folder ran
-    assert [json.loads(path.read_text()) for path in files] == [manifest, metrics]
-    before = [path.read_bytes() for path in files]
-    assert not any(str(project).encode() in text for text in before)
-    inspect_model.main()
-    assert [path.read_bytes() for path in files] == before
-
-
-def test_stage_leaves_earlier_results_alone_when_it_fails(project: Path) -> None:
-    inspect_model.main()
-    files = [project / "artifacts" / "manifest.json", project / "metrics" / "model.json"]
-    before = [path.read_bytes() for path in files]
-    truncate(project / "demo" / "model")
-    with pytest.raises(UserError):
-        inspect_model.main()
-    assert [path.read_bytes() for path in files] == before
-    assert sorted(path.name for path in project.iterdir()) == [
-        "artifacts", "demo", "metrics", "params.yaml",
-    ]  # fmt: skip
-
-
-def test_hub_id_must_be_pinned(project: Path) -> None:
-    text = (project / "params.yaml").read_text()
-    (project / "params.yaml").write_text(text.replace("source: demo/model", "source: owner/name"))
-    with pytest.raises(UserError, match=r"no folder owner/name; mend it, or .* model\.revision"):
-        inspect_model.main()
-    assert not (project / "artifacts").exists()
-
-
 def test_size_beyond_all_floats_is_refused(folder: Path) -> None:
     edit_config(vision_config__spatial_merge_size=1e300)(folder)
     assert refusal(folder)
@@ -495,8 +403,8 @@ def test_linears_that_auto_round_leaves_alone_are_refused(tmp_path: Path) -> Non
 HUGE = """
 import resource, sys
 from pathlib import Path
-from stages.errors import UserError
-from stages.inspect_model import inspect_folder
+from colqwen3.inspection import inspect_folder
+from colqwen3.system.errors import UserError
 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20),) * 2)
 try:
@@ -510,6 +418,6 @@ except UserError as error:
 @pytest.mark.parametrize("key", ["text_config__num_hidden_layers", "vision_config__depth"])
 def test_huge_declared_sizes_are_refused(folder: Path, key: str) -> None:
     edit_config(**{key: 10**9})(folder)
-    done = command(folder, code=HUGE)
+    done = run_command(folder, code=HUGE)
     assert done.returncode == 0
     assert done.stdout.startswith(str(folder))

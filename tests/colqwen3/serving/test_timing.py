@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from stages import benchmark
+from colqwen3.serving import timing
 
 CPU = torch.device("cpu")
 
@@ -21,24 +21,24 @@ def test_median_leaves_the_warmup_out_and_takes_turns(monkeypatch: pytest.Monkey
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
     calls: list[str] = []
     works = [lambda: calls.append("first"), lambda: calls.append("second")]
-    assert benchmark.median_ms(works, CPU, warmup=2, repeats=3) == [2000, 5000]
+    assert timing.median_ms(works, CPU, warmup=2, repeats=3) == [2000, 5000]
     assert calls == ["first", "second"] * 5
 
 
 def test_rows_keep_the_augmentation_tokens() -> None:
     ids = [torch.arange(13), torch.arange(100, 130)]
-    rows = benchmark.query_rows(ids, tokens=16, count=3)
+    rows = timing.query_rows(ids, tokens=16, count=3)
     suffixes = [list(range(3, 13)), list(range(120, 130)), list(range(3, 13))]
     texts = [[0, 1, 2, 0, 1, 2], [100, 101, 102, 103, 104, 105], [0, 1, 2, 0, 1, 2]]
     assert [row.tolist() for row in rows] == [a + b for a, b in zip(texts, suffixes, strict=True)]
 
 
 def test_best_takes_each_models_own_fastest_mode() -> None:
-    found = benchmark.compare_times({"eager": [40.0, 80.0], "graphs": [8.0, 4.0]}, items=2)
+    found = timing.compare_times({"eager": [40.0, 80.0], "graphs": [8.0, 4.0]}, items=2)
     eager = {"original_ms": 40, "quantized_ms": 80, "speedup": 0.5, "speedup_to_best": 0.1}
     assert found["eager"] == eager
     assert found["graphs"]["speedup"] == 2
-    found = benchmark.compare_times({"eager": [6.0, 8.0], "graphs": [8.0, 4.0]}, items=2)
+    found = timing.compare_times({"eager": [6.0, 8.0], "graphs": [8.0, 4.0]}, items=2)
     assert found["best"] == {
         "original_ms": 6, "quantized_ms": 4, "speedup": 1.5,
         "original_per_second": 333.33, "quantized_per_second": 500,

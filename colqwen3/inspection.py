@@ -57,12 +57,13 @@ def inspect_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Read config.json and refuse what is not an unquantized ColQwen3.
+    """Read config.json and reject a model that cannot be quantized.
 
     Raises
     ------
     UserError
-        If the config is missing, damaged, of another model, or already quantized.
+        If the config is missing, damaged, of another model, or already quantized, or the tokenizer
+        needs code of its own.
     """
     path = folder / "config.json"
     config = read_json(path, "give a complete model folder")
@@ -82,7 +83,34 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise UserError(
             f"{path}: the model is already quantized; give the 16-bit original as model.source"
         )
+    check_tokenizer(folder, config)
     return config
+
+
+def check_tokenizer(folder: Path, config: dict[str, Any]) -> None:
+    """Reject a tokenizer that needs Python files of the model folder.
+
+    No code travels with a quantized folder, so that another class would tokenize there: token
+    counts and embeddings would differ from those of the original without a word.
+
+    Raises
+    ------
+    UserError
+        If ``auto_map`` of tokenizer_config.json or config.json names a tokenizer class.
+    """
+    path = folder / "tokenizer_config.json"
+    tokenizer_config = read_json(path, "fetch it again") if path.exists() else {}
+    for file, content in ((path, tokenizer_config), (folder / "config.json", config)):
+        auto_map = content.get("auto_map") if isinstance(content, dict) else None
+        # a list is the older form of tokenizer_config.json, for the tokenizer alone
+        if isinstance(auto_map, list) or (
+            isinstance(auto_map, dict) and "AutoTokenizer" in auto_map
+        ):
+            raise UserError(
+                f"{file}: auto_map names code of the model's own for its tokenizer, which a quantized "
+                "folder would lack, and then tokenize otherwise; give the model a tokenizer that "
+                "needs no code, and remove AutoTokenizer from auto_map"
+            )
 
 
 def check_layout(

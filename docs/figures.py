@@ -1,0 +1,715 @@
+"""Write the figures of README.md and docs/ from committed files: ``python docs/figures.py``.
+
+A figure stands between two comments, in the middle of a line or as a block of its own::
+
+    nDCG@5 <!-- figure ndcg-original -->0.9104<!-- end -->
+
+Its name is that of a function or a value below, which says which file and which key it comes from.
+Without an option the files are rewritten; ``--check`` changes nothing and fails, naming each figure
+that differs. Sources are ``metrics/reference/`` (the authors' results; no run writes there),
+``metrics/size/``, ``metrics/demo_training.json`` and the ablation's metrics.
+"""
+
+import argparse
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+MARK = re.compile(r"(?<!`)<!-- figure (?P<name>\S+) -->(?P<text>.*?)<!-- end -->", re.DOTALL)
+RECIPES = ("w4g128", "rtn-w4g128")
+ABLATION = ROOT / "demo/studies/ablation"
+DEFAULT, ROUNDING = RECIPES
+
+FIGURES: dict[str, Callable[[], str]] = {}
+"""Name of a figure -> what writes it."""
+
+
+def figure(function: Callable[[], str]) -> Callable[[], str]:
+    """Register a figure under the function's name, with dashes for underscores."""
+    FIGURES[function.__name__.replace("_", "-")] = function
+    return function
+
+
+@cache
+def read(path: str) -> Any:
+    """Return a committed JSON file."""
+    return json.loads((ROOT / path).read_text(encoding="utf-8"))
+
+
+def quality(recipe: str) -> Any:
+    """Return metrics/reference/quality/<recipe>.json."""
+    return read(f"metrics/reference/quality/{recipe}.json")
+
+
+def summary(recipe: str) -> Any:
+    """Return metrics/reference/summary/<recipe>.json."""
+    return read(f"metrics/reference/summary/{recipe}.json")
+
+
+def gpu(step: str) -> Any:
+    """Return a step of metrics/size/cuda.json."""
+    return read("metrics/size/cuda.json")["steps"][step]
+
+
+def cpu(step: str) -> Any:
+    """Return a step of metrics/size/cpu.json."""
+    return read("metrics/size/cpu.json")["steps"][step]
+
+
+def ablation(recipe: str) -> Any:
+    """Return the metrics of a recipe of the ablation on the first evaluation set."""
+    return read(f"demo/studies/ablation/metrics/{recipe}.json")["evaluation"]
+
+
+def table(*rows: tuple[str, ...]) -> str:
+    """Return a Markdown table; the first row is its head."""
+    lines = [rows[0], ("---",) * len(rows[0]), *rows[1:]]
+    return "\n".join(f"| {' | '.join(row)} |" for row in lines)
+
+
+def loss(metrics: Mapping[str, Any], kind: str) -> float:
+    """Return 1 - mean cosine of the tokens of ``pages`` or ``queries``."""
+    return 1 - float(metrics[kind]["cosine"]["mean"])
+
+
+def with_interval(values: Mapping[str, float]) -> str:
+    """Return a difference with its 95 % interval."""
+    return f"{values['difference']:+.4f} [{values['low']:+.4f}, {values['high']:+.4f}]"
+
+
+def gb(count: float, digits: int = 1) -> str:
+    """Return bytes as GB (10^9)."""
+    return f"{count / 1e9:.{digits}f} GB"
+
+
+def times(ratio: float) -> str:
+    """Return a ratio."""
+    return f"{ratio:.2f}\N{MULTIPLICATION SIGN}"
+
+
+# ---- the demo: quality ---------------------------------------------------------------------------
+@figure
+def verdicts() -> str:
+    """Return the small table of the README."""
+    rows = [("recipe", "verdict", "page loss", "query loss", "nDCG@5", "first page unchanged")]
+    for recipe in RECIPES:
+        metrics = quality(recipe)
+        ndcg = metrics["retrieval"]["ndcg_at_5"]
+        rows.append(
+            (
+                f"`{recipe}`", f"**{summary(recipe)['verdict']}**",
+                f"{loss(metrics, 'pages'):.5f}", f"{loss(metrics, 'queries'):.5f}",
+                f"{ndcg['original']:.4f} → {ndcg['quantized']:.4f}",
+                f"{100 * metrics['retrieval']['top1_agreement']:.1f} %",
+            )
+        )  # fmt: skip
+    return table(*rows)
+
+
+@figure
+def demo_quality() -> str:
+    """Return the whole table of docs/results.md."""
+    both = [quality(recipe) for recipe in RECIPES]
+
+    def row(name: str, original: str, cell: Callable[[Any], str]) -> tuple[str, ...]:
+        return (name, original, *(cell(metrics) for metrics in both))
+
+    def ndcg(index: str) -> Callable[[Any], str]:
+        def cell(metrics: Any) -> str:
+            values = metrics[index]["ndcg_at_5"]
+            return f"{values['quantized']:.4f}; {with_interval(values)}"
+
+        return cell
+
+    first = both[0]
+    original = first["retrieval"]
+    size = first["size"]
+    return table(
+        ("", "original", *(f"`{recipe}`" for recipe in RECIPES)),
+        ("verdict", "", *(summary(recipe)["verdict"] for recipe in RECIPES)),
+        row("page loss", "0", lambda m: f"{loss(m, 'pages'):.5f}"),
+        row("page loss of the worst 1 % of tokens, at least", "",
+            lambda m: f"{1 - m['pages']['cosine']['p01']:.4f}"),
+        row("query loss", "0", lambda m: f"{loss(m, 'queries'):.5f}"),
+        row("nDCG@5; difference [95 %]", f"{original['ndcg_at_5']['original']:.4f}",
+            ndcg("retrieval")),
+        row("the same, quantized queries on the original's index",
+            f"{original['ndcg_at_5']['original']:.4f}", ndcg("mixed_index")),
+        row("recall@1", f"{original['recall_at_1']['original']:.4f}",
+            lambda m: f"{m['retrieval']['recall_at_1']['quantized']:.4f}"),
+        row("queries whose first page is unchanged", "",
+            lambda m: f"{100 * m['retrieval']['top1_agreement']:.1f} %"),
+        row("five best pages that stayed", "",
+            lambda m: f"{100 * m['retrieval']['top5_overlap']:.1f} %"),
+        row("bytes of the language model's layers", f"{size['language_model']['original']:,}",
+            lambda m: f"{m['size']['language_model']['quantized']:,}"
+                      f" ({m['size']['language_model']['reduction_percent']:.1f} % less)"),
+        row("bytes of the checkpoint", f"{size['files']['original']:,}",
+            lambda m: f"{m['size']['files']['quantized']:,}"
+                      f" ({m['size']['files']['reduction_percent']:.1f} % less)"),
+    )  # fmt: skip
+
+
+@figure
+def metrics_show() -> str:
+    """Return what `dvc metrics show` prints of the reference results."""
+    rows = [summary(recipe) for recipe in RECIPES]
+    names = list(rows[0])
+    cells = [["Path", *names]]
+    for recipe, row in zip(RECIPES, rows, strict=True):
+        cells.append([f"metrics/summary/{recipe}.json", *(str(row[name]) for name in names)])
+    widths = [max(len(line[place]) for line in cells) for place in range(len(cells[0]))]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in cells
+    ]
+    return "```\n" + "\n".join(lines) + "\n```"
+
+
+@figure
+def metrics_diff() -> str:
+    """Return `dvc metrics diff` of rounding with groups of 32 instead of 128, from the ablation."""
+    pair = [ablation(recipe) for recipe in ("rtn-w4g128", "rtn-w4g32")]
+    figures: dict[str, Callable[[Any], float]] = {
+        "cos_page": lambda m: m["pages"]["cosine"]["mean"],
+        "cos_query": lambda m: m["queries"]["cosine"]["mean"],
+        "mb": lambda m: m["size"]["files"]["quantized"] / 1e6,
+        "ndcg5": lambda m: m["retrieval"]["ndcg_at_5"]["quantized"],
+        "recall1": lambda m: m["retrieval"]["recall_at_1"]["quantized"],
+        "top1_same": lambda m: m["retrieval"]["top1_agreement"],
+    }
+    lines = [f"{'Metric':<11}{'HEAD':<10}{'workspace':<11}Change"]
+    for name, value in figures.items():
+        before, after = (round(value(metrics), 5) for metrics in pair)
+        lines.append(f"{name:<11}{before:<10}{after:<11}{after - before:.5f}")
+    return "```\n" + "\n".join(lines) + "\n```"
+
+
+@figure
+def demo_pages() -> str:
+    """Return how well the demo model itself searches."""
+    after = read("metrics/demo_training.json")["measured_after_training"]
+    names = {
+        "evaluation": "`demo/pages/evaluation`",
+        "evaluation2": "`demo/pages/evaluation2`, pages that look alike",
+    }
+    rows = [("pages", "nDCG@5", "chance")]
+    for key, name in names.items():
+        values = after["demo_pages"][key]
+        described = f"{name}: {values['pages']} pages, {values['queries']} queries"
+        rows.append((described, f"{values['ndcg_at_5']:.2f}", f"{values['chance_ndcg_at_5']:.2f}"))
+    for values in after["real_manual_pages"]:
+        described = (
+            f"real manual `{values['document']}`: {values['pages']} pages, titles as queries"
+        )
+        rows.append((described, f"{values['ndcg_at_5']:.2f}", f"{values['chance_ndcg_at_5']:.2f}"))
+    return table(*rows)
+
+
+@figure
+def demo_card() -> str:
+    """Return the figures of the demo model's own card."""
+    training = read("metrics/demo_training.json")
+    held_out, after = training["held_out"][-1], training["measured_after_training"]
+    sets = [
+        ("held-out small pages (256 x 128)", held_out["small_pages"]),
+        ("held-out large pages (448 x 576)", held_out["large_pages"]),
+        ("`demo/pages/evaluation`", after["demo_pages"]["evaluation"]),
+        ("`demo/pages/evaluation2`, which look alike in fours", after["demo_pages"]["evaluation2"]),
+        ("`demo/pages/calibration`", after["demo_pages"]["calibration"]),
+    ]
+    described = [
+        (f"{values['pages']} pages, {values['queries']} queries: {name}", values)
+        for name, values in sets
+    ]
+    described += [
+        (f"{values['pages']} pages, a title each: manual {values['document']}", values)
+        for values in after["real_manual_pages"]
+    ]
+    keys = ("ndcg_at_5", "recall_at_1", "chance_ndcg_at_5")
+    rows = [(name, *(f"{values[key]:.3f}" for key in keys)) for name, values in described]
+    return table(("pages", "nDCG@5", "recall@1", "chance nDCG@5"), *rows)
+
+
+# ---- the ablation --------------------------------------------------------------------------------
+def ablation_tables() -> dict[str, str]:
+    """Return the ablation's own tables, by dataset."""
+    from demo.studies.ablation.study import METRICS, load_ablation
+    from demo.studies.ablation.study import table as ablation_table
+
+    metrics = {
+        path.stem: json.loads(path.read_text())
+        for recipe in load_ablation().recipes
+        if (path := ROOT / METRICS / f"{recipe}.json").exists()
+    }
+    return {
+        dataset: ablation_table({name: values[dataset] for name, values in metrics.items()})
+        for dataset in ("evaluation", "evaluation2")
+    }
+
+
+@figure
+def ablation_evaluation() -> str:
+    """Return the ablation on the first evaluation set."""
+    return ablation_tables()["evaluation"]
+
+
+@figure
+def ablation_evaluation2() -> str:
+    """Return the ablation on the second evaluation set."""
+    return ablation_tables()["evaluation2"]
+
+
+def _seeds(group: str, kind: str) -> float:
+    """Return the mean loss of the recipes of one row of the ablation."""
+    paths = sorted((ABLATION / "metrics").glob(f"{group}-seed*.json"))
+    losses = [loss(json.loads(path.read_text())["evaluation"], kind) for path in paths]
+    return sum(losses) / len(losses)
+
+
+@figure
+def pages_against_rounding() -> str:
+    """Return the page loss of 16 pages + 16 queries over that of rounding, 4 bits."""
+    return f"{_seeds('mixed-w4g128', 'pages') / loss(ablation('rtn-w4g128'), 'pages'):.2f}"
+
+
+@figure
+def pages_against_text() -> str:
+    """Return the page loss of 16 pages + 16 queries over that of text, 4 bits."""
+    return f"{_seeds('mixed-w4g128', 'pages') / _seeds('text-w4g128', 'pages'):.2f}"
+
+
+@figure
+def default_against_rounding() -> str:
+    """Return the page loss of the default set and iterations over that of rounding, 4 bits."""
+    return f"{_seeds('more-200-w4g128', 'pages') / loss(ablation('rtn-w4g128'), 'pages'):.2f}"
+
+
+@figure
+def default_against_text_3_bits() -> str:
+    """Return the same over that of text with as many iterations, 3 bits."""
+    return f"{_seeds('more-200-w3g128', 'pages') / _seeds('text-200-w3g128', 'pages'):.2f}"
+
+
+# ---- true size, random weights -------------------------------------------------------------------
+@figure
+def size_4b() -> str:
+    """Return the bytes of the 4B checkpoint, original and 4-bit."""
+    floor = gpu("floor")
+    return f"{gb(floor['read_bytes'], 2)} → {gb(floor['written_bytes'], 2)}"
+
+
+@figure
+def parameters_4b() -> str:
+    """Return the number of parameters of the 4B model."""
+    return f"{cpu('inspect')['parameters']:,}"
+
+
+@figure
+def true_size() -> str:
+    """Return time and memory at true size."""
+    peak = gpu("rates")["bf16_flops"]
+    per_page = _floor_seconds_per_page()
+
+    def tuning(step: str) -> tuple[str, ...]:
+        run = gpu(step)
+        return (
+            "one H100", f"{run['seconds']:.0f} s",
+            f"GPU {gb(run['gpu_peak_bytes'])} ({gb(run['gpu_peak_reserved_bytes'])} reserved), RAM "
+            f"{gb(run['peak_own_bytes'])} own, {gb(run['peak_resident_bytes'])} with mapped pages",
+        )  # fmt: skip
+
+    def embedding(step: str) -> tuple[str, ...]:
+        budgets = gpu(step)["budgets"]
+        rates = ", ".join(f"{budget['pages_per_second']:.1f}" for budget in budgets)
+        tokens = ", ".join(f"{budget['visual_tokens_per_batch']:,}" for budget in budgets)
+        memory = ", ".join(f"{budget['gpu_peak_bytes'] / 1e9:.1f}" for budget in budgets)
+        return (
+            "one H100", f"{rates} pages/s at budgets of {tokens} visual tokens", f"GPU {memory} GB"
+        )  # fmt: skip
+
+    set_ = gpu("tune-200")["calibration"]
+    samples = f"{set_['pages']} pages of 1,271 tokens + {set_['queries']} queries"
+    low, layer = gpu("tune-20-low"), cpu("tune-block")
+    inspected, rtn, library = cpu("inspect"), cpu("rtn"), cpu("rtn-library")
+    bare, dense = cpu("floor"), cpu("embed-w4")
+    return table(
+        ("what", "machine", "time", "peak memory"),
+        (f"AutoRound, 200 iterations, {samples}, 8 samples a step", *tuning("tune-200")),
+        ("the same, 50 iterations", *tuning("tune-50")),
+        ("the same, 0 iterations (AutoRound's data-aware rounding)", *tuning("tune-0")),
+        (f"one sample at a time (`batch_size: 1`), {low['iters']} iterations, a model of "
+         f"{low['layers']} such layers", *tuning("tune-20-low")),
+        (f"floor: the operations of 200 iterations at {peak / 1e12:.0f} bf16 TFLOP/s", "one H100",
+         f"{gpu('tune-200')['operations'] / peak:.0f} s", ""),
+        ("embedding pages of 1,271 tokens, original, capped at 12 GB of GPU memory",
+         *embedding("embed-12gb")),
+        ("the same, 4-bit checkpoint, dequantized", *embedding("embed-w4")),
+        ("floor: a page's operations at that rate", "one H100", f"{1 / per_page:.0f} pages/s", ""),
+        (f"`inspect`: headers only, {inspected['linears']} linears", "2 CPU cores",
+         f"{inspected['seconds']:.1f} s, start of Python included",
+         f"{inspected['peak_resident_bytes'] / 1e6:.0f} MB"),
+        ("rounding to nearest (`rtn`) through the stage", "2 CPU cores",
+         f"{rtn['seconds']:.0f} s (AutoRound's own model-free path {library['seconds']:.0f} s; "
+         f"reading and writing the bytes alone {bare['read_seconds'] + bare['write_seconds']:.0f} s)",
+         f"{gb(rtn['peak_own_bytes'], 2)} own, {gb(rtn['peak_resident_bytes'])} with mapped pages"),
+        (f"AutoRound, first of 36 layers, {layer['iters']} iterations, 2 pages + 2 queries",
+         "2 CPU cores",
+         f"{layer['layer_seconds']:.0f} s a layer; 200 iterations of 8 samples would take "
+         f"{layer['projected_hours_200_iters']:.0f} hours (projected)",
+         f"{gb(layer['peak_own_bytes'])} own"),
+        ("loading the 4-bit checkpoint with dense bfloat16 weights", "2 CPU cores",
+         f"{dense['load_seconds']:.0f} s", f"{gb(dense['peak_own_bytes'])} own"),
+    )  # fmt: skip
+
+
+def _floor_seconds_per_page() -> float:
+    """Return the least time of a page: measured time over the committed ratio to the floor."""
+    ratios = read("metrics/size/cuda.json")["ratios"]
+    budget = gpu("embed-12gb")["budgets"][0]
+    tokens = budget["visual_tokens_per_batch"]
+    ratio = ratios[f"embed-12gb ({tokens} visual tokens a batch) / its operations at peak"]
+    return float(budget["seconds"] / budget["pages"] / ratio)
+
+
+@figure
+def rtn_equal() -> str:
+    """Return how many tensors of the rounded checkpoint equal AutoRound's."""
+    values = cpu("rtn-equal")
+    if values["equal"] != values["tensors"]:
+        raise ValueError("metrics/size/cpu.json: rtn-equal: not all tensors are equal")
+    return f"{values['tensors']:,}"
+
+
+@figure
+def benchmark_memory() -> str:
+    """Return the GPU memory that original and quantized take when timed in one process."""
+    return gb(gpu("speed")["gpu_peak_reserved_bytes"], 0)
+
+
+@figure
+def bytes_off() -> str:
+    """Return by how much `inspect` misses the bytes of the file."""
+    return f"{100 * gpu('rtn')['bytes_off']:.4f} %"
+
+
+@figure
+def page_preparation() -> str:
+    """Return the CPU time that the preparation of a page takes."""
+    times = sorted(gpu(step)["page_preparation_seconds"] for step in ("embed-12gb", "embed-w4"))
+    return f"{times[0]:.2f} to {times[1]:.2f} s"
+
+
+# ---- serving -------------------------------------------------------------------------------------
+def _operations() -> dict[str, float]:
+    """Return the operations of the decoder's linears a token, and of a whole page of 1,271 tokens."""
+    inputs_outputs = (2560 * 6144, 4096 * 2560, 2560 * 19456, 9728 * 2560)
+    return {"token": 2 * 36 * sum(inputs_outputs)}
+
+
+@figure
+def serving_speed() -> str:
+    """Return the speed of the runtime, original against 4-bit."""
+    speed, rates = gpu("speed"), gpu("rates")
+    weights = _operations()["token"] // 2  # of the decoder's linears
+    rows: list[tuple[str, ...]] = [
+        ("", "fastest mode", "original", "4-bit", "ratio", "floor of the original / of 4-bit",
+         "with graphs, the default", "eager")
+    ]  # fmt: skip
+
+    def both(times: Mapping[str, float], digits: int) -> str:
+        return f"{times['original_ms']:.{digits}f} / {times['quantized_ms']:.{digits}f} ms"
+
+    def floors(kind: str, count: int) -> str:
+        if kind == "page":
+            floor = count * _floor_seconds_per_page() * 1e3
+            return f"{floor:.0f} ms"
+        work = count * speed["query"]["tokens"] * _operations()["token"] / rates["bf16_flops"]
+        reading = [weights * size / rates["memory_bytes_per_second"] for size in (2, 0.5)]
+        floor_ms = [1e3 * max(work, one) for one in reading]
+        return " / ".join(dict.fromkeys(f"{one:.1f} ms" for one in floor_ms))
+
+    for kind in ("query", "page"):
+        for count in sorted(map(int, speed[kind]["batches"])):
+            modes = speed[kind]["batches"][str(count)]
+            best = modes["best"]
+            mode = next(
+                name
+                for name in ("graphs", "compiled", "eager")
+                if modes[name]["original_ms"] == best["original_ms"]
+            )
+            tokens = f" of {speed[kind]['tokens']:,} tokens" if count == 1 else ""
+            name = "queries" if kind == "query" else "pages"
+            rows.append(
+                (
+                    f"{count} {kind if count == 1 else name}{tokens}", mode,
+                    f"{best['original_ms']:.1f} ms", f"{best['quantized_ms']:.1f} ms",
+                    f"**{times(best['speedup'])}**", floors(kind, count),
+                    both(modes["graphs"], 1), both(modes["eager"], 0),
+                )
+            )  # fmt: skip
+    files = gpu("floor")
+    memory = {
+        which: speed["alone"][which]["memory"]["gpu_peak_reserved_bytes"]
+        for which in ("original", "quantized")
+    }
+    rows += [
+        ("all weights, as files", "", gb(files["read_bytes"], 2), gb(files["written_bytes"], 2),
+         times(files['written_bytes'] / files['read_bytes']), "", ""),
+        ("peak GPU memory, loading included; query batches of 1, 8 and 64 and a page recorded", "",
+         gb(memory["original"]), gb(memory["quantized"]),
+         times(memory['quantized'] / memory['original']), "", ""),
+    ]  # fmt: skip
+    return table(*rows)
+
+
+@figure
+def rates() -> str:
+    """Return the measured rates of the card."""
+    measured = gpu("rates")
+    memory, arithmetic = measured["memory_bytes_per_second"], measured["bf16_flops"]
+    return f"{memory / 1e12:.2f} TB/s and {arithmetic / 1e12:.0f} bfloat16 TFLOP/s"
+
+
+@figure
+def parity_4_bit() -> str:
+    """Return the minimum cosine of the 4-bit runtime with transformers, on a page and on queries."""
+    cosine = gpu("speed")["alone"]["quantized"]["cosine"]
+    return f"{cosine['page']:.4f} on a page and {cosine['query']:.4f} on queries"
+
+
+@figure
+def compiled_query() -> str:
+    """Return the time of a query compiled, but without graphs."""
+    modes = gpu("speed")["query"]["batches"]["1"]["compiled"]
+    return f"{modes['original_ms']:.0f} and {modes['quantized_ms']:.0f} ms"
+
+
+@figure
+def speedup_1_query() -> str:
+    """Return 4-bit's speed-up for one query."""
+    return times(gpu("speed")["query"]["batches"]["1"]["best"]["speedup"])
+
+
+@figure
+def speedup_64_queries() -> str:
+    """Return 4-bit's speed-up for 64 queries."""
+    return times(gpu("speed")["query"]["batches"]["64"]["best"]["speedup"])
+
+
+@figure
+def speedup_1_page() -> str:
+    """Return 4-bit's speed-up for one page."""
+    return times(gpu("speed")["page"]["batches"]["1"]["best"]["speedup"])
+
+
+@figure
+def kernels_gpu() -> str:
+    """Return microseconds of the four merged linears of one decoder layer, by kernel and tokens."""
+    shapes = read("metrics/size/kernels-cuda.json")["shapes"].values()
+    rates = gpu("rates")
+    tokens = sorted(map(int, next(iter(shapes))["kernels"]["humming"]))
+    names = {
+        "dense bfloat16": "bfloat16",
+        "humming": "humming (used)",
+        "auto-round tritonv2": "auto-round's Triton kernel (`tritonv2`)",
+        "torch int4": "torch's int4 (tinygemm)",
+        "auto-round torch": "auto-round's plain torch",
+    }
+    rows = [("tokens", *(f"{count:,}" for count in tokens))]
+    for key, name in names.items():
+        sums = (
+            sum(shape["kernels"][key][str(count)]["us"] for shape in shapes) for count in tokens
+        )
+        rows.append((name, *(f"{total:,.0f}" for total in sums)))
+    size = sum(shape["inputs"] * shape["outputs"] for shape in shapes)
+    reading = [1e6 * size * width / rates["memory_bytes_per_second"] for width in (2, 0.5)]
+    floors = (
+        f"{reading[0]:.0f} / {reading[1]:.0f} / {1e6 * 2 * size * count / rates['bf16_flops']:,.0f}"
+        for count in tokens
+    )
+    rows.append(("floor: bytes of bfloat16 / of 4 bits / operations", *floors))
+    return table(*rows)
+
+
+def _cpu_ratios(kernel: str, tokens: str) -> str:
+    """Return the range over the linears of a kernel's time over that of dense float32."""
+    shapes = read("metrics/size/kernels-cpu.json")["shapes"].values()
+    ratios = [
+        shape["kernels"][kernel][tokens]["us"] / shape["kernels"]["dense float32"][tokens]["us"]
+        for shape in shapes
+    ]
+    digits = 1 if kernel == "auto-round-lib" else 0
+    return f"{min(ratios):.{digits}f} to {max(ratios):.{digits}f}"
+
+
+@figure
+def cpu_kernel_26() -> str:
+    """Return auto-round-lib against dense float32, 26 tokens, on two CPU cores."""
+    return _cpu_ratios("auto-round-lib", "26")
+
+
+@figure
+def cpu_kernel_208() -> str:
+    """Return the same for 208 tokens."""
+    return _cpu_ratios("auto-round-lib", "208")
+
+
+@figure
+def cpu_plain_26() -> str:
+    """Return auto-round's plain torch kernel against dense float32, 26 tokens."""
+    return _cpu_ratios("auto-round torch", "26")
+
+
+@figure
+def parity() -> str:
+    """Return how far the runtime's embeddings are from those of transformers."""
+    models = read("metrics/size/parity-cuda.json")["models"]
+    pairs = {
+        "runtime, graphs / float32": "runtime against transformers in float32",
+        "transformers, sdpa / float32": "transformers in bfloat16 against float32",
+        "runtime, graphs / transformers, sdpa": "runtime against transformers in bfloat16",
+        "transformers, sdpa / transformers, eager attention":
+            "transformers against itself with other attention (`eager`)",
+    }  # fmt: skip
+
+    def cell(model: str, pair: str, kind: str) -> str:
+        values = models[model]["cosine"][pair][kind]
+        return f"{1 - values['mean']:.5f} ({values['least']:.5f})"
+
+    rows: list[tuple[str, ...]] = [
+        ("loss (minimum cosine of a token)", "4B shapes, random weights: pages", "queries",
+         "demo model, `w4g128`: pages", "queries")
+    ]  # fmt: skip
+    for pair, name in pairs.items():
+        cells = (
+            cell(model, pair, kind)
+            for model in ("4b-random", "demo-w4g128")
+            for kind in ("pages", "queries")
+        )
+        rows.append((name, *cells))
+    return table(*rows)
+
+
+# ---- the pipeline --------------------------------------------------------------------------------
+@cache
+def stages() -> dict[str, Any]:
+    """Return the stages of dvc.yaml, without ``foreach``."""
+    from ruamel.yaml import YAML
+
+    raw = YAML(typ="safe", pure=True).load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))
+    return {name: {**stage.get("do", stage), "each": "do" in stage}
+            for name, stage in raw["stages"].items()}  # fmt: skip
+
+
+def _code(text: str) -> str:
+    """Return a path or key of dvc.yaml as code, with readable placeholders."""
+    text = text.replace("${key}", "<recipe>").replace("${item.calibration}", "<set>")
+    return "`" + re.sub(r"[$]{([^}]+)}", r"<\1>", text) + "`"
+
+
+@figure
+def stage_table() -> str:
+    """Return what every stage reads and writes, from dvc.yaml."""
+    rows: list[tuple[str, ...]] = [("stage", "what it is", "reads", "parameters", "writes")]
+    for name, body in stages().items():
+        outs = [
+            out if isinstance(out, str) else next(iter(out))
+            for kind in ("outs", "metrics", "plots")
+            for out in body.get(kind, [])
+        ]
+        data = [dep for dep in body["deps"] if not dep.startswith(("stages/", "colqwen3/"))]
+        rows.append(
+            (
+                f"`{name}{'@<recipe>' if body['each'] else ''}`", body["desc"],
+                ", ".join(map(_code, data)), ", ".join(map(_code, body.get("params", []))),
+                ", ".join(map(_code, outs)),
+            )
+        )  # fmt: skip
+    return table(*rows)
+
+
+@figure
+def reruns() -> str:
+    """Return which stages depend on each folder of code, from dvc.yaml."""
+    folders: dict[str, list[str]] = {}
+    files: dict[str, dict[str, list[str]]] = {}
+    for name, body in stages().items():
+        for dep in map(Path, body["deps"]):
+            if dep.parts[0] not in ("stages", "colqwen3") or len(dep.parts) < 2:
+                continue
+            if dep.suffix != ".py":
+                folders.setdefault(str(dep), []).append(name)
+            elif len(dep.parts) > 2:
+                files.setdefault(str(dep.parent), {}).setdefault(dep.name, []).append(name)
+
+    def names(users: list[str]) -> str:
+        every = len(users) == len(stages())
+        return "every stage" if every else ", ".join(f"`{user}`" for user in users)
+
+    rows: list[tuple[str, ...]] = [("an edit of", "reruns", "of single files also")]
+    for folder in sorted(folders | files):
+        single = "; ".join(
+            f"`{file}`: {names(users)}" for file, users in sorted(files.get(folder, {}).items())
+        )
+        rows.append((f"`{folder}`", names(folders.get(folder, [])), single))
+    return table(*rows)
+
+
+# ---- rewriting -----------------------------------------------------------------------------------
+def fill(text: str) -> str:
+    """Return a Markdown text with every figure written anew.
+
+    Raises
+    ------
+    KeyError
+        If a mark names no figure, or a file lacks a key.
+    """
+
+    def replace(match: re.Match[str]) -> str:
+        name = match["name"]
+        content = FIGURES[name]()
+        block = f"\n\n{content}\n\n" if "\n" in content else content
+        return f"<!-- figure {name} -->{block}<!-- end -->"
+
+    return MARK.sub(replace, text)
+
+
+def documents() -> list[Path]:
+    """Return the files that may quote figures."""
+    card = ROOT / "demo/model/README.md"
+    return [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), card]
+
+
+def stale(path: Path) -> list[str]:
+    """Return the names of a file's figures that differ from their sources."""
+    text = path.read_text(encoding="utf-8")
+    return [
+        match["name"] for match in MARK.finditer(text) if fill(match.group(0)) != match.group(0)
+    ]
+
+
+def main() -> None:
+    """Rewrite or check the figures."""
+    parser = argparse.ArgumentParser(prog="python docs/figures.py", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="change nothing; fail if any differs")
+    args = parser.parse_args()
+    os.chdir(ROOT)
+    sys.path.insert(0, str(ROOT))  # the ablation's own code makes its tables
+    differing = {path: names for path in documents() if (names := stale(path))}
+    for path, names in differing.items():
+        print(f"{path.relative_to(ROOT)}: {', '.join(names)}")
+        if not args.check:
+            path.write_text(fill(path.read_text(encoding="utf-8")), encoding="utf-8")
+    if args.check and differing:
+        sys.exit("error: figures differ from their sources; run `python docs/figures.py`")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Calibration sets: their schema, and drawing their samples from a dataset."""

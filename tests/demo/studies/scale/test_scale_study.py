@@ -1,0 +1,235 @@
+"""The scale study: what it asks of the stages, how it measures, and what it makes of the figures."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ruamel.yaml import YAML
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+
+from colqwen3.system.errors import UserError
+from demo.studies.scale import study, summary
+from demo.studies.scale.contenders import CONTENDERS, Run, group_size, pipeline_params, plan
+from demo.studies.scale.losses import measure_losses, measure_search
+from demo.studies.scale.stagehand import run_stage, run_stages
+from demo.training.network import Retriever, initialise, published_config, save_published
+from demo.training.shapes import SIZES, count_parameters
+from stages.checking.params import Params
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("micro") / "model"
+    tokenizer = Tokenizer.from_file("demo/model/tokenizer.json")
+    retriever = Retriever(published_config(SIZES["micro"].shape, tokenizer), tokenizer)
+    initialise(retriever, tokenizer, None, 1)
+    save_published(retriever, tokenizer, folder)
+    return folder
+
+
+def base() -> dict[str, Any]:
+    values: dict[str, Any] = YAML(typ="safe", pure=True).load(Path("params.yaml").read_text())
+    return values
+
+
+def test_later_seeds_run_the_main_contenders_alone() -> None:
+    runs = plan(CONTENDERS, (4, 3), (1, 2))
+    names = [run.name for run in runs]
+    assert len(set(names)) == len(names) == 2 * len(CONTENDERS) + 2 * 3
+    assert names[:2] == ["rounding-w4", "rounding-w3"]
+    later = {run.contender for run in runs if run.seed == 2}
+    assert later == {"mixed", "text", "mixed-passages32"}
+
+
+def test_params_are_valid_and_hold_every_recipe() -> None:
+    runs = plan(CONTENDERS, (4, 3), (1, 2, 3))
+    values = pipeline_params(base(), runs, "/model", "/data", 128, 200, 1, "cuda")
+    params = Params.model_validate(values)
+    assert list(params.recipes) == [run.name for run in runs]
+    mixed = params.calibration.sets["mixed-seed1"]
+    assert (mixed.queries, mixed.pages, mixed.passages, mixed.seed) == (96, 48, 0, 1)
+    more = params.calibration.sets["mixed-passages32-seed3"]
+    assert (more.queries, more.pages, more.passages, more.seed) == (96, 48, 32, 3)
+    naive = values["recipes"]["naive-w3-seed1"]
+    assert not naive["deepstack"] and naive["calibration"] == "mixed-seed1"
+    assert values["recipes"]["text-w4-seed2"]["seed"] == 2
+
+
+def test_shrunk_sets_keep_every_kind() -> None:
+    runs = [Run("mixed-passages32", 4, 1)]
+    values = pipeline_params(base(), runs, "/m", "/d", 64, 1, 1000, "cpu")
+    counts = values["calibration"]["sets"]["mixed-passages32-seed1"]
+    assert counts == {"queries": 1, "pages": 1, "passages": 1, "seed": 1}
+
+
+def test_passages_asked_for_are_there() -> None:
+    texts = Path("demo/pages/calibration/texts.jsonl").read_text().splitlines()
+    assert max(contender.passages for contender in CONTENDERS.values()) <= len(texts)
+
+
+@pytest.mark.parametrize(("widths", "group"), [((256, 512), 128), ((192, 512), 64), ((96, 32), 32)])
+def test_largest_group_that_divides(widths: tuple[int, int], group: int) -> None:
+    text = {"hidden_size": widths[0], "intermediate_size": widths[1]}
+    config = {"text_config": {**text, "num_attention_heads": 4, "head_dim": 64}}
+    assert group_size(config) == group
+
+
+def test_no_group_divides() -> None:
+    text = {"hidden_size": 80, "intermediate_size": 64, "num_attention_heads": 1, "head_dim": 64}
+    with pytest.raises(ValueError, match="80"):
+        group_size({"text_config": text})
+
+
+def test_loss_is_of_tokens_and_search_of_pages(tmp_path: Path) -> None:
+    one, other = torch.eye(4)[:2], torch.eye(4)[2:]
+    before = {"query/a": one, "query/b": other, "page/x": one.clone(), "page/y": other.repeat(3, 1)}
+    turned = before["page/y"].clone()
+    turned[0] = torch.tensor([1.0, 0, 0, 0])  # of eight page tokens one is turned to the side
+    save_file(before, tmp_path / "before")
+    save_file({**before, "page/y": turned}, tmp_path / "after")
+    losses = measure_losses(tmp_path / "before", tmp_path / "after")
+    assert losses == {"pages": 0.125, "queries": 0.0}
+    (tmp_path / "qrels.tsv").write_text("query-id\tcorpus-id\tscore\na\tx\t1\nb\tx\t1\nb\ty\t0\n")
+    found = measure_search(tmp_path / "before", tmp_path)
+    assert (found["recall_at_1"], found["pages"], found["queries"]) == (0.5, 2, 2)
+    save_file({"query/a": one}, tmp_path / "less")
+    with pytest.raises(ValueError, match="other items"):
+        measure_losses(tmp_path / "before", tmp_path / "less")
+
+
+def recipe(contender: str, loss: float, seed: int | None = 1, bits: int = 4) -> dict[str, Any]:
+    losses = {"set": {"pages": loss, "queries": 2 * loss}}
+    return {"contender": contender, "bits": bits, "seed": seed, "loss": losses}
+
+
+def test_ratios_are_to_the_same_bits_and_to_the_mean_of_text_seeds() -> None:
+    recipes = {
+        "rounding-w4": recipe("rounding", 0.8, None),
+        "rounding-w3": recipe("rounding", 0.9, None, 3),
+        "text-w4-seed1": recipe("text", 0.3),
+        "text-w4-seed2": recipe("text", 0.5, 2),
+        "mixed-w4-seed1": recipe("mixed", 0.2),
+        "mixed-w3-seed1": recipe("mixed", 0.3, bits=3),
+    }
+    study.add_ratios(recipes)
+    assert recipes["mixed-w4-seed1"]["ratio"]["to_rounding"]["set"]["pages"] == 0.25
+    assert recipes["mixed-w4-seed1"]["ratio"]["to_text"]["set"]["queries"] == 0.5
+    assert set(recipes["mixed-w3-seed1"]["ratio"]) == {"to_rounding"}
+
+
+def results(shape: str, total: int) -> dict[str, Any]:
+    recipes = {
+        "rounding-w4": recipe("rounding", 0.8, None),
+        "text-w4-seed1": recipe("text", 0.4),
+        "mixed-w4-seed1": recipe("mixed", 0.1),
+        "mixed-w4-seed2": recipe("mixed", 0.3, 2),
+    }
+    study.add_ratios(recipes)
+    return {
+        "shape": shape,
+        "parameters": {"total": total},
+        "depth": {"text_layers": 2, "text_hidden": 64, "vision_blocks": 2, "vision_hidden": 32},
+        "training": {"wall_seconds": 60, "steps": 1234},
+        "page_sets": {"set": {"ndcg_at_5": 0.5}},
+        "recipes": recipes,
+    }
+
+
+def test_summary_has_the_means_of_seeds_and_draws_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [tmp_path / "large.json", tmp_path / "small.json"]
+    files[0].write_text(json.dumps(results("large", 9_000_000)))
+    files[1].write_text(json.dumps(results("small", 1_000_000)))
+    table, plot = tmp_path / "table.md", tmp_path / "plot.svg"
+    command = ["summary", *map(str, files), "--table", str(table), "--plot", str(plot)]
+    monkeypatch.setattr("sys.argv", command)
+    summary.main()
+    lines = table.read_text().splitlines()
+    assert "| `small` | 1,000,000 | 2 x 64 | 2 x 32 | 60 s, 1,234 steps | 0.500 |" in lines
+    row = "mixed (2 seeds) | 0.20000 ± 0.14142 | 0.25 | 0.40000 ± 0.28284 | 0.25 | 0.50 |"
+    assert [line for line in lines if "`small`" in line and "mixed" in line] == [
+        f"| `small` | {row}"
+    ]
+    assert "not the 4B model" in lines[0]
+    assert lines.index("| `small` | rounding | 0.80000 |  | 1.60000 |  | 2.00 |") < lines.index(
+        "| `large` | rounding | 0.80000 |  | 1.60000 |  | 2.00 |"
+    )
+    assert plot.read_text().startswith("<svg") and "mixed" in plot.read_text()
+
+
+def test_summary_refuses_other_files(tmp_path: Path) -> None:
+    (tmp_path / "other.json").write_text("[]")
+    with pytest.raises(UserError, match=r"other\.json: is no result"):
+        summary.read_results([tmp_path / "other.json"])
+
+
+def test_earlier_results_of_another_model_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "micro.json"
+    identity = {"model_sha256": "a", "settings": {"iters": 1}}
+    assert study.open_results(path, identity, {"what": "it"})["recipes"] == {}
+    path.write_text(json.dumps({**identity, "recipes": {"x": {}}}))
+    assert study.open_results(path, identity, {})["recipes"] == {"x": {}}
+    with pytest.raises(UserError, match="of another settings"):
+        study.open_results(path, {**identity, "settings": {"iters": 2}}, {})
+
+
+def test_weights_are_counted_by_part(model: Path) -> None:
+    assert study.count_weights(model) == count_parameters(SIZES["micro"].shape)
+
+
+@pytest.mark.parametrize(
+    "words", [["--jobs", "0"], ["--seeds", "1", "1"], ["--page-sets", "a/x", "b/x"]]
+)
+def test_bad_options_are_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        study.parse_arguments(["--shape", "micro", "--out", "x", *words])
+    assert f"error: {words[0]}" in capsys.readouterr().err
+
+
+def page_set(folder: Path, source: str, queries: int, pages: int) -> Path:
+    """Write the first queries and pages of a set of the demo; every page answers a query."""
+    found = Path("demo/pages") / source
+    (folder / "corpus").mkdir(parents=True)
+    names = sorted(path.name for path in (found / "corpus").iterdir())[:pages]
+    for name in names:
+        (folder / "corpus" / name).symlink_to((found / "corpus" / name).resolve())
+    lines = (found / "queries.jsonl").read_text().splitlines(keepends=True)[:queries]
+    (folder / "queries.jsonl").write_text("".join(lines))
+    if (found / "texts.jsonl").exists():
+        (folder / "texts.jsonl").symlink_to((found / "texts.jsonl").resolve())
+    ids = [json.loads(line)["_id"] for line in lines]
+    rows = [f"{query}\t{Path(names[0]).stem}\t1\n" for query in ids]
+    (folder / "qrels.tsv").write_text("query-id\tcorpus-id\tscore\n" + "".join(rows))
+    return folder
+
+
+def test_one_recipe_from_model_to_losses(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stderr = open(2, "w", closefd=False, buffering=1)  # noqa: SIM115 - as outside pytest
+    monkeypatch.setattr("sys.stderr", stderr)
+    data = page_set(tmp_path / "data", "calibration", 3, 2)
+    command = "--shape micro --out OUT --device cpu --iters 1 --shrink 48 --calibration"
+    options = study.parse_arguments([*command.split(), str(data)])
+    sets = (page_set(tmp_path / "pages", "evaluation", 3, 2),)
+    bench = study.Bench(tmp_path / "work", model, sets)
+    runs = [Run("rounding", 4, 1), Run("mixed-passages32", 3, 1)]
+    assert study.write_params(bench, runs, options) == 64
+    study.prepare(bench)
+    assert study.embed_original(bench, sets[0])["queries"] == 3
+    measured = {run.name: study.measure_run(bench, run) for run in runs}
+    rounding, tuned = measured.values()
+    assert rounding["samples"] == {"queries": 0, "pages": 0, "passages": 0}
+    assert rounding["seed"] is None and tuned["seed"] == 1
+    assert tuned["samples"] == {"queries": 2, "pages": 1, "passages": 1}
+    for figures in measured.values():
+        assert all(0 < figures["loss"]["pages"][kind] < 1 for kind in ("pages", "queries"))
+    assert not list((bench.folder / "artifacts/checkpoints").iterdir())
+    with pytest.raises(UserError, match=r"quantize other failed .*recipes\.other: no such recipe"):
+        run_stage(bench.folder, bench.log("other"), "quantize", "other")
+    with pytest.raises(UserError, match="inspect_model failed"):
+        run_stages(study.ROOT, tmp_path, tmp_path / "log", [["inspect_model"], ["calibrate"]])
