@@ -564,6 +564,22 @@ def scale_naive_demo() -> str:
 
 
 @figure
+def naive_harm() -> str:
+    """Return the page loss without deepstack over that on true inputs, by study model."""
+    rows: list[tuple[str, ...]] = [("parameters", "4 bits", "3 bits")]
+    for model in MODELS:
+        parameters = read(f"metrics/scale/{model}.json")["parameters"]["total"]
+        cells = (
+            ", ".join(
+                f"{r:.1f}" for r in study_ratios("naive", "mixed", "pages", (bits,), models=(model,))
+            )
+            for bits in WIDTHS
+        )
+        rows.append((f"{parameters / 1e6:.1f}M", *cells))
+    return table(*rows)
+
+
+@figure
 def scale_three_bits_pages() -> str:
     """Return the range of the 3-bit default's page loss over that of 4-bit rounding."""
     return _between(study_ratios("mixed", "rounding", "pages", (3,), 4))
@@ -991,7 +1007,7 @@ def fill(text: str) -> str:
 def documents() -> list[Path]:
     """Return the files that may quote figures."""
     card = ROOT / "demo/model/README.md"
-    return [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), card]
+    return [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md")), card]
 
 
 def stale(path: Path) -> list[str]:
