@@ -571,7 +571,8 @@ def naive_harm() -> str:
         parameters = read(f"metrics/scale/{model}.json")["parameters"]["total"]
         cells = (
             ", ".join(
-                f"{r:.1f}" for r in study_ratios("naive", "mixed", "pages", (bits,), models=(model,))
+                f"{r:.1f}"
+                for r in study_ratios("naive", "mixed", "pages", (bits,), models=(model,))
             )
             for bits in WIDTHS
         )
