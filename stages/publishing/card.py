@@ -18,6 +18,7 @@ TAGS = (
 )  # fmt: skip
 METHODS = {
     "autoround": "AutoRound, {iters} iterations, seed {seed}",
+    "gptq": "GPTQ",
     "rtn": "rounding to nearest, without data",
 }
 REQUIREMENTS = {

@@ -6,14 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from stages.quantization.autoround import (
-    SamplesLostError,
-    capture_inputs,
-    output_error,
-    round_layer,
-    tune_layer,
-)
+from stages.quantization.activations import SamplesLostError, capture_inputs, output_error
 from stages.quantization.recipes import AutoRoundRecipe
+from stages.quantization.tuning import round_layer, tune_layer
 
 CPU = torch.device("cpu")
 RECIPE = AutoRoundRecipe(
