@@ -122,13 +122,12 @@ def quantize_weight(
     limit = 2 ** (bits - 1)
     weight = weight.detach().to(hessian.device, torch.float64, copy=True)
     inverse = inverse_factor(hessian)
-    importance = hessian.diagonal()
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     scales = weight.new_empty(len(weight), weight.shape[1] // group_size, dtype=torch.float16)
     for group, start in enumerate(range(0, weight.shape[1], group_size)):
         end = start + group_size
         block = weight[:, start:end]
-        scale = search_scale(block, importance[start:end], bits)
+        scale = search_scale(block, bits)
         scales[:, group] = scale
         scale = scale.double()
         errors = torch.empty_like(block)
@@ -158,15 +157,13 @@ def inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
     return factor
 
 
-def search_scale(weight: torch.Tensor, importance: torch.Tensor, bits: int) -> torch.Tensor:
-    """Return the scale of one group of each row that rounds it with the smallest error.
+def search_scale(weight: torch.Tensor, bits: int) -> torch.Tensor:
+    """Return the scale of one group of each row that rounds it with the smallest squared error.
 
     Parameters
     ----------
     weight
         Float64 [out_features, group_size].
-    importance
-        Factor of each column's squared error, [group_size].
     bits
         Bits of one weight.
 
@@ -183,6 +180,6 @@ def search_scale(weight: torch.Tensor, importance: torch.Tensor, bits: int) -> t
     errors = []
     for scale in candidates.double().T.unsqueeze(-1):
         rounded = (weight / scale).round_().clamp_(-limit, limit - 1).mul_(scale)
-        errors.append((rounded - weight).square_() @ importance)
+        errors.append((rounded - weight).square_().sum(-1))
     best = torch.stack(errors, dim=1).argmin(dim=1, keepdim=True)
     return candidates.gather(1, best).squeeze(1)

@@ -116,15 +116,14 @@ def test_without_shrinking_scales_and_diagonal_hessian_it_is_rounding(
 @pytest.mark.parametrize("bits", [2, 4])
 def test_scale_is_the_best_of_all_that_are_tried(bits: int) -> None:
     weight = weights(4, 32).double()
-    importance = torch.rand(32, dtype=torch.float64)
-    found = search_scale(weight, importance, bits)
+    found = search_scale(weight, bits)
     _, largest = round_to_nearest(weight, bits, 32)
     limit = 2 ** (bits - 1)
 
     def error(row: int, scale: float) -> float:
         values = weight[row].numpy()
         rounded = np.clip(np.round(values / scale), -limit, limit - 1) * scale
-        return float(((rounded - values) ** 2 * importance.numpy()).sum())
+        return float(((rounded - values) ** 2).sum())
 
     for row in range(4):
         tried = [float(np.float16(float(largest[row]) * (1 - 0.02 * i))) for i in range(21)]
