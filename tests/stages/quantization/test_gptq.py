@@ -79,6 +79,23 @@ def test_codes_are_those_of_the_optimal_brain_surgeon(bits: int, group_size: int
     assert not torch.equal(codes, rounded)  # else nothing was shown
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_codes_are_those_of_llm_compressor(bits: int) -> None:
+    """Where it is installed: ``pip install --no-deps llmcompressor compressed-tensors loguru``."""
+    library = pytest.importorskip("llmcompressor.modifiers.gptq.gptq_quantize")
+    arguments = pytest.importorskip("compressed_tensors.quantization").QuantizationArgs
+    weight, hessian = weights(64, 256), moments(tokens(500, 256))
+    codes, scales = quantize_weight(weight, hessian, bits, 128)
+    options = arguments(num_bits=bits, type="int", symmetric=True, strategy="group", group_size=128)
+    (expected,), _, _ = library.quantize_weight(
+        weight.clone()[None], hessian.float()[None], scales.float()[None],
+        torch.zeros_like(scales, dtype=torch.int8)[None], None, options,
+    )  # fmt: skip
+    dense = codes.float() * scales.float().repeat_interleave(128, dim=1)
+    same = (dense - expected).abs() < 1e-6
+    assert float(same.float().mean()) > 0.99  # it computes in float32: near ties may differ
+
+
 def test_the_second_of_two_weights_makes_up_for_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """In closed form: with the first one rounded, least squares gives the second."""
     monkeypatch.setattr(gptq, "DAMPING", 0.0)
