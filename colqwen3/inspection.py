@@ -65,7 +65,12 @@ def read_config(folder: Path) -> dict[str, Any]:
         If the config is missing, damaged, of another model, or already quantized, or the tokenizer
         needs code of its own.
     """
-    path = folder / "config.json"
+    path, adapter = folder / "config.json", folder / "adapter_config.json"
+    if adapter.exists():
+        raise UserError(
+            f"{adapter}: the folder is a LoRA adapter, not a whole model; merge it into its base model "
+            "(peft: merge_and_unload) and give the merged folder as model.source"
+        )
     config = read_json(path, "give a complete model folder")
     if not isinstance(config, dict):
         raise UserError(f"{path}: is not a JSON object; fetch it again")
