@@ -38,7 +38,7 @@ def round_to_nearest(
     groups_a_row = weight.shape[1] // group_size
     scales = weight.new_empty(weight.shape[0], groups_a_row, dtype=torch.float16)
     for start in range(0, len(weight), ROWS):
-        part = weight[start : start + ROWS].float()
+        part = weight[start : start + ROWS].to(torch.float32, copy=True)  # changed in place below
         groups = part.reshape(len(part), -1, group_size)
         below, above = -groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
         scale = torch.where(above < below, below, -above).div_(most).half()

@@ -166,6 +166,14 @@ def test_restored_codes_stay_within_their_range(bits: int) -> None:
     assert packing.restore_codes(steps.clamp(min=0) * 0.5, scales, bits)[0][0, 3] == most - 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rounding_leaves_the_weight_as_it_is(dtype: torch.dtype) -> None:
+    weight = torch.randn(300, 256, generator=torch.Generator().manual_seed(0)).to(dtype)
+    original = weight.clone()
+    packing.round_to_nearest(weight, 4, 128)
+    assert torch.equal(weight, original)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_gpu_rounds_to_the_same_bits(dtype: torch.dtype) -> None:
