@@ -64,7 +64,7 @@ def _bars(
 ) -> dict[str, Any]:
     """Describe horizontal bars with their figures, a group of bars a recipe."""
     values = [{**bar, "label": format(bar[figure], form)} for bar in bars]
-    x = {"field": figure, "type": "quantitative", "title": title, "axis": {"tickCount": 4}}
+    x = {"field": figure, "type": "quantitative", "title": title, "axis": {"tickCount": 3}}
     if scale:
         x["scale"] = scale
     colour = {

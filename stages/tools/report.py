@@ -322,7 +322,7 @@ def draw_charts(results: Mapping[str, Result], gate: GateParams) -> list[dict[st
         ),
         (
             "nDCG@5 by recipe",
-            "Bars of one length: see the change above.",
+            "Where the bars look alike, the interval of the change in the table says more.",
             [ndcg_chart(ndcg_bars(rows))],
         ),
     ]

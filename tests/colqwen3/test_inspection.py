@@ -158,11 +158,11 @@ def test_bytes_follow_the_dtype_of_each_tensor(folder: Path) -> None:
     save_file(tensors, path)
     _, after = inspect_folder(folder)
     added = 2 * tensors["embedding_proj_layer.bias"].numel()
-    for found, was in (
+    for actual, was in (
         (after["components"]["projection"], before["components"]["projection"]),
         (after["total"], before["total"]),
     ):
-        assert found == {**was, "bytes": was["bytes"] + added}
+        assert actual == {**was, "bytes": was["bytes"] + added}
     for name, size in after["expected_bytes"].items():
         assert size == before["expected_bytes"][name] + added
 
@@ -266,8 +266,8 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "no config": (lambda folder: (folder / "config.json").unlink(), "config.json: ", "cannot be read"),
     "empty config": (write(""), "config.json: ", "is not valid JSON"),
     "half a config": (write('{"model_type":'), "config.json: ", "is not valid JSON"),
-    "config a list": (write("[]"), "config.json: ", "no JSON object"),
-    "config null": (write("null"), "config.json: ", "no JSON object"),
+    "config a list": (write("[]"), "config.json: ", "not a JSON object"),
+    "config null": (write("null"), "config.json: ", "not a JSON object"),
     "config bare": (write('{"model_type": "colqwen3"}'), "config.json: ", "lacks 'text_config'"),
     "text_config null": (edit_config(text_config=None), "config.json: ", "wrong size"),
     "text_config a list": (edit_config(text_config=[]), "config.json: ", "wrong size"),
@@ -303,7 +303,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str, str]] = {
         "config.json: ", "wrong size",
     ),
     "fewer layers": (
-        edit_config(text_config__num_hidden_layers=3), "model-", "is no tensor of a ColQwen3",
+        edit_config(text_config__num_hidden_layers=3), "model-", "is not a tensor of a ColQwen3",
     ),
     "more layers": (edit_config(text_config__num_hidden_layers=5), "", "lacks the tensor vlm."),
     "negative layers": (
@@ -316,13 +316,13 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "hidden size as text": (edit_config(text_config__hidden_size="128"), "config.json: ", "hidden_size is '128'"),
     "other embed_dim": (edit_config(embed_dim=64), "model-", "has shape [48], config.json gives [64]"),
     "fewer deepstack": (
-        edit_config(vision_config__deepstack_visual_indexes=[0]), "model-", "is no tensor of a ColQwen3",
+        edit_config(vision_config__deepstack_visual_indexes=[0]), "model-", "is not a tensor of a ColQwen3",
     ),
     "tensor missing": (edit_tensor(NORM, lambda _: {}), "", f"lacks the tensor {NORM}"),
     "bias missing": (edit_tensor(BIAS, lambda _: {}), "", f"lacks the tensor {BIAS}"),
     "tensor unknown": (
         edit_tensor(NORM, lambda t: {NORM: t, "vlm.model.adapter.weight": t.clone()}),
-        "model-", "vlm.model.adapter.weight is no tensor",
+        "model-", "vlm.model.adapter.weight is not a tensor",
     ),
     "tensor under two names": (
         edit_tensor(NORM, lambda t: {NORM: t, "language_model.norm.weight": t.clone()}),
