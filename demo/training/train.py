@@ -412,7 +412,9 @@ def main() -> None:
         losses.load_state_dict(state["losses"])
         for optimiser, saved in zip(optimisers, state["optimisers"], strict=True):
             optimiser.load_state_dict(saved)
-        log, step, spent, seen, drawn = (state[k] for k in ("log", "step", "spent", "seen", "drawn"))
+        log, step, spent, seen, drawn = (
+            state[k] for k in ("log", "step", "spent", "seen", "drawn")
+        )
 
     total = options.minutes * 60
     stage = next(i for i, s in enumerate(preset.stages) if spent / total < s.until)

@@ -49,6 +49,4 @@ def read_samples(folder: Path) -> tuple[list[Origin], list[dict[str, torch.Tenso
         return origins, [load_file(folder / origin.file) for origin in origins]
     except Exception as error:  # safetensors raises its own type, damaged JSON several
         reason = first_line(error)
-        raise UserError(
-            f"{folder}: calibration samples cannot be read ({reason}); {fix}"
-        ) from None
+        raise UserError(f"{folder}: calibration samples cannot be read ({reason}); {fix}") from None
