@@ -25,6 +25,12 @@ def run_stage(folder: Path, module: str, *arguments: str) -> subprocess.Complete
     )  # fmt: skip
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the longest files first, so that two workers end at about the same time."""
+    long = {item.path for item in items if item.get_closest_marker("e2e")}
+    items.sort(key=lambda item: item.path not in long)
+
+
 @pytest.fixture(autouse=True)
 def no_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep the arguments of pytest from a `main()` that a test calls."""
