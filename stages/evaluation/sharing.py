@@ -17,8 +17,8 @@ NOTHING_SHARED: dict[str, Any] = {"same_folder": False, "pages": 0, "queries": 0
 def find_shared(evaluation: Dataset, folder: Path, calibration: Path) -> dict[str, Any]:
     """Return how many evaluation pages and queries the calibration dataset holds too.
 
-    Pages are the same if their files hold the same bytes; queries, if their texts do after Unicode compatibility normalisation, without case and
-    repeated white space.
+    Pages are the same if their files hold the same bytes; queries, if their texts do after Unicode
+    compatibility normalisation, without case and repeated white space.
 
     Parameters
     ----------
