@@ -35,6 +35,8 @@ $(INSTALLED): requirements.txt pyproject.toml
 
 # one recipe that fails does not stop the others; the results are shown in any case
 repro: setup
+	@git rev-parse --git-dir >/dev/null 2>&1 || { echo "error: $(CURDIR) is no Git repository, which DVC needs; \
+	run \`git init && git add -A && git commit -m start\`, or \`dvc config --local core.no_scm true\`" >&2; exit 1; }
 	@dvc repro --keep-going; status=$$?; python -m stages.tools.results; exit $$status
 
 report: repro

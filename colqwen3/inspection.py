@@ -24,7 +24,7 @@ def inspect_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises
     ------
     UserError
-        If the folder is no supported, whole, 16- or 32-bit ColQwen3.
+        If the folder is not a supported, complete, 16- or 32-bit ColQwen3.
     """
     config = read_config(folder)
     stored = read_headers(folder)
@@ -65,10 +65,15 @@ def read_config(folder: Path) -> dict[str, Any]:
         If the config is missing, damaged, of another model, or already quantized, or the tokenizer
         needs code of its own.
     """
-    path = folder / "config.json"
+    path, adapter = folder / "config.json", folder / "adapter_config.json"
+    if adapter.exists():
+        raise UserError(
+            f"{adapter}: the folder is a LoRA adapter, not a whole model; merge it into its base model "
+            "(peft: merge_and_unload) and give the merged folder as model.source"
+        )
     config = read_json(path, "give a complete model folder")
     if not isinstance(config, dict):
-        raise UserError(f"{path}: is no JSON object; fetch it again")
+        raise UserError(f"{path}: is not a JSON object; fetch it again")
     model_type = config.get("model_type")
     if model_type != layout.MODEL_TYPE:
         raise UserError(
@@ -121,7 +126,7 @@ def check_layout(
     Raises
     ------
     UserError
-        If a tensor is missing, unknown, stored twice, of another shape or no float.
+        If a tensor is missing, unknown, stored twice, of another shape or not a float.
     """
     try:
         expected = layout.tensors(config)
@@ -143,11 +148,12 @@ def check_layout(
             raise UserError(f"{where} is stored under two names; remove one")
         if name not in expected:
             raise UserError(
-                f"{where} is no tensor of a ColQwen3 with this config; check config.json"
+                f"{where} is not a tensor of a ColQwen3 with this config; check config.json"
             )
         if tensor.shape != expected[name]:
             raise UserError(
-                f"{where} has shape {list(tensor.shape)}, config.json gives {list(expected[name])}; mend one"
+                f"{where} has shape {list(tensor.shape)}, config.json gives {list(expected[name])}; "
+                "correct config.json, or fetch the file again"
             )
         if tensor.dtype not in FLOATS:
             raise UserError(f"{where} is {tensor.dtype}; supported are {', '.join(FLOATS)}")

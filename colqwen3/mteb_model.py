@@ -1,6 +1,6 @@
 """A ColQwen3 behind mteb's interface; mteb itself is imported only where it is needed.
 
-The embeddings are made as `colqwen3 embed` makes them, the scores are MaxSim; all else is mteb's.
+Embeddings are computed as `colqwen3 embed` does, scores are MaxSim; everything else is mteb's.
 """
 
 from collections.abc import Iterable, Iterator
@@ -75,11 +75,11 @@ class ColQwen3Encoder:
         prompt_type: Any = None,
         **_: Any,
     ) -> list[torch.Tensor]:
-        """Embed what mteb's data loader yields; return float32 [tokens, embed_dim] an item.
+        """Embed what mteb's data loader yields; return float32 [tokens, embed_dim] per item.
 
-        Its batches of texts are taken as they are; images are batched anew within the budget of
+        Its batches of texts are taken as they are; images are batched again within the budget of
         visual tokens. An item with both is a page: the model takes no text beside an image. The
-        model knows no instructions, so task and prompt do not matter.
+        model takes no instructions, so task and prompt do not matter.
         """
         vectors: list[torch.Tensor] = []
         images = "image" in inputs.dataset.features
@@ -125,7 +125,7 @@ def register(source: str, revision: str | None, options: EmbeddingOptions) -> An
     Raises
     ------
     UserError
-        If the model cannot be found, or has no sound config.json.
+        If the model cannot be found, or its config.json is missing or damaged.
     """
     from mteb.models.model_implementations import MODEL_REGISTRY
     from mteb.models.model_meta import ModelMeta, ScoringFunction
@@ -143,7 +143,7 @@ def register(source: str, revision: str | None, options: EmbeddingOptions) -> An
         modalities=["image", "text"],
         framework=["PyTorch", "Transformers", "safetensors"],
         use_instructions=False,
-        # mteb wants to be told of the rest, which a folder does not say
+        # mteb requires the rest, which a folder does not state
         release_date=None, languages=None, n_parameters=None, memory_usage_mb=None,
         max_tokens=None, license=None, open_weights=None, public_training_code=None,
         public_training_data=None, training_datasets=None,
@@ -155,8 +155,8 @@ def register(source: str, revision: str | None, options: EmbeddingOptions) -> An
 def load_registered(meta: Any) -> ColQwen3Encoder:
     """Load a registered model.
 
-    ``meta.load_model()`` does the same, but refuses every model of images where torchvision is not
-    installed; ours does without.
+    ``meta.load_model()`` does the same, but rejects every image model where torchvision is not
+    installed; ours does not need it.
     """
     encoder = ColQwen3Encoder(meta.name, meta.revision, **meta.loader_kwargs)
     encoder.mteb_model_meta = meta

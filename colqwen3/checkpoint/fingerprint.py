@@ -13,8 +13,10 @@ SAMPLES, SAMPLE_BYTES = 64, 4096
 
 def model_files(folder: Path) -> Iterator[Path]:
     """Yield the files that make up a model: weights, configs and tokenizer, in name order."""
-    kept = (".json", ".txt", ".jinja", ".safetensors", ".py")
-    yield from sorted(path for path in folder.iterdir() if path.is_file() and path.suffix in kept)
+    suffixes = (".json", ".txt", ".jinja", ".safetensors", ".py")
+    yield from sorted(
+        path for path in folder.iterdir() if path.is_file() and path.suffix in suffixes
+    )
 
 
 def fingerprint(path: Path) -> dict[str, Any]:

@@ -27,7 +27,7 @@ DTYPE_BYTES = {
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One entry of a safetensors header; its data begin at byte `start` of `file`."""
+    """One entry of a safetensors header; its data start at byte `start` of `file`."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -54,11 +54,11 @@ def weight_files(folder: Path) -> list[Path]:
         names = [SINGLE]
     elif any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
         raise UserError(
-            f"{folder}: holds only pickled weights, which are never read; convert to safetensors"
+            f"{folder}: contains only pickled weights, which are never read; convert them to safetensors"
         )
     else:
         raise UserError(
-            f"{folder}: holds neither {INDEX} nor {SINGLE}; give a complete model folder"
+            f"{folder}: contains neither {INDEX} nor {SINGLE}; give a complete model folder"
         )
     return [_inside(folder, name) for name in names]
 
@@ -68,7 +68,7 @@ def _inside(folder: Path, name: str) -> Path:
     path = folder / name
     if "/" in name or "\\" in name or name in ("", ".", ".."):
         raise UserError(
-            f"{folder / INDEX}: names {name!r}, which is no file of the folder; fix the index"
+            f"{folder / INDEX}: names {name!r}, which is not a file of the folder; fix the index"
         )
     if not path_is(path, Path.is_file):
         raise UserError(f"{path}: is named by the index but missing; fetch it again")
@@ -77,12 +77,12 @@ def _inside(folder: Path, name: str) -> Path:
     if home.parent.name == "snapshots":  # the Hub cache links its snapshots to ../../blobs
         allowed.append(home.parent.parent / "blobs")
     if path.resolve().parent not in allowed:
-        raise UserError(f"{path}: is a link out of the model folder; put the file itself there")
+        raise UserError(f"{path}: is a link to outside the model folder; put the file itself there")
     return path
 
 
 def _refuse(constant: str) -> None:
-    """Refuse NaN and Infinity, which Python reads and JSON does not have."""
+    """Reject NaN and Infinity, which Python reads and JSON does not have."""
     raise ValueError(constant)
 
 
@@ -94,48 +94,46 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     UserError
         If the file is truncated, or header and data do not agree byte for byte.
     """
-    mend = "fetch the file again"
+    fix = "fetch the file again"
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
         if length == 0 or length > min(MAX_HEADER, size - 8):
-            raise UserError(f"{path}: is truncated or no safetensors file; {mend}")
+            raise UserError(f"{path}: is truncated or not a safetensors file; {fix}")
         try:
             text = file.read(length).decode("utf-8")
             header = json.loads(text, parse_constant=_refuse)
-            json.dumps(header, ensure_ascii=False).encode()  # refuses half characters
+            json.dumps(header, ensure_ascii=False).encode()  # rejects unpaired surrogates
         except (ValueError, RecursionError):
-            raise UserError(f"{path}: has a damaged header; {mend}") from None
+            raise UserError(f"{path}: has a damaged header; {fix}") from None
     metadata = header.pop("__metadata__", None) if isinstance(header, dict) else []
     if metadata is not None and not (
         isinstance(metadata, dict) and all(isinstance(text, str) for text in metadata.values())
     ):
-        raise UserError(f"{path}: has a damaged header; {mend}")
-    found: dict[str, TensorInfo] = {}
+        raise UserError(f"{path}: has a damaged header; {fix}")
+    tensors: dict[str, TensorInfo] = {}
     spans = []
     for name, entry in header.items():
         try:
             dtype, shape = entry["dtype"], tuple(entry["shape"])
             begin, end = entry["data_offsets"]
-            sound = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
-            nbytes = math.prod(shape) * DTYPE_BYTES[dtype] if sound else None
+            valid = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
+            nbytes = math.prod(shape) * DTYPE_BYTES[dtype] if valid else None
         except (KeyError, TypeError, ValueError):
-            raise UserError(f"{path}: has a damaged entry for {name}; {mend}") from None
+            raise UserError(f"{path}: has a damaged entry for {name}; {fix}") from None
         if nbytes is None or end - begin != nbytes:
-            raise UserError(f"{path}: {name} has a shape that does not fit its bytes; {mend}")
-        found[name] = TensorInfo(dtype, shape, nbytes, path.name, 8 + length + begin)
+            raise UserError(f"{path}: {name} has a shape that does not fit its bytes; {fix}")
+        tensors[name] = TensorInfo(dtype, shape, nbytes, path.name, 8 + length + begin)
         spans.append((begin, end))
     position = 0
     for begin, end in sorted(spans):
         if begin != position:
-            raise UserError(f"{path}: has tensors that overlap or leave a gap; {mend}")
+            raise UserError(f"{path}: has tensors that overlap or leave a gap; {fix}")
         position = end
     if 8 + length + position != size:
-        raise UserError(
-            f"{path}: has {size} bytes, its header says {8 + length + position}; {mend}"
-        )
-    return found
+        raise UserError(f"{path}: has {size} bytes, its header says {8 + length + position}; {fix}")
+    return tensors
 
 
 def read_headers(folder: Path) -> dict[str, TensorInfo]:
@@ -146,27 +144,27 @@ def read_headers(folder: Path) -> dict[str, TensorInfo]:
     UserError
         If a file is damaged, a tensor is stored twice, or index and files disagree.
     """
-    found: dict[str, TensorInfo] = {}
+    tensors: dict[str, TensorInfo] = {}
     for path in weight_files(folder):
         for name, tensor in read_header(path).items():
-            if name in found:
+            if name in tensors:
                 raise UserError(
-                    f"{path}: holds {name}, which {found[name].file} holds too; remove one"
+                    f"{path}: contains {name}, which {tensors[name].file} contains too; remove one"
                 )
-            found[name] = tensor
+            tensors[name] = tensor
     if (folder / INDEX).exists():
         weight_map = read_json(folder / INDEX, "fetch it again")["weight_map"]
-        for name, tensor in found.items():
+        for name, tensor in tensors.items():
             if weight_map.get(name) != tensor.file:
                 raise UserError(
                     f"{folder / INDEX}: does not name {tensor.file} for {name}; fix the index"
                 )
         for name in weight_map:
-            if name not in found:
+            if name not in tensors:
                 raise UserError(
-                    f"{folder / INDEX}: names {name}, which no file holds; fetch the folder again"
+                    f"{folder / INDEX}: names {name}, which no file contains; fetch the folder again"
                 )
-    return found
+    return tensors
 
 
 @dataclass(frozen=True)

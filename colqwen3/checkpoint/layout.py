@@ -1,4 +1,4 @@
-"""What tensors a ColQwen3 checkpoint holds, computed from its config without torch.
+"""The tensors of a ColQwen3 checkpoint, computed from its config without torch.
 
 Names are the published ones: ``vlm.model.language_model.*``, ``vlm.model.visual.*`` and
 ``embedding_proj_layer.*``. Shapes follow transformers' Qwen3-VL modules.
@@ -31,13 +31,13 @@ Shape = tuple[int, ...]
 BITS, GROUP_SIZES = (2, 3, 4, 8), (32, 64, 128)
 """The weight formats that recipes may ask for."""
 
-MAX_SIZE, MAX_LAYERS = 2**31, 1000  # far beyond any model, and listed in no time
-PACKED = 32  # AutoRound leaves a linear alone whose sizes are no multiple of this
-# what Qwen3VLTextConfig takes where a config is silent
+MAX_SIZE, MAX_LAYERS = 2**31, 1000  # far beyond any model, yet quick to list
+PACKED = 32  # AutoRound skips a linear whose sizes are not multiples of this
+# what Qwen3VLTextConfig takes where a config has no value
 TEXT_DEFAULTS = {"head_dim": 128, "num_key_value_heads": 32}
 
 
-def _size(config: Mapping[str, Any], key: str, most: int = MAX_SIZE) -> int:
+def _size(config: Mapping[str, Any], key: str, maximum: int = MAX_SIZE) -> int:
     """Return a size from a config section.
 
     Raises
@@ -45,11 +45,11 @@ def _size(config: Mapping[str, Any], key: str, most: int = MAX_SIZE) -> int:
     KeyError
         If it is absent.
     ValueError
-        If it is no whole number between 1 and `most`.
+        If it is not a whole number between 1 and `maximum`.
     """
     value = config[key] if key in config or key not in TEXT_DEFAULTS else TEXT_DEFAULTS[key]
-    if type(value) is not int or not 1 <= value <= most:
-        raise ValueError(f"{key} is {repr(value)[:40]}, not a whole number from 1 to {most}")
+    if type(value) is not int or not 1 <= value <= maximum:
+        raise ValueError(f"{key} is {repr(value)[:40]}, not a whole number from 1 to {maximum}")
     return value
 
 
@@ -108,12 +108,12 @@ def all_linears(config: Mapping[str, Any]) -> dict[str, Shape]:
 
     The projection is not among them: the model reads the dtype of its weight.
     """
-    found = linears(config)
+    shapes = linears(config)
     for name, shape in _vision(config["vision_config"]).items():
         module = name.removesuffix(".weight")
         if module != name and len(shape) == 2 and not module.endswith(".pos_embed"):
-            found[module] = (shape[0], shape[1])
-    return found
+            shapes[module] = (shape[0], shape[1])
+    return shapes
 
 
 def tensors(config: Mapping[str, Any]) -> dict[str, Shape]:
@@ -122,7 +122,7 @@ def tensors(config: Mapping[str, Any]) -> dict[str, Shape]:
     Raises
     ------
     KeyError, TypeError, ValueError
-        If the config lacks a size, or holds something else in its place.
+        If the config lacks a size, or contains something else in its place.
     """
     hidden, width = _size(config["text_config"], "hidden_size"), _size(config, "embed_dim")
     shapes: dict[str, Shape] = {}

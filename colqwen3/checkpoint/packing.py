@@ -31,21 +31,22 @@ def round_to_nearest(
     -------
     tuple
         Codes, int8 [out_features, in_features] from ``-2 ** (bits - 1)``, and scales, float16
-        [out_features, groups].
+        [out_features, groups]; on the weight's device, and the same on every device.
     """
-    most = 2 ** (bits - 1)
-    codes = torch.empty(weight.shape, dtype=torch.int8)
-    scales = torch.empty(weight.shape[0], weight.shape[1] // group_size, dtype=torch.float16)
+    limit = 2 ** (bits - 1)
+    codes = torch.empty_like(weight, dtype=torch.int8, memory_format=torch.contiguous_format)
+    groups_a_row = weight.shape[1] // group_size
+    scales = weight.new_empty(weight.shape[0], groups_a_row, dtype=torch.float16)
     for start in range(0, len(weight), ROWS):
-        part = weight[start : start + ROWS].float()
+        part = weight[start : start + ROWS].to(torch.float32, copy=True)  # changed in place below
         groups = part.reshape(len(part), -1, group_size)
         below, above = -groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
-        scale = torch.where(above < below, below, -above).div_(most).half()
+        scale = torch.where(above < below, below, -above).div_(limit).half()
         small = scale.float().abs() < SMALLEST_SCALE
         scale[small] = torch.where(scale[small] < 0, -SMALLEST_SCALE, SMALLEST_SCALE).half()
         scales[start : start + ROWS] = scale
-        found = groups.div_(scale.float().unsqueeze(-1)).round_().clamp_(-most, most - 1)
-        codes[start : start + ROWS] = found.flatten(1)
+        rounded = groups.div_(scale.float().unsqueeze(-1)).round_().clamp_(-limit, limit - 1)
+        codes[start : start + ROWS] = rounded.flatten(1)
     return codes, scales
 
 
@@ -68,10 +69,10 @@ def restore_codes(
     tuple
         Codes, int8 of the weight's shape, and how far the weight is from them at most, in steps.
     """
-    most = 2 ** (bits - 1)
+    limit = 2 ** (bits - 1)
     groups = weight.float().reshape(*scales.shape, -1)
     steps = groups / scales.float().unsqueeze(-1)
-    codes = steps.round().clamp(-most, most - 1)
+    codes = steps.round().clamp(-limit, limit - 1)
     gap = float((steps - codes).abs().max())
     return codes.flatten(1).to(torch.int8), gap
 
@@ -82,8 +83,8 @@ def relative_error(weight: torch.Tensor, codes: torch.Tensor, scales: torch.Tens
     for start in range(0, len(weight), ROWS):
         part = weight[start : start + ROWS].float()
         scale = scales[start : start + ROWS].float().unsqueeze(-1)
-        made = codes[start : start + ROWS].float().reshape(*scale.shape[:2], -1) * scale
-        wrong += float(torch.linalg.vector_norm(made.flatten(1).sub_(part))) ** 2
+        dense = codes[start : start + ROWS].float().reshape(*scale.shape[:2], -1) * scale
+        wrong += float(torch.linalg.vector_norm(dense.flatten(1).sub_(part))) ** 2
         whole += float(torch.linalg.vector_norm(part)) ** 2
     return float((wrong / max(whole, 1e-24)) ** 0.5)
 

@@ -1,6 +1,6 @@
 """Reading and writing single tensors of safetensors files, never a whole file in memory.
 
-The library's own writer wants all tensors at once. A checkpoint whose shapes are known beforehand
+The library's own writer needs all tensors at once. A checkpoint whose shapes are known beforehand
 can be written tensor by tensor, in any order, and be continued after a crash.
 """
 
@@ -24,10 +24,10 @@ DTYPES = {
     "I32": torch.int32,
     "I64": torch.int64,
 }
-# safetensors lays wide types first, and sorts by name within a type
+# safetensors puts wide types first, and sorts by name within a type
 ORDER = ("I64", "F32", "I32", "BF16", "F16")
 CHUNK = 16 << 20
-FORMAT = {"format": "pt"}  # transformers wants it in a checkpoint
+FORMAT = {"format": "pt"}  # transformers expects it in a checkpoint
 
 Spec = tuple[str, tuple[int, ...]]
 """Dtype as safetensors names it, and shape."""
@@ -136,11 +136,11 @@ class TensorFile:
         Raises
         ------
         ValueError
-            If its dtype or shape is another than announced.
+            If its dtype or shape differs from its spec.
         """
         start, _, (dtype, shape) = self._places[name]
         if tensor.dtype != DTYPES[dtype] or tuple(tensor.shape) != shape:
-            raise ValueError(f"{name}: {tensor.dtype} {list(tensor.shape)} is not as announced")
+            raise ValueError(f"{name}: {tensor.dtype} {list(tensor.shape)} differs from its spec")
         self._write(
             self._data + start, tensor.cpu().contiguous().view(torch.uint8).numpy().data.cast("B")
         )
@@ -158,20 +158,20 @@ class TensorFile:
         Raises
         ------
         ValueError
-            If dtype or shape is another than announced.
+            If dtype or shape differs from the spec.
         UserError
             If the source file ends before the tensor does.
         """
         start, _, spec = self._places[name]
         if spec != (tensor.dtype, tensor.shape):
-            raise ValueError(f"{name}: {tensor.dtype} {list(tensor.shape)} is not as announced")
+            raise ValueError(f"{name}: {tensor.dtype} {list(tensor.shape)} differs from its spec")
         place = self._data + start
         for chunk in read_chunks(folder, tensor):
             self._write(place, chunk)
             place += len(chunk)
 
     def read(self, name: str) -> bytes:
-        """Return the bytes of one tensor as they stand in the file."""
+        """Return the bytes of one tensor in the file."""
         start, nbytes, _ = self._places[name]
         return os.pread(self._file.fileno(), nbytes, self._data + start)
 

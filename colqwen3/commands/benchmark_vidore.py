@@ -46,7 +46,7 @@ def find_tasks(names: list[str]) -> list[Any]:
             raise UserError(f"mteb knows no task {name!r} ({reason})") from None
     for task in tasks:
         if not isinstance(task, AbsTaskRetrieval):
-            raise UserError(f"{task.metadata.name}: is no retrieval task; leave it out")
+            raise UserError(f"{task.metadata.name}: is not a retrieval task; leave it out")
     return tasks
 
 
@@ -56,7 +56,7 @@ def run_task(encoder: "ColQwen3Encoder", task: Any, batch_size: int) -> dict[str
     Raises
     ------
     UserError
-        If the data of the task cannot be had.
+        If the data of the task cannot be loaded.
     """
     import mteb
     from mteb.models import SearchEncoderWrapper
@@ -67,7 +67,7 @@ def run_task(encoder: "ColQwen3Encoder", task: Any, batch_size: int) -> dict[str
     except (OSError, ValueError, RuntimeError) as error:  # what datasets and the Hub's client raise
         reason = first_line(error)
         raise UserError(
-            f"{name}: its data cannot be had ({reason}); check the network, HF_HUB_OFFLINE and HF_TOKEN"
+            f"{name}: its data cannot be loaded ({reason}); check the network, HF_HUB_OFFLINE and HF_TOKEN"
         ) from None
     result = mteb.evaluate(
         SearchEncoderWrapper(encoder, corpus_chunk_size=PAGES_IN_MEMORY),

@@ -47,7 +47,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--max-num-visual-tokens", type=positive, default=1280, metavar="N",
-        help="a page is shrunk until it has at most so many (default: %(default)s)",
+        help="a page is shrunk until it has at most this many (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--trust-remote-code", action="store_true",

@@ -1,4 +1,4 @@
-"""Print what a model folder holds and what quantizing it will give, as JSON, from headers alone."""
+"""Print the contents of a model folder and the sizes that quantizing it will give, as JSON, from headers alone."""
 
 import argparse
 import json

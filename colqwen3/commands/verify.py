@@ -1,7 +1,7 @@
 """Check that a released folder is, byte for byte, what its metadata say.
 
-This finds damage, and tampering by anyone who does not also write new metadata. Whoever needs more
-compares the printed digest of the metadata with a trusted one.
+This detects damage, and tampering by anyone who does not also write new metadata. For more, compare
+the printed digest of the metadata with a trusted one.
 """
 
 import argparse

@@ -48,7 +48,7 @@ def read_dataset(folder: Path) -> Dataset:
 
 
 def read_queries(path: Path) -> dict[str, str]:
-    """Read queries, one JSON object ``{"_id": ..., "text": ...}`` a line; blank lines are skipped.
+    """Read queries, one JSON object ``{"_id": ..., "text": ...}`` per line; blank lines are skipped.
 
     Passages of text are stored in the same way and read by this too. Ids count in Unicode
     normalisation form C.
@@ -56,7 +56,7 @@ def read_queries(path: Path) -> dict[str, str]:
     Raises
     ------
     UserError
-        If a line is no such object, an id repeats, an id or text is blank, or there is no line.
+        If a line is not such an object, an id repeats, an id or text is blank, or there is no line.
     """
     queries: dict[str, str] = {}
     lines: dict[str, int] = {}
@@ -80,14 +80,14 @@ def read_queries(path: Path) -> dict[str, str]:
             )
         queries[name], lines[name] = text, number
     if not queries:
-        raise UserError(f"{path}: holds no text; write one JSON object a line")
+        raise UserError(f"{path}: contains no text; write one JSON object per line")
     return queries
 
 
 def read_relevance(
     path: Path, queries: Collection[str], pages: Collection[str]
 ) -> dict[str, dict[str, int]]:
-    """Read relevance judgements: header ``query-id corpus-id score``, then one a line, by tabs.
+    """Read relevance judgements: header ``query-id corpus-id score``, then one per line, separated by tabs.
 
     Raises
     ------
@@ -106,7 +106,7 @@ def read_relevance(
         where = f"{path}: line {number}"
         fields = line.split("\t")
         if len(fields) != 3:
-            raise UserError(f"{where}: has {len(fields)} fields, not 3; separate them by tabs")
+            raise UserError(f"{where}: has {len(fields)} fields, expected 3; separate them by tabs")
         query, page, score = normalized(fields[0]), normalized(fields[1]), fields[2]
         if query not in relevance:
             raise UserError(f"{where}: query {query!r} is not in queries.jsonl; correct it")
@@ -128,7 +128,7 @@ def read_relevance(
 
 
 def _read_lines(path: Path) -> list[str]:
-    """Return the lines of a UTF-8 file without their ends; at least one."""
+    """Return the lines of a UTF-8 file without their line ends; at least one."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -153,7 +153,7 @@ def _parse_object(line: str, where: str) -> dict[str, Any]:
 
 
 def _encodable(text: str) -> bool:
-    """Whether a tokenizer can take the text: JSON escapes can hold half a surrogate pair."""
+    """Whether a tokenizer can take the text: JSON escapes can contain an unpaired surrogate."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -19,11 +19,11 @@ logger = logging.getLogger(__name__)
 IMAGES = (".png", ".jpg", ".jpeg")
 PDF = ".pdf"
 # A4 and Letter then have 0.97 and 0.94 million pixels, within the 1.31 million that a ColQwen3 sees
-# by default: nothing is drawn only to be shrunk away, and small print stays as sharp as it can be.
+# by default: nothing is rendered only to be shrunk, and small print stays as sharp as possible.
 DPI = 100
 POINTS_PER_INCH = 72
 SHOWN = 5  # names of files that are left out
-MAX_RATIO = 200  # Qwen's processor takes nothing longer; no page is
+MAX_RATIO = 200  # Qwen's processor takes nothing longer
 ENCRYPTED = (4, 5)  # pdfium: a password is needed; the security scheme is unknown
 # TURNS and to_rgb are as in colqwen3/model/processing_colqwen3.py, which travels with checkpoints
 TURNS = {
@@ -88,7 +88,7 @@ def find_pages(folder: Path) -> dict[str, Page]:
     except OSError as error:
         reason = error.strerror
         raise UserError(f"{folder}: cannot be read ({reason}); give the pages there") from None
-    # names with a leading dot are left by desktops and archivers beside the real files
+    # names with a leading dot are left by desktops and archivers next to the real files
     entries = [path for path in entries if not path.name.startswith(".")]
     pages: dict[str, Page] = {}
     others = []
@@ -103,17 +103,20 @@ def find_pages(folder: Path) -> dict[str, Page]:
                 raise UserError(f"{page}: has the same id as {known}, {page.id!r}; rename one")
             pages[page.id] = page
     if not pages:
-        raise UserError(f"{folder}: holds no PNG, JPEG or PDF; put the pages there")
+        raise UserError(f"{folder}: contains no PNG, JPEG or PDF; put the pages there")
     if others:
         shown = ", ".join(others[:SHOWN]) + (", ..." if len(others) > SHOWN else "")
         logger.warning(
-            "%s: left out %d entries, no PNG, JPEG or PDF: %s", folder, len(others), shown
+            "%s: skipped %d entries that are not a PNG, JPEG or PDF file: %s",
+            folder,
+            len(others),
+            shown,
         )
     return pages
 
 
 def _describe(path: Path) -> str:
-    """Return the name of what is no page, and what it is unless it is a file."""
+    """Return the name of an entry that is not a page, and its kind unless it is a file."""
     if path.is_file():
         return path.name
     if path.is_dir():
@@ -163,7 +166,7 @@ def _read_image(path: Path) -> Image.Image:
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise _too_large(path) from None
     except UnidentifiedImageError:
-        reason = "is empty" if path.stat().st_size == 0 else "is no PNG or JPEG image"
+        reason = "is empty" if path.stat().st_size == 0 else "is not a PNG or JPEG image"
         raise UserError(f"{path}: {reason}; replace or remove it") from None
     except (OSError, SyntaxError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
@@ -228,9 +231,9 @@ def _render(page: Page, number: int) -> Image.Image:
     scale = DPI / POINTS_PER_INCH
     with _open_pdf(page.path) as document:
         try:
-            document.init_forms()  # else what was typed into a form is not drawn
+            document.init_forms()  # otherwise what was typed into a form is not drawn
             drawn = document[number - 1]
-            limit = Image.MAX_IMAGE_PIXELS  # a page may call itself 5 m wide: a bitmap of 1 GB
+            limit = Image.MAX_IMAGE_PIXELS  # a page may declare a width of 5 m: a bitmap of 1 GB
             if limit and drawn.get_width() * drawn.get_height() * scale**2 > limit:
                 raise _too_large(page)
             image: Image.Image = drawn.render(scale=scale).to_pil()
@@ -254,7 +257,7 @@ def _open_pdf(path: Path) -> Iterator[Any]:
         if error.err_code in ENCRYPTED:
             raise UserError(f"{path}: is encrypted; save it without a password") from None
         empty = path.stat().st_size == 0
-        reason = "is empty" if empty else "is damaged, no PDF, or has no pages"
+        reason = "is empty" if empty else "is damaged, not a PDF, or has no pages"
         raise UserError(f"{path}: {reason}; replace or remove it") from None
     with document:
         yield document
@@ -265,12 +268,12 @@ def _too_large(page: Path | Page) -> UserError:
 
 
 def check_name(name: str, what: str) -> None:
-    """Refuse a name that the files and libraries further on could not carry.
+    """Reject a name that later files and libraries could not hold.
 
     Raises
     ------
     UserError
-        If it is blank or holds unprintable characters; `what` says whose name it is.
+        If it is blank or contains unprintable characters; `what` says whose name it is.
     """
     if not name.strip() or not name.isprintable():
-        raise UserError(f"{what} is blank or holds unprintable characters; rename it")
+        raise UserError(f"{what} is blank or contains unprintable characters; rename it")

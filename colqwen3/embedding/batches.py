@@ -41,7 +41,7 @@ def page_batches(
 
 
 def count_visual_tokens(name: str, image: Image.Image, processor: Any) -> int:
-    """Return how many visual tokens the processor makes of a page; `name` is for the error.
+    """Return the number of visual tokens of a page; `name` is for the error.
 
     Raises
     ------
@@ -87,7 +87,7 @@ def text_batches(texts: Mapping[str, str], maximum: int) -> Iterator[list[str]]:
     """Yield names in input order, `maximum` at a time; a long text goes alone.
 
     Every text of a batch is padded to its longest, and attention over 16 texts of ten thousand
-    words would ask for a mask of gigabytes.
+    words would need a mask of gigabytes.
     """
     batch: list[str] = []
     for name, text in texts.items():

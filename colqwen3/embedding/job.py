@@ -22,7 +22,7 @@ from colqwen3.system.resume import Scratch, surroundings, work_key
 logger = logging.getLogger(__name__)
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pillow", "pypdfium2")
-# around the visual tokens of a page, and behind the text of a query
+# around the visual tokens of a page, and after the text of a query
 PAGE_PROMPT_TOKENS, QUERY_SUFFIX_TOKENS = 11, 10
 FLOAT32_BYTES = 4
 
@@ -73,7 +73,7 @@ def embed_to_file(
     out
         A safetensors file, see `write_embeddings`.
     work
-        Folder for what is embedded so far; it is gone when `out` is complete.
+        Folder for what is embedded so far; it is removed when `out` is complete.
     options
         How to embed.
     code
@@ -158,16 +158,16 @@ def determinants(
 
 
 def maximum_bytes(queries: Mapping[str, str], pages: Sized, visual_tokens: int, width: int) -> int:
-    """Return the most bytes the embeddings can take, without tokenizing or opening anything.
+    """Return an upper bound of the bytes of the embeddings, without tokenizing or opening anything.
 
     Parameters
     ----------
     queries
-        Texts by name. A byte-level tokenizer makes at most one token of a byte.
+        Texts by name. A byte-level tokenizer gives at most one token per byte.
     pages
         Their number counts.
     visual_tokens
-        Most that a page may have.
+        Maximum of a page.
     width
         Numbers per token, float32 each.
     """

@@ -1,4 +1,4 @@
-"""Embeddings on disk while they are made, so that memory stays flat and a crash loses little."""
+"""Embeddings on disk while a set is embedded: memory stays flat, and a crash loses little."""
 
 from collections.abc import Iterable, Mapping
 
@@ -14,9 +14,9 @@ PART_ITEMS = 32  # 52 MB of pages of the 4B model
 
 
 class Parts:
-    """Embeddings kept in a scratch as they are made, some dozens of items a file.
+    """Embeddings stored in a scratch as they are computed, some dozens of items per file.
 
-    What an earlier run left there is not made again.
+    What an earlier run stored there is not computed again.
     """
 
     def __init__(self, scratch: Scratch) -> None:
@@ -32,7 +32,7 @@ class Parts:
     def add(self, kind: str, items: Mapping[str, torch.Tensor]) -> None:
         """Add the items of one batch; `kind` is ``query`` or ``page``.
 
-        Batches are kept whole, so that whoever goes on makes the same ones.
+        Batches are stored whole, so that a run that continues forms the same ones.
         """
         self._new.update((f"{kind}/{name}", tensor) for name, tensor in items.items())
         if len(self._new) >= PART_ITEMS:

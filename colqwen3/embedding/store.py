@@ -1,4 +1,4 @@
-"""The embeddings file: one float32 tensor [tokens, embed_dim] a query or page, in safetensors."""
+"""The embeddings file: one float32 tensor [tokens, embed_dim] per query or page, in safetensors."""
 
 import contextlib
 import json
@@ -33,9 +33,9 @@ def write_embeddings(
 ) -> None:
     """Write embeddings as float32 under ``query/<_id>`` and ``page/<stem>``, by rename.
 
-    safetensors sorts its entries, so the input order is kept in the metadata: key ``order``, JSON
-    of the lists ``queries`` and ``pages``. Equal input gives equal bytes. Items are asked for
-    twice, and one at a time: a mapping that reads them from a disk needs no memory.
+    safetensors sorts its entries, so the input order is stored in the metadata: key ``order``, JSON
+    of the lists ``queries`` and ``pages``. Equal input gives equal bytes. Items are read
+    twice, and one at a time: a mapping that reads them from disk needs no memory.
 
     Raises
     ------
@@ -65,7 +65,7 @@ def write_embeddings(
             partial.unlink()
         if disk_is_full(error):
             raise
-        raise UserError(f"{path}: cannot be written ({error}); mend the path") from None
+        raise UserError(f"{path}: cannot be written ({error}); correct the path") from None
 
 
 def open_embeddings(path: Path) -> Embeddings:
@@ -76,7 +76,7 @@ def open_embeddings(path: Path) -> Embeddings:
     UserError
         If the file is missing, damaged, or not of this kind.
     """
-    fix = "run `dvc repro` to embed again"
+    fix = "embed again"
     try:
         with safe_open(path, framework="pt") as file:
             order = json.loads((file.metadata() or {})[ORDER])
@@ -85,15 +85,15 @@ def open_embeddings(path: Path) -> Embeddings:
                  for kind, prefix in KINDS.items()}  # fmt: skip
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be read ({error}); {fix}") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{path}: lacks the order of its items; {fix}") from None
     keys = {key for kind in names.values() for _, key in kind}
     if missing := sorted(keys - stored.keys()):
         raise UserError(f"{path}: cannot be read (there is no {missing[0]}); {fix}")
     if keys != stored.keys():
-        raise UserError(f"{path}: holds tensors that its order does not name; {fix}")
+        raise UserError(f"{path}: contains tensors that its order does not name; {fix}")
     if any(len(t.shape) != 2 or 0 in t.shape or t.dtype != "F32" for t in stored.values()):
-        raise UserError(f"{path}: holds a tensor not float32 [tokens, embed_dim]; {fix}")
+        raise UserError(f"{path}: contains a tensor that is not float32 [tokens, embed_dim]; {fix}")
     return Embeddings(
         **{
             kind: StoredTensors(path.parent, {name: stored[key] for name, key in pairs})

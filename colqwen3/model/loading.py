@@ -22,7 +22,7 @@ from colqwen3.system.files import read_json
 
 logger = logging.getLogger(__name__)
 
-PACKING_FORMAT = "auto_round:auto_gptq"  # what this pipeline writes
+PACKING_FORMAT = "auto_round:auto_gptq"  # what quantization here writes
 
 
 def quantization_config(folder: Path) -> dict[str, Any] | None:
@@ -31,13 +31,13 @@ def quantization_config(folder: Path) -> dict[str, Any] | None:
     Raises
     ------
     UserError
-        If config.json is missing or damaged, or the model is no ColQwen3.
+        If config.json is missing or damaged, or the model is not a ColQwen3.
     """
     path = folder / "config.json"
     config = read_json(path, "give a complete model folder")
     if not isinstance(config, dict) or config.get("model_type") != MODEL_TYPE:
-        found = config.get("model_type") if isinstance(config, dict) else None
-        raise UserError(f"{path}: model_type is {found!r}; only {MODEL_TYPE!r} is supported")
+        model_type = config.get("model_type") if isinstance(config, dict) else None
+        raise UserError(f"{path}: model_type is {model_type!r}; only {MODEL_TYPE!r} is supported")
     quantization: dict[str, Any] | None = config.get("quantization_config")
     return quantization
 
@@ -52,7 +52,7 @@ def load_processor(
     UserError
         If tokenizer or image-processor files are missing or damaged.
     """
-    quantization_config(folder)  # what is no ColQwen3 is better refused as that
+    quantization_config(folder)  # rejects another model by name
     _warn_of_trust(folder, trust_remote_code)
     try:
         processor: ColQwen3Processor = AutoProcessor.from_pretrained(
@@ -65,7 +65,7 @@ def load_processor(
         ) from None
     if not processor.tokenizer("a")["input_ids"] or processor.image_token_id is None:
         raise UserError(
-            f"{folder}: its tokenizer knows no text or no page; fetch tokenizer.json again"
+            f"{folder}: its tokenizer has no tokens for text or pages; fetch tokenizer.json again"
         )
     return processor
 
@@ -104,7 +104,7 @@ def source_dtype(source: Checkpoint) -> torch.dtype:
     Raises
     ------
     UserError
-        If there is no projection.
+        If the projection is missing.
     """
     projection = source.tensors.get("embedding_proj_layer.weight")
     if projection is not None:
@@ -130,7 +130,7 @@ def dense_tensors(
     """Yield every tensor of a quantized folder by its unquantized name, packed ones as `dtype`."""
     for path in weight_files(folder):
         with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - the file is no dictionary
+            for name in file.keys():  # noqa: SIM118 - the file is not a dictionary
                 module, _, kind = name.rpartition(".")
                 if kind == "qweight":
                     zeros, scales = (
@@ -148,18 +148,19 @@ def _warn_of_trust(folder: Path, trust_remote_code: bool) -> None:
 
 
 def check_packing(quantization: dict[str, Any]) -> None:
-    """Refuse packings that would be read wrongly, such as zero points that are not minus one.
+    """Reject packings that would be read wrongly, such as zero points not stored minus one.
 
     Raises
     ------
     ValueError
         Naming the key of ``quantization_config``.
     """
-    wanted = {"quant_method": "auto-round", "packing_format": PACKING_FORMAT}
-    for key, value in wanted.items():
+    readable = {"quant_method": "auto-round", "packing_format": PACKING_FORMAT}
+    for key, value in readable.items():
         if quantization.get(key) != value:
-            found = quantization.get(key)
-            raise ValueError(f"quantization_config.{key} is {found!r}, only {value!r} can be read")
+            raise ValueError(
+                f"quantization_config.{key} is {quantization.get(key)!r}, only {value!r} can be read"
+            )
     if quantization.get("bits") not in (2, 3, 4, 8):
         raise ValueError("quantization_config.bits is not 2, 3, 4 or 8")
 
@@ -194,8 +195,10 @@ def as_user_error(folder: Path) -> Iterator[None]:
     try:
         yield
     except NonFiniteError as error:
-        raise NonFiniteWeightsError(f"{folder}: {error}; fetch it or make it again") from None
+        raise NonFiniteWeightsError(
+            f"{folder}: {error}; fetch it again or quantize again"
+        ) from None
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise UserError(
-            f"{folder}: model cannot be loaded ({first_line(error)}); fetch it or make it again"
+            f"{folder}: model cannot be loaded ({first_line(error)}); fetch it again or quantize again"
         ) from None

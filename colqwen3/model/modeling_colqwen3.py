@@ -1,4 +1,4 @@
-"""ColQwen3: a Qwen3-VL backbone and a projection, one L2-normalised vector a token.
+"""ColQwen3: a Qwen3-VL backbone and a projection, one L2-normalised vector per token.
 
 The computation follows the model's published description: last hidden state after the final
 norm, projection with bias, L2 normalisation, zeros on padding. The backbone is transformers'
@@ -17,7 +17,7 @@ from transformers.utils import ModelOutput
 
 from .configuration_colqwen3 import ColQwen3Config
 
-# as in stages/layout.py, which this module cannot import: it travels with checkpoints
+# as in colqwen3/checkpoint/layout.py, which this module cannot import: it travels with checkpoints
 LEGACY_KEY_MAPPING = {
     r"^model\.language_model\.": "vlm.model.language_model.",
     r"^model\.visual\.": "vlm.model.visual.",
@@ -27,7 +27,7 @@ LEGACY_KEY_MAPPING = {
 }
 UNUSED_KEYS = r"^(vlm\.)?lm_head\."
 
-# transformers 4.57 finds the image tokens itself
+# transformers 4.57 locates the image tokens itself
 TAKES_TOKEN_TYPES = "mm_token_type_ids" in inspect.signature(Qwen3VLModel.forward).parameters
 
 
@@ -60,7 +60,7 @@ class Backbone(nn.Module):
 
 
 class ColQwen3(Qwen3VLPreTrainedModel):  # type: ignore[misc]
-    """The ColQwen3 retriever: token ids and pixels in, one vector a token out."""
+    """The ColQwen3 retriever: token ids and pixels in, one vector per token out."""
 
     config_class = ColQwen3Config
     config: ColQwen3Config
@@ -78,14 +78,14 @@ class ColQwen3(Qwen3VLPreTrainedModel):  # type: ignore[misc]
 
         In float16 they move a token by 0.0003 in cosine.
         """
-        kept = [
+        frequencies = [
             (module, name, buffer)
             for module in self.modules()
             for name, buffer in module.named_buffers(recurse=False)
             if name.endswith("inv_freq") and not buffer.is_meta
         ]
         super()._apply(fn, recurse)
-        for module, name, buffer in kept:
+        for module, name, buffer in frequencies:
             setattr(module, name, buffer.to(getattr(module, name).device))
         return self
 
@@ -100,7 +100,7 @@ class ColQwen3(Qwen3VLPreTrainedModel):  # type: ignore[misc]
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """Load as transformers does, but refuse to invent weights that the checkpoint lacks.
+        """Load as transformers does, but reject a checkpoint that lacks weights: none are invented.
 
         Published and legacy key names are accepted; a stored language-model head is ignored.
         On a CPU a checkpoint of auto-round computes in float32 unless another ``dtype`` is asked
@@ -111,7 +111,7 @@ class ColQwen3(Qwen3VLPreTrainedModel):  # type: ignore[misc]
         ValueError
             If a tensor is missing, has another shape, or is unknown.
         """
-        wants_info = kwargs.pop("output_loading_info", False)
+        with_info = kwargs.pop("output_loading_info", False)
         dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
         kwargs.setdefault("key_mapping", LEGACY_KEY_MAPPING)
         # transformers 4.57 would squeeze float16 scales through the config's bfloat16
@@ -125,15 +125,15 @@ class ColQwen3(Qwen3VLPreTrainedModel):  # type: ignore[misc]
                 raise ValueError(
                     f"checkpoint has {problem.replace('_', ' ')}, the first is {names[0]}"
                 )
-        # else save_pretrained would write legacy names, undoing a renaming that never took place
+        # otherwise save_pretrained would write legacy names, undoing a renaming that never took place
         model._weight_conversions = None
         if (
             dtype in (None, torch.float32)
             and _is_auto_round(model.config)
             and model.device.type == "cpu"
         ):
-            nn.Module.float(model)  # transformers' own refuses quantized models
-        return (model, info) if wants_info else model
+            nn.Module.float(model)  # transformers' own rejects quantized models
+        return (model, info) if with_info else model
 
     def forward(
         self,

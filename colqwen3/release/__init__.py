@@ -1,1 +1,1 @@
-"""What a released folder says about itself, and whether that is true."""
+"""The metadata of a released folder, and whether the folder is as they say."""

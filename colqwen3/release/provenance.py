@@ -1,4 +1,4 @@
-"""quantization_metadata.json of a released folder: how it was made, and a digest of all it holds."""
+"""quantization_metadata.json of a released folder: its origin, and a digest of all it contains."""
 
 import hashlib
 import json
@@ -13,8 +13,8 @@ METADATA = "quantization_metadata.json"
 SELF_DIGEST = "sha256_of_the_rest"
 FORMAT_VERSION = 1
 CHUNK = 16 << 20
-PIPELINE = ("stages", "dvc.yaml", "params.yaml", "pyproject.toml", "requirements.txt")
-"""What decides how a checkpoint is made. Metrics and locks do not: they are committed afterwards."""
+PIPELINE = ("colqwen3", "stages", "dvc.yaml", "params.yaml", "pyproject.toml", "requirements.txt")
+"""What determines a checkpoint. Metrics and locks do not: they are committed afterwards."""
 
 
 def digest_weights(path: Path) -> tuple[str, dict[str, str]]:
@@ -105,7 +105,7 @@ def seal(metadata: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_sealed(text: str, metadata: Any) -> bool:
-    """Whether the text of a metadata file is, to the byte, what `seal` and ``write_json`` make."""
+    """Whether the text of a metadata file is, to the byte, what `seal` and ``write_json`` give."""
     return isinstance(metadata, dict) and text == dump_json(seal(metadata))
 
 

@@ -1,7 +1,7 @@
 """Whether a released folder is, byte for byte, what its metadata say.
 
-This finds damage, and tampering by anyone who does not also write new metadata. Whoever needs more
-compares the digest of the metadata with a trusted one.
+This detects damage, and tampering by anyone who does not also write new metadata. For more, compare
+the digest of the metadata with a trusted one.
 """
 
 from collections.abc import Iterator, Mapping
@@ -30,17 +30,17 @@ def read_metadata(folder: Path) -> tuple[dict[str, Any], list[str]]:
     try:
         text = path.read_bytes().decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "is no text"
+        reason = getattr(error, "strerror", None) or "is not text"
         raise UserError(
             f"{path}: cannot be read ({reason}); give a folder that this pipeline released"
         ) from None
     metadata = parse(text)
-    sound = isinstance(metadata, dict) and all(
+    valid = isinstance(metadata, dict) and all(
         isinstance(metadata.get(key), dict)
         and all(isinstance(entry, dict) for entry in metadata[key].values())
         for key in ("files", "tensors")
     )
-    if not sound:
+    if not valid:
         raise UserError(f"{path}: is damaged; fetch it again")
     return metadata, [] if is_sealed(text, metadata) else [f"{METADATA}: changed"]
 
@@ -55,7 +55,7 @@ def find_changes(folder: Path, metadata: Mapping[str, Any]) -> Iterator[str]:
     for name in sorted(metadata["files"].keys() | there.keys()):
         if name not in there:
             yield f"{name}: missing"
-        elif problem := _unfit(folder, there[name]):
+        elif problem := _forbidden(folder, there[name]):
             yield f"{name}: {problem}"
         elif name not in metadata["files"]:
             yield f"{name}: is not listed in {METADATA}"
@@ -63,39 +63,39 @@ def find_changes(folder: Path, metadata: Mapping[str, Any]) -> Iterator[str]:
             yield from _compare(there[name], metadata["files"][name], metadata["tensors"])
 
 
-def _compare(path: Path, wanted: Mapping[str, Any], tensors: Mapping[str, Any]) -> Iterator[str]:
+def _compare(path: Path, entry: Mapping[str, Any], tensors: Mapping[str, Any]) -> Iterator[str]:
     if path.suffix != ".safetensors":
-        if digest_file(path) != wanted.get("sha256"):
+        if digest_file(path) != entry.get("sha256"):
             yield f"{path.name}: changed"
         return
     try:
-        digest, found = digest_weights(path)
+        digest, actual = digest_weights(path)
     except UserError as error:
         yield f"{path.name}: changed ({str(error).removeprefix(f'{path}: ')})"
         return
-    if digest == wanted.get("sha256"):
+    if digest == entry.get("sha256"):
         return
-    listed = {name for name, entry in tensors.items() if entry.get("file") == path.name}
+    listed = {name for name, tensor in tensors.items() if tensor.get("file") == path.name}
     changed = [
         name
-        for name in sorted(listed | found.keys())
-        if name not in listed or found.get(name) != tensors[name].get("sha256")
+        for name in sorted(listed | actual.keys())
+        if name not in listed or actual.get(name) != tensors[name].get("sha256")
     ]
     yield from (f"{path.name}: tensor {name} changed" for name in changed)
     if not changed:
         yield f"{path.name}: header changed"
 
 
-def _unfit(folder: Path, path: Path) -> str | None:
+def _forbidden(folder: Path, path: Path) -> str | None:
     """Say why a file may not be in a released folder at all, None if it may."""
     home = folder.resolve()
     homes = [home]
     if home.parent.name == "snapshots":  # the Hub's cache links its snapshots to ../../blobs
         homes.append(home.parent.parent / "blobs")
     if path.resolve().parent not in homes:
-        return "leads out of the folder"
+        return "points outside the folder"
     if not path.is_file():
-        return "is no file"
+        return "is not a file"
     with path.open("rb") as file:
         start = b"" if path.suffix == ".safetensors" else file.read(4)  # that one's header is read
     if path.suffix in PICKLED or start == b"PK\x03\x04" or start[:1] == b"\x80":

@@ -1,4 +1,4 @@
-"""The text decoder of a ColQwen3 for serving: few kernels, no masks, nothing kept for training.
+"""The text decoder of a ColQwen3 for serving: few kernels, no masks, nothing stored for training.
 
 Sequences are padded on the right. Attention is causal, so what is before the padding does not
 change, and no mask is needed.

@@ -132,17 +132,17 @@ def _compile(function: Operation) -> Operation:
 
     def call(first: torch.Tensor, *others: Any) -> Any:
         key = first.shape[1:], first.dtype, first.device
-        made = compiled.get(key)
-        if made is None:
-            # code of its own: torch counts how often a code is compiled, and gives up at eight
+        kernel = compiled.get(key)
+        if kernel is None:
+            # a code object of its own: torch gives up after compiling one eight times
             code = FunctionType(function.__code__.replace(), function.__globals__)
-            made = compiled[key] = torch.compile(
+            kernel = compiled[key] = torch.compile(
                 code, fullgraph=True, options={"triton.enable_pdl": True}
             )
             for value in (first, *others):
                 if isinstance(value, torch.Tensor) and len(value) == len(first):
                     torch._dynamo.maybe_mark_dynamic(value, 0)
-        return made(first, *others)
+        return kernel(first, *others)
 
     return call
 

@@ -1,4 +1,4 @@
-"""Linears for serving: dense, or 4-bit by the fastest kernel that is there and right."""
+"""Linears for serving: dense, or 4-bit by the fastest installed kernel that gives correct results."""
 
 import json
 import logging
@@ -18,12 +18,12 @@ logger = logging.getLogger(__name__)
 Linear = Callable[[torch.Tensor], torch.Tensor]
 """[tokens, in_features] -> [tokens, out_features]."""
 Parts = Mapping[str, torch.Tensor]
-"""``qweight``, ``qzeros`` and ``scales`` of a packed linear, as `stages.packing.pack` makes them."""
+"""``qweight``, ``qzeros`` and ``scales`` of a packed linear, as `colqwen3.checkpoint.packing.pack` returns them."""
 
-# humming wants its weights in whole tiles
+# humming takes weights in whole tiles
 HUMMING_OUT, HUMMING_IN = 64, 32
-# 16-bit inputs, weights and outputs are each off by 2^-9 at most: an honest kernel is far below
-MOST_ERROR = 0.02
+# 16-bit inputs, weights and outputs are each off by 2^-9 at most: a correct kernel is far below
+MAXIMUM_ERROR = 0.02
 
 
 def dense(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
@@ -32,9 +32,9 @@ def dense(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
 
 
 def humming(parts: Parts, bits: int, group_size: int, dtype: torch.dtype) -> Linear:
-    """Return a packed linear that the humming kernels compute; it takes over the device of `parts`.
+    """Return a packed linear that the humming kernels compute; on the device of `parts`.
 
-    The weights are laid out anew, so that `parts` can be let go.
+    The weights are copied into another layout, so `parts` can be freed.
 
     Raises
     ------
@@ -64,18 +64,20 @@ def humming(parts: Parts, bits: int, group_size: int, dtype: torch.dtype) -> Lin
 def _without_overhead(layer: Any) -> Linear:
     """Return what a humming layer computes, its configuration written out once.
 
-    The tuning is humming's own, but each kernel begins while the one before it still ends.
+    The tuning is humming's own, except that each kernel starts while the previous one is finishing.
     """
     from humming import ops
     from humming.tune import get_heuristics_config
 
-    found = get_heuristics_config(layer.humming_config, device=layer.weight.device)
-    tuning = json.dumps([[least, most, {**how, "use_pdl": True}] for least, most, how in found])
+    ranges = get_heuristics_config(layer.humming_config, device=layer.weight.device)
+    tuning = json.dumps(
+        [[start, end, {**options, "use_pdl": True}] for start, end, options in ranges]
+    )
     config = layer.humming_config.to_str()
     weight, scale, locks = layer.weight.data, layer.weight_scale.data, layer.locks
 
     def call(x: torch.Tensor) -> torch.Tensor:
-        made: torch.Tensor = ops.humming_gemm(
+        outputs: torch.Tensor = ops.humming_gemm(
             layer_config=config,
             tuning_config=tuning,
             inputs=x,
@@ -83,7 +85,7 @@ def _without_overhead(layer: Any) -> Linear:
             weight_scale=scale,
             locks=locks,
         )
-        return made
+        return outputs
 
     return call
 
@@ -105,8 +107,8 @@ def auto_round_lib(parts: Parts, bits: int, group_size: int, dtype: torch.dtype)
     layer.qweight, layer.qzeros = parts["qweight"], parts["qzeros"]
     layer.scales = parts["scales"].to(dtype)
     layer.post_init()
-    made: Linear = layer
-    return made
+    linear: Linear = layer
+    return linear
 
 
 def dequantized(parts: Parts, bits: int, group_size: int, dtype: torch.dtype) -> Linear:
@@ -116,7 +118,7 @@ def dequantized(parts: Parts, bits: int, group_size: int, dtype: torch.dtype) ->
 
 
 KERNELS = {"dense": dequantized, "humming": humming, "auto-round-lib": auto_round_lib}
-"""Name -> how to make a packed linear of it."""
+"""Name -> what builds a packed linear for it."""
 
 
 def choose_kernel(parts: Parts, bits: int, group_size: int, dtype: torch.dtype) -> str:
@@ -124,21 +126,21 @@ def choose_kernel(parts: Parts, bits: int, group_size: int, dtype: torch.dtype) 
 
     On a GPU that is humming when it is installed, on a CPU auto-round-lib when it is installed and
     takes less time than a dense weight; each only if it computes what the dequantized weight does.
-    Else linears are dense; on a GPU a warning says so.
+    Otherwise linears are dense; on a GPU a warning says so.
     """
     gpu = parts["qweight"].device.type == "cuda"
     inputs = parts["qweight"].shape[0] * 32 // bits
     name, module = ("humming", "humming") if gpu else ("auto-round-lib", "auto_round_kernel")
     if find_spec(module) is None:
-        problem = f"{name} is not installed (see README.md, Serving)"
+        problem = f"{name} is not installed (extra {'gpu' if gpu else 'cpu'} of colqwen3-autoround)"
     else:
         try:
-            made = KERNELS[name](parts, bits, group_size, dtype)
-            error = kernel_error(made, parts, bits, dtype)
+            linear = KERNELS[name](parts, bits, group_size, dtype)
+            error = kernel_error(linear, parts, bits, dtype)
             plain = dequantized(parts, bits, group_size, dtype)
-            if not error < MOST_ERROR:  # NaN is none
+            if not error < MAXIMUM_ERROR:  # nor is NaN
                 problem = f"{name} is off by {error:.2g}"
-            elif gpu or _cpu_seconds(made, inputs, dtype) < _cpu_seconds(plain, inputs, dtype):
+            elif gpu or _cpu_seconds(linear, inputs, dtype) < _cpu_seconds(plain, inputs, dtype):
                 return name
             else:
                 return "dense"
@@ -150,26 +152,26 @@ def choose_kernel(parts: Parts, bits: int, group_size: int, dtype: torch.dtype) 
 
 
 @torch.inference_mode()
-def _cpu_seconds(made: Linear, inputs: int, dtype: torch.dtype) -> float:
-    """Return the least time of some calls with a query's tokens."""
+def _cpu_seconds(linear: Linear, inputs: int, dtype: torch.dtype) -> float:
+    """Return the minimum time of some calls with a query's tokens."""
     x = torch.ones(26, inputs, dtype=dtype)
     taken = []
     for _ in range(5):
         start = time.perf_counter()
-        made(x)
+        linear(x)
         taken.append(time.perf_counter() - start)
     return min(taken)
 
 
 @torch.inference_mode()
-def kernel_error(made: Linear, parts: Parts, bits: int, dtype: torch.dtype) -> float:
+def kernel_error(linear: Linear, parts: Parts, bits: int, dtype: torch.dtype) -> float:
     """Return how far a linear is from the dequantized weight, relative, on random inputs."""
     weight = dequantize(parts["qweight"], parts["qzeros"], parts["scales"], bits)
     generator = torch.Generator(weight.device).manual_seed(0)
     errors = []
     for tokens in (16, 64, 256):  # kernels differ by size
         x = torch.randn(tokens, weight.shape[1], generator=generator, device=weight.device)
-        wanted = x.to(dtype).float() @ weight.T
-        found = made(x.to(dtype)).float()
-        errors.append((found - wanted).norm() / wanted.norm())
+        expected = x.to(dtype).float() @ weight.T
+        actual = linear(x.to(dtype)).float()
+        errors.append((actual - expected).norm() / expected.norm())
     return float(torch.stack(errors).max())  # NaN stays NaN

@@ -18,7 +18,7 @@ from colqwen3.serving.runtime import Mode, Runtime
 from colqwen3.serving.weights import Weights
 from colqwen3.system.files import read_json
 
-LEAST_VISUAL_TOKENS = 4  # as in params.yaml
+MINIMUM_VISUAL_TOKENS = 4
 
 
 def load_runtime(
@@ -29,7 +29,7 @@ def load_runtime(
     max_num_visual_tokens: int = 1280,
     trust_remote_code: bool = False,
 ) -> Runtime:
-    """Load a ColQwen3 folder, original or made by this pipeline, ready to serve.
+    """Load a ColQwen3 folder, original or quantized here, ready to serve.
 
     Weights go to the device tensor by tensor; 4-bit ones stay so when a kernel for them is
     installed and agrees with their dequantized values, which is tried once here. Where something
@@ -42,7 +42,7 @@ def load_runtime(
     device
         Default: the GPU when there is one.
     dtype
-        Of the arithmetic. Default: bfloat16 on a GPU, else whichever of float32 and bfloat16 this
+        Of the arithmetic. Default: bfloat16 on a GPU, otherwise whichever of float32 and bfloat16 this
         processor multiplies faster.
     mode
         ``graphs``: compiled, and a CUDA graph for each size of query batch; ``compiled``;
@@ -55,14 +55,14 @@ def load_runtime(
     Raises
     ------
     UserError
-        If the folder is damaged, no ColQwen3, or packed in a way that is not this pipeline's.
+        If the folder is damaged, not a ColQwen3, or packed in another way than quantization here.
     ValueError
-        If an argument makes no sense.
+        If an argument is out of range.
     """
     folder = Path(folder)
     if mode not in get_args(Mode):
         raise ValueError(f"mode is {mode!r}; give one of {', '.join(get_args(Mode))}")
-    if max_num_visual_tokens < LEAST_VISUAL_TOKENS:
+    if max_num_visual_tokens < MINIMUM_VISUAL_TOKENS:
         raise ValueError(f"max_num_visual_tokens is {max_num_visual_tokens}; give at least 4")
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if place.type == "cuda" and not torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""Forwards recorded as CUDA graphs: the processor says "go" once instead of for each kernel."""
+"""Forwards recorded as CUDA graphs: the CPU starts one graph instead of each kernel."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable

@@ -1,8 +1,8 @@
-"""The serving runtime: queries and pages in, one unit vector a token out.
+"""The serving runtime: queries and pages in, one unit vector per token out.
 
 The arithmetic is that of `ColQwen3`, in a form that a GPU runs with few launches: linears that
 read the same input are one, what lies between linears is compiled, queries are padded to a few
-sizes and each size is recorded once as a CUDA graph, so that the processor only says "go".
+sizes and each size is recorded once as a CUDA graph, so that the CPU only starts it.
 """
 
 import contextlib
@@ -66,7 +66,7 @@ class PageBatch:
 
 
 class Runtime:
-    """A ColQwen3 ready to serve; made by `load_runtime`. It is for one thread.
+    """A ColQwen3 ready to serve, from `load_runtime`; for use by one thread.
 
     Attributes
     ----------
@@ -98,7 +98,7 @@ class Runtime:
         self.device, self.dtype, self.kernel = device, dtype, weights.kernel
         self.mode: Mode = "eager"
         self._operations: Operations = PLAIN
-        # without a reference to the runtime, whose memory is free as soon as nobody holds it
+        # without a reference to the runtime, whose memory is freed with its last reference
         rotary = Qwen3VLTextRotaryEmbedding(config.text_config)
         cos_sin = functools.partial(_cos_sin, rotary, dtype, device)
         cached = functools.lru_cache(CACHED_PLACES)
@@ -268,7 +268,7 @@ class Runtime:
         batch = self._page_batch(inputs)
         if not self._records(batch.ids.numel()):
             return self._pages(batch, batch.pixels)
-        # the prompt of a page is always the same, so its grid says all but the pixels
+        # the prompt of a page is always the same, so its grid determines all but the pixels
         key = tuple(batch.places.runs)
         recording = self._recorded_pages.get(key)
         if recording is None and key in self._recorded_pages:  # the second batch of this kind
@@ -338,14 +338,14 @@ def page_positions(grid: Grid, merge: int, start: int, length: int) -> torch.Ten
     """Return the M-RoPE positions of a page and the prompt around it.
 
     Text counts up in all three; a visual token is `start` plus its frame, row and column; the text
-    after a page goes on behind its longer side (Qwen2-VL, arXiv:2409.12191).
+    after a page continues after its longer side (Qwen2-VL, arXiv:2409.12191).
 
     Parameters
     ----------
     grid
         Frames, patch rows, patch columns.
     merge
-        Patches a side of a visual token.
+        Patches per side of a visual token.
     start
         Text tokens before the first visual one.
     length

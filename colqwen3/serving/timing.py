@@ -17,7 +17,7 @@ Work = Callable[[], object]
 
 
 def query_rows(ids: Sequence[torch.Tensor], tokens: int, count: int) -> list[torch.Tensor]:
-    """Return `count` rows of `tokens` token ids, made of real queries.
+    """Return `count` rows of `tokens` token ids from real queries.
 
     Their text is cut or repeated; the augmentation tokens at the end stay.
     """
@@ -53,9 +53,9 @@ def median_ms(
     times: list[list[float]] = [[] for _ in works]
     for number in range(warmup + repeats):
         for work, taken in zip(works, times, strict=True):
-            found = timed_ms(work, device)
+            milliseconds = timed_ms(work, device)
             if number >= warmup:
-                taken.append(found)
+                taken.append(milliseconds)
     return [statistics.median(taken) for taken in times]
 
 
@@ -77,16 +77,16 @@ def compare_times(times: dict[str, list[float]], items: int) -> dict[str, Any]:
         mode of each, with items per second.
     """
     best = [min(column) for column in zip(*times.values(), strict=True)]
-    made: dict[str, Any] = {
+    report: dict[str, Any] = {
         mode: {**_pair(*pair), "speedup_to_best": round(best[0] / pair[1], 3)}
         for mode, pair in times.items()
     }
-    made[BEST] = {
+    report[BEST] = {
         **_pair(*best),
         "original_per_second": round(1000 * items / best[0], 2),
         "quantized_per_second": round(1000 * items / best[1], 2),
     }
-    return made
+    return report
 
 
 def _pair(original: float, quantized: float) -> dict[str, float]:
@@ -97,9 +97,9 @@ def _pair(original: float, quantized: float) -> dict[str, float]:
     }
 
 
-def token_cosines(found: Iterable[torch.Tensor], wanted: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Return the cosine of every token; rows of `found` may go on behind the last one."""
-    pairs = zip(found, wanted, strict=True)
+def token_cosines(actual: Iterable[torch.Tensor], expected: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Return the cosine of every token; rows of `actual` may continue after the last one."""
+    pairs = zip(actual, expected, strict=True)
     return torch.cat(
         [
             torch.cosine_similarity(ours[: len(theirs)].double().cpu(), theirs.double(), dim=-1)
@@ -124,7 +124,7 @@ def memory(device: torch.device) -> dict[str, int]:
 
 
 def free_memory(device: torch.device) -> None:
-    """Give memory that nothing refers to back to the GPU, and measure its peak anew."""
+    """Free GPU memory that nothing refers to, and restart the measurement of its peak."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

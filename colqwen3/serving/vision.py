@@ -18,7 +18,7 @@ from colqwen3.serving.linears import Linear
 
 Grid = tuple[int, int, int]
 """Frames, patch rows and patch columns of a page."""
-KEPT_GRIDS = 16  # some megabytes each
+CACHED_GRIDS = 16  # some megabytes each
 
 
 class Places(NamedTuple):
@@ -94,9 +94,9 @@ class Tower:
     blocks, merger
         What the patches go through.
     deepstack
-        Number of a block -> the merger that makes deepstack features of its output.
+        Number of a block -> the merger that turns its output into deepstack features.
     heads, merge
-        Attention heads, and patches a side of a visual token.
+        Attention heads, and patches per side of a visual token.
     """
 
     patch_embed: Linear
@@ -114,12 +114,12 @@ class Tower:
         find = functools.partial(
             _grid_places, self.rotary, side, self.merge, self.position_embed.device
         )
-        self._grid_places = functools.lru_cache(KEPT_GRIDS)(find)
+        self._grid_places = functools.lru_cache(CACHED_GRIDS)(find)
 
     def places(self, grids: Sequence[Grid]) -> Places:
-        """Return what pages of these sizes need beside their pixels, on the tower's device."""
-        found = [self._grid_places(grid) for grid in grids]
-        indices, weights, cos, sin = (torch.cat(part) for part in zip(*found, strict=True))
+        """Return what pages of these sizes need besides their pixels, on the tower's device."""
+        places = [self._grid_places(grid) for grid in grids]
+        indices, weights, cos, sin = (torch.cat(part) for part in zip(*places, strict=True))
         # pages of one size attend in one batch
         runs = [(grid, len(list(pages))) for grid, pages in groupby(grids)]
         return Places(indices, weights, cos, sin, runs)

@@ -23,7 +23,7 @@ VISION = "vlm.model.visual"
 
 
 class Weights:
-    """The tensors of a model folder, moved to a device as they are asked for.
+    """The tensors of a model folder, moved to a device as they are needed.
 
     Parameters
     ----------

@@ -14,17 +14,18 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device for ``compute.device``; ``auto`` takes a CUDA GPU when there is one.
+    """Return the device of a name; ``auto`` takes a CUDA GPU when there is one.
 
     Raises
     ------
     UserError
-        If CUDA is asked for and there is none.
+        If CUDA is requested and there is none.
     """
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
         raise UserError(
-            "params.yaml: compute.device is cuda, but torch sees no GPU; set auto or cpu"
+            "the device is cuda, but torch sees no GPU; choose auto or cpu (params.yaml: compute.device; "
+            "command line: --device)"
         )
     device = torch.device("cuda:0" if available and name != "cpu" else "cpu")
     logger.info(
@@ -49,5 +50,5 @@ def make_deterministic(seed: int = 0) -> None:
     """Seed torch and ask it for deterministic kernels, warning where there is none."""
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(True, warn_only=True)
-    # filling every new tensor finds reads of unwritten memory; it costs time, and changes nothing
+    # filling every new tensor would expose reads of unwritten memory; it costs time, changes nothing
     setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010

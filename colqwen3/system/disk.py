@@ -38,6 +38,6 @@ def check_space(folder: Path, needed: int, what: str) -> None:
     if needed > free:
         raise DiskFullError(
             f"{folder}: needs {needed} bytes for {what}, {free} bytes are free; "
-            "free space there, or put artifacts/ on a larger disk"
+            "free some space there, or mount a larger disk (see docs/troubleshooting.md)"
         )
     logger.info("%s: needs %.3g GB, %.3g GB free", what, needed / 1e9, free / 1e9)

@@ -28,7 +28,7 @@ def work_key(determinants: Any) -> str:
 
 
 def surroundings(code: str, device: torch.device, libraries: Iterable[str]) -> dict[str, Any]:
-    """Return what determines a result beside its inputs.
+    """Return what determines a result besides its inputs.
 
     Parameters
     ----------
@@ -50,7 +50,7 @@ def surroundings(code: str, device: torch.device, libraries: Iterable[str]) -> d
 class Scratch:
     """A folder of unfinished work in steps, locked while it is used.
 
-    What an earlier run left is offered only under the same key and with the digests that it
+    What an earlier run left is used only under the same key and with the digests that it
     recorded; otherwise the folder is emptied. Use as a context manager.
 
     Parameters
@@ -102,7 +102,7 @@ class Scratch:
     def _read(self) -> None:
         state = json.loads((self.folder / STATE).read_text(encoding="utf-8"))
         if state["key"] != self._key:
-            raise ValueError("of another key")
+            raise ValueError("another key")
         for name, digest in state["files"].items():
             if digest_file(self.folder / name) != digest:
                 raise ValueError(f"{name} is damaged")
@@ -114,7 +114,7 @@ class Scratch:
         self.steps, self.files = [], {}
 
     def forget(self, reason: str) -> None:
-        """Begin again at the first step; `reason` is for the log."""
+        """Start again at the first step; `reason` is for the log."""
         logger.warning("%s is not used: %s", self.folder, reason)
         self.steps = []
         self.record({})

@@ -108,7 +108,7 @@ def with_demo_tokens(config: Config, path: Path) -> Config:
                     f"{demo['vision_config'][key]}"
                 )
     except (KeyError, TypeError) as error:
-        raise UserError(f"{path}: is no ColQwen3 config (lacks {error}); mend it") from None
+        raise UserError(f"{path}: is no ColQwen3 config (lacks {error}); correct it") from None
     made = {**config, **{key: demo[key] for key in TOKEN_IDS}, "dtype": "bfloat16"}
     made["text_config"] = {**text, "eos_token_id": demo["text_config"]["eos_token_id"]}
     made.pop("auto_map", None)
@@ -305,7 +305,7 @@ def main() -> None:
     try:
         make_checkpoint(config, args.out, int(args.shard_gb * 1e9), args.seed)
     except (KeyError, ValueError) as error:
-        raise UserError(f"{args.config}: has a wrong size ({error}); mend it") from None
+        raise UserError(f"{args.config}: has a wrong size ({error}); correct it") from None
 
 
 if __name__ == "__main__":

@@ -407,12 +407,14 @@ def main() -> None:
     }
     step, spent, seen, drawn = 0, 0.0, 0, 0
     if options.checkpoint and options.checkpoint.exists():
-        kept = torch.load(options.checkpoint, weights_only=False)
-        model.load_state_dict(kept["model"])
-        losses.load_state_dict(kept["losses"])
-        for optimiser, state in zip(optimisers, kept["optimisers"], strict=True):
-            optimiser.load_state_dict(state)
-        log, step, spent, seen, drawn = (kept[k] for k in ("log", "step", "spent", "seen", "drawn"))
+        state = torch.load(options.checkpoint, weights_only=True)
+        model.load_state_dict(state["model"])
+        losses.load_state_dict(state["losses"])
+        for optimiser, saved in zip(optimisers, state["optimisers"], strict=True):
+            optimiser.load_state_dict(saved)
+        log, step, spent, seen, drawn = (
+            state[k] for k in ("log", "step", "spent", "seen", "drawn")
+        )
 
     total = options.minutes * 60
     stage = next(i for i, s in enumerate(preset.stages) if spent / total < s.until)

@@ -158,11 +158,11 @@ def test_bytes_follow_the_dtype_of_each_tensor(folder: Path) -> None:
     save_file(tensors, path)
     _, after = inspect_folder(folder)
     added = 2 * tensors["embedding_proj_layer.bias"].numel()
-    for found, was in (
+    for actual, was in (
         (after["components"]["projection"], before["components"]["projection"]),
         (after["total"], before["total"]),
     ):
-        assert found == {**was, "bytes": was["bytes"] + added}
+        assert actual == {**was, "bytes": was["bytes"] + added}
     for name, size in after["expected_bytes"].items():
         assert size == before["expected_bytes"][name] + added
 
@@ -266,8 +266,8 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "no config": (lambda folder: (folder / "config.json").unlink(), "config.json: ", "cannot be read"),
     "empty config": (write(""), "config.json: ", "is not valid JSON"),
     "half a config": (write('{"model_type":'), "config.json: ", "is not valid JSON"),
-    "config a list": (write("[]"), "config.json: ", "no JSON object"),
-    "config null": (write("null"), "config.json: ", "no JSON object"),
+    "config a list": (write("[]"), "config.json: ", "not a JSON object"),
+    "config null": (write("null"), "config.json: ", "not a JSON object"),
     "config bare": (write('{"model_type": "colqwen3"}'), "config.json: ", "lacks 'text_config'"),
     "text_config null": (edit_config(text_config=None), "config.json: ", "wrong size"),
     "text_config a list": (edit_config(text_config=[]), "config.json: ", "wrong size"),
@@ -303,7 +303,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str, str]] = {
         "config.json: ", "wrong size",
     ),
     "fewer layers": (
-        edit_config(text_config__num_hidden_layers=3), "model-", "is no tensor of a ColQwen3",
+        edit_config(text_config__num_hidden_layers=3), "model-", "is not a tensor of a ColQwen3",
     ),
     "more layers": (edit_config(text_config__num_hidden_layers=5), "", "lacks the tensor vlm."),
     "negative layers": (
@@ -316,13 +316,13 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "hidden size as text": (edit_config(text_config__hidden_size="128"), "config.json: ", "hidden_size is '128'"),
     "other embed_dim": (edit_config(embed_dim=64), "model-", "has shape [48], config.json gives [64]"),
     "fewer deepstack": (
-        edit_config(vision_config__deepstack_visual_indexes=[0]), "model-", "is no tensor of a ColQwen3",
+        edit_config(vision_config__deepstack_visual_indexes=[0]), "model-", "is not a tensor of a ColQwen3",
     ),
     "tensor missing": (edit_tensor(NORM, lambda _: {}), "", f"lacks the tensor {NORM}"),
     "bias missing": (edit_tensor(BIAS, lambda _: {}), "", f"lacks the tensor {BIAS}"),
     "tensor unknown": (
         edit_tensor(NORM, lambda t: {NORM: t, "vlm.model.adapter.weight": t.clone()}),
-        "model-", "vlm.model.adapter.weight is no tensor",
+        "model-", "vlm.model.adapter.weight is not a tensor",
     ),
     "tensor under two names": (
         edit_tensor(NORM, lambda t: {NORM: t, "language_model.norm.weight": t.clone()}),
@@ -351,6 +351,37 @@ def test_unsupported_model_is_refused_in_one_line(folder: Path, problem: str) ->
     said = refusal(folder)
     assert said.startswith(start) or not start
     assert part in said
+
+
+@pytest.mark.parametrize(
+    ("file", "auto_map"),
+    [
+        ("tokenizer_config.json", {"AutoTokenizer": ["tok.Tok", None]}),
+        ("tokenizer_config.json", ["tok.Tok", None]),  # the older form, for the tokenizer alone
+        ("config.json", {"AutoModel": "m.M", "AutoTokenizer": "tok.Tok"}),
+    ],
+)
+def test_a_tokenizer_that_needs_code_is_refused(folder: Path, file: str, auto_map: object) -> None:
+    """No code travels with a quantized folder: it would tokenize otherwise without a word."""
+    content = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps({**content, "auto_map": auto_map}))
+    said = refusal(folder)
+    assert said.startswith(f"{file}: auto_map names code of the model's own for its tokenizer")
+    assert said.endswith("remove AutoTokenizer from auto_map")
+
+
+def test_code_that_we_do_without_may_be_named(folder: Path) -> None:
+    """The published model's own classes are not needed here, and nothing of them runs."""
+    content = json.loads((folder / "tokenizer_config.json").read_text())
+    content["auto_map"] = {"AutoProcessor": "processing_colqwen3.ColQwen3Processor"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(content))
+    edit_config(auto_map={"AutoModel": "modeling_colqwen3.ColQwen3"})(folder)
+    assert inspect_folder(folder)[1] == inspect_folder(GOLDEN)[1]
+
+
+def test_a_damaged_tokenizer_config_is_refused(folder: Path) -> None:
+    (folder / "tokenizer_config.json").write_text("{")
+    assert "tokenizer_config.json: is not valid JSON" in refusal(folder)
 
 
 def test_the_models_own_class_agrees_on_what_is_missing(folder: Path) -> None:

@@ -38,8 +38,8 @@ def encoder() -> ColQwen3Encoder:
 
 def alone(encoder: ColQwen3Encoder, inputs: Any) -> torch.Tensor:
     with torch.inference_mode():
-        made: torch.Tensor = encoder.model(**inputs).embeddings[0]
-    return made
+        result: torch.Tensor = encoder.model(**inputs).embeddings[0]
+    return result
 
 
 def test_mteb_takes_it_for_an_encoder(encoder: ColQwen3Encoder) -> None:
@@ -62,10 +62,10 @@ def test_mteb_finds_it_by_name(encoder: ColQwen3Encoder, monkeypatch: pytest.Mon
 def test_texts_are_embedded_as_queries(encoder: ColQwen3Encoder) -> None:
     texts = ["net revenue", "how is the pump of the boiler vented before winter?", "x", "zwölf"]
     rows = [{"id": text[0], "text": text} for text in texts]
-    made = encoder.encode(Batches(rows, 3), batch_size=3, show_progress_bar=False)
-    for text, vectors in zip(texts, made, strict=True):
-        wanted = alone(encoder, encoder.processor.process_texts([text]))
-        torch.testing.assert_close(vectors, wanted, atol=1e-5, rtol=0)
+    result = encoder.encode(Batches(rows, 3), batch_size=3, show_progress_bar=False)
+    for text, vectors in zip(texts, result, strict=True):
+        expected = alone(encoder, encoder.processor.process_texts([text]))
+        torch.testing.assert_close(vectors, expected, atol=1e-5, rtol=0)
 
 
 def test_pages_stay_in_order_within_the_budget(
@@ -84,11 +84,11 @@ def test_pages_stay_in_order_within_the_budget(
         return process(batch)
 
     monkeypatch.setattr(encoder.processor, "process_images", count)
-    made = encoder.encode(Batches(rows, 4))
+    result = encoder.encode(Batches(rows, 4))
     assert taken == [2, 1, 1, 1]  # 64, 128 | 64 | 256 | 64 tokens, whatever mteb's batches
-    for image, vectors in zip(images, made, strict=True):
-        wanted = alone(encoder, process([image]))
-        torch.testing.assert_close(vectors, wanted, atol=1e-5, rtol=0)
+    for image, vectors in zip(images, result, strict=True):
+        expected = alone(encoder, process([image]))
+        torch.testing.assert_close(vectors, expected, atol=1e-5, rtol=0)
 
 
 def test_similarity_is_maxsim_of_lists_and_of_padded_tensors(encoder: ColQwen3Encoder) -> None:

@@ -8,10 +8,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 # forked from a process that has the slow imports behind it; the stages themselves it has not seen
 _forks = multiprocessing.get_context("forkserver")
-_forks.set_forkserver_preload(["stages.colqwen3.loading", "stages.tuning", "tests.helpers.command"])
+_forks.set_forkserver_preload(
+    ["colqwen3.model.loading", "stages.quantization.autoround", "tests.helpers.command"]
+)
 
 
 @dataclass(frozen=True)

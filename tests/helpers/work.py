@@ -14,7 +14,7 @@ RECIPES = {
     "rtn": {"method": "rtn", "calibration": "none", "bits": 4, "group_size": 128, "sym": True},
     "tuned": {
         "method": "autoround", "calibration": "some", "bits": 4, "group_size": 128, "sym": True,
-        "iters": 1, "lr": 0.005, "seed": 1,
+        "iters": 3, "lr": 0.005, "seed": 1,
     },
 }  # fmt: skip
 
@@ -36,7 +36,7 @@ def make_work(folder: Path) -> Path:
     params["recipes"] = RECIPES
     params["evaluate"]["dataset"] = "data"
     params["gate"] = dict.fromkeys(params["gate"])
-    params.pop("ablation")
+    params |= {"release": {}, "fallbacks": {}}
     write_params(folder, params)
     return folder
 

@@ -30,8 +30,9 @@ TUNE = ["quantize", "tuned"]
 EMBED = ["embed", "original"]
 EMBED_RTN = ["embed", "rtn"]
 EVALUATE = ["evaluate", "rtn"]
-GATE = ["gate"]
-LIGHT = (INSPECT, GATE)  # need no torch: as fast in a process of their own
+CHECK = ["check"]
+GATE = ["gate", "rtn"]
+LIGHT = (CHECK, INSPECT, GATE)  # need no torch: as fast in a process of their own
 
 
 # ---- The folder that is damaged -----------------------------------------------------------------
@@ -246,7 +247,7 @@ class Case:
     damage: Damage
     words: list[str]
     names: str
-    mend: str
+    fix: str
     first: tuple[list[str], ...] = ()  # commands that still work
 
 
@@ -254,8 +255,8 @@ CASES = {
     # model folders
     "shard truncated": Case(cut(SHARD), INSPECT, SHARD, "fetch the file again"),
     "shard missing": Case(gone(SHARD), INSPECT, SHARD, "fetch it again"),
-    "index names a parent": Case(index("../x.safetensors"), INSPECT, INDEX, "mend the index"),
-    "index names an absolute path": Case(index("/x.safetensors"), INSPECT, INDEX, "mend the index"),
+    "index names a parent": Case(index("../x.safetensors"), INSPECT, INDEX, "fix the index"),
+    "index names an absolute path": Case(index("/x.safetensors"), INSPECT, INDEX, "fix the index"),
     "shard is a link out of the folder": Case(linked_out, INSPECT, SHARD, "put the file itself"),
     "index is no JSON": Case(cut(INDEX), INSPECT, INDEX, "fetch it again"),
     "header longer than its file": Case(
@@ -315,42 +316,42 @@ CASES = {
     "model changed after its inspection": Case(
         weight(NORM, filled(3.0)), CALIBRATE, "model/model-", "run `dvc repro -f inspect`"
     ),
-    "no such model": Case(params("model.source", "nowhere"), INSPECT, "no folder nowhere", "mend it"),
+    "no such model": Case(params("model.source", "nowhere"), INSPECT, "no folder nowhere", "correct it"),
     "no network": Case(
         many(params("model.source", "owner/name"), params("model.revision", "6" * 40)),
         INSPECT, "owner/name", "check the name",
     ),
     # params
-    "unknown key": Case(params("embed.batch", 3), INSPECT, "embed.batch", "remove it"),
+    "unknown key": Case(params("embed.batch", 3), CHECK, "embed.batch", "unknown key"),
     "text for a number": Case(
-        params("embed.queries_per_batch", "16"), INSPECT, "embed.queries_per_batch", "integer"
+        params("embed.queries_per_batch", "16"), CHECK, "embed.queries_per_batch", "integer"
     ),
-    "1e-3 as text": Case(params("recipes.tuned.lr", "1e-3"), INSPECT, "recipes.tuned.lr", "number"),
-    "5 bits": Case(params("recipes.rtn.bits", 5), INSPECT, "recipes.rtn.bits", "2, 3, 4 or 8"),
+    "1e-3 as text": Case(params("recipes.tuned.lr", "1e-3"), CHECK, "recipes.tuned.lr", "number"),
+    "5 bits": Case(params("recipes.rtn.bits", 5), CHECK, "recipes.rtn.bits", "2, 3, 4 or 8"),
     "groups of 100": Case(
-        params("recipes.rtn.group_size", 100), INSPECT, "recipes.rtn.group_size", "32, 64 or 128"
+        params("recipes.rtn.group_size", 100), CHECK, "recipes.rtn.group_size", "32, 64 or 128"
     ),
-    "asymmetric": Case(params("recipes.rtn.sym", False), INSPECT, "recipes.rtn.sym", "must be true"),
+    "asymmetric": Case(params("recipes.rtn.sym", False), CHECK, "recipes.rtn.sym", "must be true"),
     "a negative number of samples": Case(
-        params("calibration.sets.some.pages", -1), INSPECT, "calibration.sets.some.pages",
+        params("calibration.sets.some.pages", -1), CHECK, "calibration.sets.some.pages",
         "greater than or equal to 0",
     ),
     "more pages than there are": Case(
-        params("calibration.sets.some.pages", 3), CALIBRATE, "calibration.sets.some.pages", "lower it"
+        params("calibration.sets.some.pages", 3), CHECK, "calibration.sets.some.pages", "lower it"
     ),
-    "no recipes": Case(params("recipes", {}), INSPECT, "recipes", "give at least one"),
+    "no recipes": Case(params("recipes", {}), CHECK, "recipes", "give at least one"),
     "a slash in a recipe's name": Case(
-        params("recipes", {"../x": RECIPES["rtn"]}), INSPECT, "'../x'", "use small letters"
+        params("recipes", {"../x": RECIPES["rtn"]}), CHECK, "'../x'", "use lower-case letters"
     ),
     "a set that is not there": Case(
-        params("recipes.tuned.calibration", "other"), INSPECT, "recipes.tuned.calibration", "known: some"
+        params("recipes.tuned.calibration", "other"), CHECK, "recipes.tuned.calibration", "known: some"
     ),
     "an unknown recipe": Case(
         many(), ["quantize", "other"], "recipes.other", "known: rtn, tuned"
     ),
-    "params are no YAML": Case(text("params.yaml", "a: [1"), INSPECT, "params.yaml", "not valid YAML"),
-    "params are empty": Case(text("params.yaml", ""), INSPECT, "params.yaml", "valid dictionary"),
-    "params are missing": Case(gone("params.yaml"), INSPECT, "params.yaml", "No such file"),
+    "params are no YAML": Case(text("params.yaml", "a: [1"), CHECK, "params.yaml", "not valid YAML"),
+    "params are empty": Case(text("params.yaml", ""), CHECK, "params.yaml", "valid dictionary"),
+    "params are missing": Case(gone("params.yaml"), CHECK, "params.yaml", "No such file"),
     # data
     "a corpus without pages": Case(no_pages, EMBED, "data/corpus", "put the pages there"),
     "no corpus": Case(
@@ -370,10 +371,10 @@ CASES = {
         lambda folder: write_queries(folder, {"q0": "a", "q1": ""}),
         EMBED, "queries.jsonl: line 2", "write one or remove the line",
     ),
-    "queries cut off": Case(text("data/queries.jsonl", '{"_id": "q0", "te'), EMBED, "queries.jsonl: line", "mend it"),
+    "queries cut off": Case(text("data/queries.jsonl", '{"_id": "q0", "te'), EMBED, "queries.jsonl: line", "fix it"),
     "half a character": Case(
         text("data/queries.jsonl", '{"_id": "q0", "text": "\\ud83d"}\n'),
-        EMBED, "queries.jsonl: line 1", "mend its",
+        EMBED, "queries.jsonl: line 1", "fix the",
     ),
     "a judgement of a page that is not there": Case(
         text("data/qrels.tsv", "query-id\tcorpus-id\tscore\nq0\tp9\t1\n"),
@@ -402,11 +403,11 @@ CASES = {
     ),
     "embeddings of other pages": Case(unfit, EVALUATE, "'p2'", "run `dvc repro`"),
     "metrics cut off": Case(
-        cut("metrics/quantize/rtn.json"), EVALUATE, "quantize/rtn.json", "repro quantize@rtn`"
+        cut("artifacts/quantize/rtn.json"), EVALUATE, "quantize/rtn.json", "repro quantize@rtn`"
     ),
     "metrics without a figure": Case(
-        many(text("metrics/rtn.json", "{}"), params("gate.max_bytes", 10**9)),
-        GATE, "metrics/rtn.json", "repro evaluate@rtn`",
+        many(text("metrics/quality/rtn.json", "{}"), params("gate.max_bytes", 10**9)),
+        GATE, "metrics/quality/rtn.json", "repro evaluate@rtn`",
     ),
 }  # fmt: skip
 
@@ -424,7 +425,7 @@ def test_it_is_one_line_and_nothing_is_lost(work: Path, name: str) -> None:
     assert len(done.errors) == 1, done.err
     assert done.err.splitlines()[-1] == done.errors[0]
     assert case.names in done.errors[0]
-    assert case.mend in done.errors[0]
+    assert case.fix in done.errors[0]
     assert "Traceback" not in done.err
     assert results(work) == before
 

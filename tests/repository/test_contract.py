@@ -340,16 +340,29 @@ def test_the_ablation_is_no_part_of_the_pipeline() -> None:
 
 
 def test_tests_mirror_the_folders() -> None:
-    # constants, entry points, and what every other test goes through
-    without = {"paths.py", "configuration_colqwen3.py", "__init__.py", "__main__.py", "words.py"}
+    """A module has a test file of its own, in the same place, or others of its kind import it."""
+    without = {"paths.py", "__init__.py", "__main__.py", "words.py"}  # constants and entry points
+    imported: dict[str, set[Path]] = {
+        root: set().union(
+            *(imported_modules(test) for test in (Path("tests") / root).rglob("*.py"))
+        )
+        for root in CODE
+    }
     missing = [
         str(path)
         for path in MODULES
         if path.name not in without
         and not (Path("tests") / path.with_name(f"test_{path.name}")).exists()
-        and path.parts[:2] not in (("demo", "training"), ("demo", "drawing"), ("demo", "studies"))
+        and path not in imported[path.parts[0]]
     ]
     assert not missing
+    homeless = [
+        str(test)
+        for root in CODE
+        for test in (Path("tests") / root).rglob("test_*.py")
+        if not Path(*test.parent.parts[1:]).is_dir()
+    ]
+    assert not homeless
 
 
 def test_requirements_are_pinned_and_name_no_address() -> None:

@@ -68,17 +68,17 @@ def answer(read: Callable[..., Any], *args: Any) -> Any:
 @functools.cache
 def places(value: str) -> list[tuple[Any, ...]]:
     """Return the path to every value within a JSON text."""
-    found: list[tuple[Any, ...]] = []
+    actual: list[tuple[Any, ...]] = []
 
     def walk(node: Any, path: tuple[Any, ...]) -> None:
         items = node.items() if isinstance(node, dict) else enumerate(node)
         for key, inner in items:
-            found.append((*path, key))
+            actual.append((*path, key))
             if isinstance(inner, dict | list):
                 walk(inner, (*path, key))
 
     walk(json.loads(value), ())
-    return found
+    return actual
 
 
 def changed(whole: Any) -> st.SearchStrategy[Any]:
@@ -86,10 +86,10 @@ def changed(whole: Any) -> st.SearchStrategy[Any]:
 
     @st.composite
     def make(draw: st.DrawFn) -> Any:
-        made = copy.deepcopy(whole)
+        result = copy.deepcopy(whole)
         for _ in range(draw(st.integers(1, 3))):
             *path, last = draw(st.sampled_from(places(json.dumps(whole))))
-            place = made
+            place = result
             try:
                 for key in path:
                     place = place[key]
@@ -102,7 +102,7 @@ def changed(whole: Any) -> st.SearchStrategy[Any]:
                     place[draw(st.text(max_size=8))] = draw(values)
             except (KeyError, IndexError, TypeError):
                 continue  # an earlier change took the place away
-        return made
+        return result
 
     return make()
 
@@ -110,12 +110,12 @@ def changed(whole: Any) -> st.SearchStrategy[Any]:
 @st.composite
 def damaged(draw: st.DrawFn, data: bytes) -> bytes:
     """Strategy of a file's bytes with some of them cut out, replaced or put in."""
-    made = data
+    result = data
     for _ in range(draw(st.integers(1, 4))):
-        start = draw(st.integers(0, len(made)))
-        end = draw(st.integers(start, min(len(made), start + 40)))
-        made = made[:start] + draw(st.binary(max_size=12)) + made[end:]
-    return made
+        start = draw(st.integers(0, len(result)))
+        end = draw(st.integers(start, min(len(result), start + 40)))
+        result = result[:start] + draw(st.binary(max_size=12)) + result[end:]
+    return result
 
 
 def file(name: str, data: bytes) -> Path:
@@ -134,8 +134,8 @@ def dumped(value: Any) -> bytes:
 
 
 def check_params(data: bytes) -> None:
-    found = answer(load_params, Params, file("params.yaml", data))
-    assert found is None or isinstance(found, Params)
+    actual = answer(load_params, Params, file("params.yaml", data))
+    assert actual is None or isinstance(actual, Params)
 
 
 @fuzz
@@ -166,12 +166,12 @@ def test_damaged_params(data: bytes) -> None:
 def check_header(data: bytes) -> None:
     """Check that what is accepted, the library accepts too, with the same tensors."""
     path = file("model.safetensors", data)
-    found = answer(read_header, path)
-    if found is not None:
+    actual = answer(read_header, path)
+    if actual is not None:
         with safe_open(path, framework="np") as library:
-            assert set(library.keys()) == set(found)
-            for name in found:
-                assert tuple(library.get_slice(name).get_shape()) == found[name].shape
+            assert set(library.keys()) == set(actual)
+            for name in actual:
+                assert tuple(library.get_slice(name).get_shape()) == actual[name].shape
 
 
 def with_header(raw: bytes, length: int | None = None, tail: int = 0) -> bytes:
@@ -211,8 +211,8 @@ def test_index_with_any_values(value: Any) -> None:
     folder.mkdir(exist_ok=True)
     file("indexed/model.safetensors", WHOLE)
     file("indexed/model.safetensors.index.json", json.dumps(value).encode())
-    found = answer(read_headers, folder)
-    assert found is None or {tensor.file for tensor in found.values()} == {"model.safetensors"}
+    actual = answer(read_headers, folder)
+    assert actual is None or {tensor.file for tensor in actual.values()} == {"model.safetensors"}
 
 
 @fuzz
@@ -239,10 +239,10 @@ def check_dataset(queries: bytes, qrels: bytes) -> None:
     file("data/corpus/p.png", b"listed, not read")
     file("data/queries.jsonl", queries)
     file("data/qrels.tsv", qrels)
-    found = answer(read_dataset, folder)
-    if found is not None:
-        assert set(found.relevance) == set(found.queries)
-        assert all(text.strip() and text.encode() for text in found.queries.values())
+    actual = answer(read_dataset, folder)
+    if actual is not None:
+        assert set(actual.relevance) == set(actual.queries)
+        assert all(text.strip() and text.encode() for text in actual.queries.values())
 
 
 @fuzz

@@ -25,7 +25,7 @@ from tests.helpers.clone import (
 
 RECIPES = ("w4g128", "rtn-w4g128")
 PAGES = 12
-OF_ALL_RECIPES = ("summary",)
+OF_ALL_RECIPES = ("summary", *(f"gate@{recipe}" for recipe in RECIPES))
 """Stages that read all recipes."""
 
 pytestmark = pytest.mark.e2e
@@ -147,8 +147,8 @@ def test_no_secret_is_written_anywhere(clone: Path) -> None:
         ),
         # nothing is quantized again
         (
-            ("release", "w4g128", "format"),
-            "auto_gptq",
+            ("release", "w4g128"),
+            {"format": "auto_gptq"},
             {f"{stage}@{recipe}" for stage in ("gate", "release") for recipe in RECIPES},
         ),
         (("fallbacks", "w4g128"), "rtn-w4g128", set()),

@@ -75,10 +75,10 @@ def test_nothing_of_a_hostile_folder_runs(work: Path) -> None:
         assert done.code == 0, done.err
         assert "trust_remote_code" not in done.err
         assert outside(work) == before
-    made = work / "artifacts/checkpoints/rtn"
-    assert not list(made.glob("*.py"))
-    assert not [path for path in made.glob("*.json") if "auto_map" in path.read_text()]
-    assert {path.suffix for path in made.iterdir()} <= {".json", ".jinja", ".safetensors", ".txt"}
+    result = work / "artifacts/checkpoints/rtn"
+    assert not list(result.glob("*.py"))
+    assert not [path for path in result.glob("*.json") if "auto_map" in path.read_text()]
+    assert {path.suffix for path in result.iterdir()} <= {".json", ".jinja", ".safetensors", ".txt"}
     manifest = json.loads((work / "artifacts/manifest.json").read_text())
     assert manifest["trust_remote_code"] is False
 
@@ -134,7 +134,7 @@ def test_an_index_reads_nothing_outside(work: Path, place: str) -> None:
     }
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
     before, data = outside(work), stolen.read_bytes()
-    problem = "which is no file of the folder; fix the index"
+    problem = "which is not a file of the folder; fix the index"
     done = fork_stage(work, STAGES[0])
     assert done.code == 1
     assert len(done.errors) == 1

@@ -43,16 +43,16 @@ def test_header_equals_what_the_library_reads(tmp_path: Path) -> None:
     }
     path = tmp_path / "some.safetensors"
     save_file(tensors, path, metadata={"format": "pt"})
-    found = read_header(path)
+    actual = read_header(path)
     with safe_open(path, framework="pt") as file:
-        assert found.keys() == set(file.keys())
-        for name, info in found.items():
+        assert actual.keys() == set(file.keys())
+        for name, info in actual.items():
             piece, tensor = file.get_slice(name), file.get_tensor(name)
             assert info.dtype == piece.get_dtype()
             assert list(info.shape) == piece.get_shape()
             assert info.nbytes == tensor.numel() * tensor.element_size()
             assert info.file == "some.safetensors"
-    assert sum(info.nbytes for info in found.values()) < path.stat().st_size
+    assert sum(info.nbytes for info in actual.values()) < path.stat().st_size
 
 
 def test_file_without_tensors_is_whole(tmp_path: Path) -> None:
@@ -70,11 +70,11 @@ def test_single_file_needs_no_index(tmp_path: Path) -> None:
 def test_index_decides_which_files_are_read(folder: Path) -> None:
     save_file({"stale": torch.zeros(3)}, folder / SINGLE)
     assert weight_files(folder) == [folder / "one.safetensors", folder / "two.safetensors"]
-    found = read_headers(folder)
-    assert {name: info.file for name, info in found.items()} == {
+    actual = read_headers(folder)
+    assert {name: info.file for name, info in actual.items()} == {
         "a": "one.safetensors", "b": "one.safetensors", "c": "two.safetensors",
     }  # fmt: skip
-    assert {info.shape for info in found.values()} == {(2, 3)}
+    assert {info.shape for info in actual.values()} == {(2, 3)}
 
 
 # ---- Damaged files ------------------------------------------------------------------------------
@@ -87,9 +87,9 @@ def entry(**changes: object) -> dict[str, object]:
 DAMAGED: dict[str, tuple[object, bytes, int | None, str]] = {
     "data cut short": ({"a": ENTRY}, bytes(3), None, "bytes, its header says"),
     "data too long": ({"a": ENTRY}, bytes(5), None, "bytes, its header says"),
-    "length beyond the file": ({"a": ENTRY}, bytes(4), 10**6, "is truncated or no safetensors"),
-    "length of 2**63": ({"a": ENTRY}, bytes(4), 2**63, "is truncated or no safetensors"),
-    "length 0": ({"a": ENTRY}, bytes(4), 0, "is truncated or no safetensors"),
+    "length beyond the file": ({"a": ENTRY}, bytes(4), 10**6, "is truncated or not a safetensors"),
+    "length of 2**63": ({"a": ENTRY}, bytes(4), 2**63, "is truncated or not a safetensors"),
+    "length 0": ({"a": ENTRY}, bytes(4), 0, "is truncated or not a safetensors"),
     "length one short": ({"a": ENTRY}, bytes(4), len(json.dumps({"a": ENTRY})) - 1, "damaged header"),
     "no JSON": (b"\x80\x02}q\x00.", bytes(4), None, "damaged header"),
     "no UTF-8": (b'{"\xff": 1}', bytes(4), None, "damaged header"),
@@ -141,23 +141,23 @@ def test_damaged_file_is_refused_as_the_library_refuses_it(tmp_path: Path, damag
     assert "; fetch the file again" in said
 
 
-@pytest.mark.parametrize("kept", [0, 5, 8, 30, -1])
-def test_truncated_file_is_refused(folder: Path, kept: int) -> None:
+@pytest.mark.parametrize("length", [0, 5, 8, 30, -1])
+def test_truncated_file_is_refused(folder: Path, length: int) -> None:
     path = folder / "two.safetensors"
-    path.write_bytes(path.read_bytes()[:kept])
+    path.write_bytes(path.read_bytes()[:length])
     assert refusal(read_headers, folder).startswith(f"{path}: ")
 
 
 def test_web_page_in_place_of_weights_is_refused(tmp_path: Path) -> None:
     (tmp_path / SINGLE).write_bytes(b"<!DOCTYPE html><html>" + b"not found " * 50)
-    assert "no safetensors file" in refusal(read_headers, tmp_path)
+    assert "not a safetensors file" in refusal(read_headers, tmp_path)
 
 
 def test_git_lfs_pointer_is_refused(tmp_path: Path) -> None:
     (tmp_path / SINGLE).write_text(
         f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 123456789\n"
     )
-    assert "no safetensors file" in refusal(read_headers, tmp_path)
+    assert "not a safetensors file" in refusal(read_headers, tmp_path)
 
 
 # ---- Damaged folders ----------------------------------------------------------------------------
@@ -166,13 +166,13 @@ def test_git_lfs_pointer_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "part"),
     [
-        ("../x.safetensors", "names '../x.safetensors', which is no file of the folder"),
+        ("../x.safetensors", "names '../x.safetensors', which is not a file of the folder"),
         ("..", "names '..'"),
         (".", "names '.'"),
         ("", "names ''"),
         ("sub/x.safetensors", "names 'sub/x.safetensors'"),
-        ("..\\x.safetensors", "is no file of the folder"),
-        ("{outside}", "is no file of the folder"),
+        ("..\\x.safetensors", "is not a file of the folder"),
+        ("{outside}", "is not a file of the folder"),
         ("gone.safetensors", "gone.safetensors: is named by the index but missing"),
         (None, "is named by the index but missing"),
         (["one.safetensors"], "is named by the index but missing"),
@@ -202,7 +202,7 @@ def test_link_out_of_the_folder_is_refused(folder: Path, tmp_path: Path, single:
     if single:
         (folder / INDEX).unlink()
     said = refusal(read_headers, folder)
-    assert said.startswith(f"{path}: is a link out of the model folder")
+    assert said.startswith(f"{path}: is a link to outside the model folder")
 
 
 def test_link_to_a_subfolder_or_to_nowhere_is_refused(folder: Path) -> None:
@@ -210,7 +210,7 @@ def test_link_to_a_subfolder_or_to_nowhere_is_refused(folder: Path) -> None:
     (folder / "sub").mkdir()
     path.rename(folder / "sub" / path.name)
     path.symlink_to(Path("sub") / path.name)
-    assert "is a link out of the model folder" in refusal(read_headers, folder)
+    assert "is a link to outside the model folder" in refusal(read_headers, folder)
     path.unlink()
     path.symlink_to("nowhere")
     assert "is named by the index but missing" in refusal(read_headers, folder)
@@ -234,7 +234,7 @@ def test_hub_cache_links_to_its_blobs_only(folder: Path, tmp_path: Path) -> None
     blob.rename(tmp_path / "blob")
     (snapshot / "two.safetensors").unlink()
     (snapshot / "two.safetensors").symlink_to(tmp_path / "blob")
-    assert "is a link out of the model folder" in refusal(read_headers, snapshot)
+    assert "is a link to outside the model folder" in refusal(read_headers, snapshot)
 
 
 def test_blobs_beside_another_folder_are_outside(folder: Path, tmp_path: Path) -> None:
@@ -244,7 +244,7 @@ def test_blobs_beside_another_folder_are_outside(folder: Path, tmp_path: Path) -
     (tmp_path / "repo" / "blobs").mkdir()
     (home / "two.safetensors").rename(tmp_path / "repo" / "blobs" / "two")
     (home / "two.safetensors").symlink_to("../../blobs/two")
-    assert "is a link out of the model folder" in refusal(read_headers, home)
+    assert "is a link to outside the model folder" in refusal(read_headers, home)
 
 
 @pytest.mark.parametrize(
@@ -257,7 +257,7 @@ def test_blobs_beside_another_folder_are_outside(folder: Path, tmp_path: Path) -
         ),
         (
             dict.fromkeys("ab", "one.safetensors") | dict.fromkeys("cd", "two.safetensors"),
-            "names d, which no file holds",
+            "names d, which no file contains",
         ),
         ({}, "has no weight_map"),
         ([], "has no weight_map"),
@@ -282,7 +282,7 @@ def test_tensor_in_two_shards_is_refused(folder: Path) -> None:
     save_file({"b": torch.ones(2, 3), "c": torch.ones(2, 3)}, folder / "two.safetensors")
     said = refusal(read_headers, folder)
     assert said.startswith(
-        f"{folder / 'two.safetensors'}: holds b, which one.safetensors holds too"
+        f"{folder / 'two.safetensors'}: contains b, which one.safetensors contains too"
     )
 
 
@@ -290,12 +290,12 @@ def test_tensor_in_two_shards_is_refused(folder: Path) -> None:
 def test_pickled_weights_are_not_read(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"\x80\x02cos\nsystem\n.")
     said = refusal(read_headers, tmp_path)
-    assert said.startswith(f"{tmp_path}: holds only pickled weights")
+    assert said.startswith(f"{tmp_path}: contains only pickled weights")
 
 
 def test_folder_without_weights_is_refused(tmp_path: Path) -> None:
     said = refusal(read_headers, tmp_path)
-    assert said.startswith(f"{tmp_path}: holds neither {INDEX} nor {SINGLE}")
+    assert said.startswith(f"{tmp_path}: contains neither {INDEX} nor {SINGLE}")
 
 
 @pytest.mark.parametrize("shape", [["ab", 10**30], [[0], 10**30]])

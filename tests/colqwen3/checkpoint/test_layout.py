@@ -72,12 +72,12 @@ def test_tensors_are_those_of_the_model(name: str) -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_linears_are_those_of_the_decoder_layers_in_order(name: str) -> None:
     config = CONFIGS[name]
-    wanted = [
+    expected = [
         (path, (module.out_features, module.in_features))
         for path, module in build(config).named_modules()
         if isinstance(module, torch.nn.Linear) and path.startswith(f"{layout.BLOCKS}.")
     ]
-    assert list(layout.linears(config).items()) == wanted
+    assert list(layout.linears(config).items()) == expected
 
 
 def test_names_are_the_published_ones() -> None:
@@ -95,11 +95,11 @@ def test_published_4b_model_has_the_known_size(published_4b: Config) -> None:
     assert sum(map(math.prod, linears.values())) == 3_633_315_840
     sizes = {}
     for group_size in (128, 64, 32):
-        kept = [
+        remaining = [
             math.prod(s) for n, s in tensors.items() if n.removesuffix(".weight") not in linears
         ]
         packed = [layout.quantized_bytes(shape, 4, group_size) for shape in linears.values()]
-        sizes[group_size] = 2 * sum(kept) + sum(packed)
+        sizes[group_size] = 2 * sum(remaining) + sum(packed)
     assert sizes[128] == 3_498_260_096
     # what AutoRound wrote for this shape, file headers included
     assert abs(sizes[128] / 3_498_532_350 - 1) < 0.001
@@ -119,8 +119,8 @@ def test_bytes_are_those_of_the_librarys_layer(
     layer = QuantLinear(bits, group_size, in_features, out_features, bias=False)
     buffers = dict(layer.named_buffers())
     assert buffers.keys() == {"qweight", "qzeros", "scales"}
-    wanted = sum(buffer.numel() * buffer.element_size() for buffer in buffers.values())
-    assert layout.quantized_bytes(shape, bits, group_size) == wanted
+    expected = sum(buffer.numel() * buffer.element_size() for buffer in buffers.values())
+    assert layout.quantized_bytes(shape, bits, group_size) == expected
 
 
 # ---- Names --------------------------------------------------------------------------------------

@@ -30,13 +30,13 @@ def test_dequantize_equals_arithmetic_by_hand(bits: int, group_size: int) -> Non
         torch.from_numpy(scales),
         bits,
     )
-    wanted = np.empty((out_features, in_features), dtype=np.float32)
+    expected = np.empty((out_features, in_features), dtype=np.float32)
     for row in range(out_features):
         for column in range(in_features):
             group = column // group_size
             step = np.float32(scales[group, row])
-            wanted[row, column] = step * np.float32(q[row, column] - zeros[group, row])
-    np.testing.assert_array_equal(dense.numpy(), wanted)
+            expected[row, column] = step * np.float32(q[row, column] - zeros[group, row])
+    np.testing.assert_array_equal(dense.numpy(), expected)
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -63,14 +63,14 @@ def test_pack_stores_a_stream_of_bits(bits: int) -> None:
     most = 2 ** (bits - 1)
     codes = rng.integers(-most, most, (96, 64))
     scales = rng.normal(size=(96, 2)).astype(np.float16)
-    found = packing.pack(torch.from_numpy(codes).to(torch.int8), torch.from_numpy(scales), bits)
-    np.testing.assert_array_equal(found["qweight"].numpy(), pack(codes + most, bits).T)
+    actual = packing.pack(torch.from_numpy(codes).to(torch.int8), torch.from_numpy(scales), bits)
+    np.testing.assert_array_equal(actual["qweight"].numpy(), pack(codes + most, bits).T)
     zeros = np.full((2, 96), most - 1)
-    np.testing.assert_array_equal(found["qzeros"].numpy(), pack(zeros, bits))
-    np.testing.assert_array_equal(found["scales"].numpy(), scales.T)
-    dense = dequantize(**found, bits=bits).numpy()
-    wanted = codes.reshape(96, 2, 32) * scales.astype(np.float32)[..., None]
-    np.testing.assert_array_equal(dense, wanted.reshape(96, 64).astype(np.float32))
+    np.testing.assert_array_equal(actual["qzeros"].numpy(), pack(zeros, bits))
+    np.testing.assert_array_equal(actual["scales"].numpy(), scales.T)
+    dense = dequantize(**actual, bits=bits).numpy()
+    expected = codes.reshape(96, 2, 32) * scales.astype(np.float32)[..., None]
+    np.testing.assert_array_equal(dense, expected.reshape(96, 64).astype(np.float32))
 
 
 def test_three_bits_by_hand() -> None:
@@ -120,8 +120,8 @@ def test_codes_of_a_rounded_weight_are_found_again() -> None:
     codes, scales = packing.round_to_nearest(weight, 4, 32)
     rounded = codes.float() * scales.float().repeat_interleave(32, dim=1)
     for stored, most in ((rounded, 1e-5), (rounded.bfloat16(), 0.05)):
-        found, gap = packing.restore_codes(stored, scales, 4)
-        assert torch.equal(found, codes)
+        actual, gap = packing.restore_codes(stored, scales, 4)
+        assert torch.equal(actual, codes)
         assert gap < most
     rounded[5, 7] += 0.5 * scales[5, 0].float()
     assert packing.restore_codes(rounded, scales, 4)[1] == pytest.approx(0.5, abs=1e-3)
@@ -164,3 +164,23 @@ def test_restored_codes_stay_within_their_range(bits: int) -> None:
     assert packing.restore_codes(steps * 0.5, scales, bits)[1] == 3
     # one too many on one end alone
     assert packing.restore_codes(steps.clamp(min=0) * 0.5, scales, bits)[0][0, 3] == most - 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rounding_leaves_the_weight_as_it_is(dtype: torch.dtype) -> None:
+    weight = torch.randn(300, 256, generator=torch.Generator().manual_seed(0)).to(dtype)
+    original = weight.clone()
+    packing.round_to_nearest(weight, 4, 128)
+    assert torch.equal(weight, original)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gpu_rounds_to_the_same_bits(dtype: torch.dtype) -> None:
+    weight = torch.randn(512, 1024, generator=torch.Generator().manual_seed(0)).to(dtype)
+    weight[0, :128] = 0
+    weight[1, :128] = torch.tensor([1.0, -1.0]).repeat(64)
+    for bits, group_size in ((4, 128), (3, 32)):
+        expected = packing.round_to_nearest(weight, bits, group_size)
+        actual = packing.round_to_nearest(weight.cuda(), bits, group_size)
+        assert all(torch.equal(a.cpu(), e) for a, e in zip(actual, expected, strict=True))

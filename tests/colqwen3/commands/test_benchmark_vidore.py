@@ -37,12 +37,12 @@ def draw_set(folder: Path) -> Path:
     """Pages of several sizes, the last one twice so that scores tie, and graded judgements."""
     (folder / "corpus").mkdir(parents=True)
     for number in range(PAGES):
-        kept = min(number, PAGES - 2)
-        page = Image.new("RGB", (96 + 32 * (kept % 3), 160 - 32 * (kept % 2)), "white")
+        seed = min(number, PAGES - 2)
+        page = Image.new("RGB", (96 + 32 * (seed % 3), 160 - 32 * (seed % 2)), "white")
         draw = ImageDraw.Draw(page)
         for line in range(4):
-            words = f"{WORDS[(kept + line) % 12]} {WORDS[kept * 5 % 12]} {kept}"
-            draw.text((6, 8 + 24 * line), words, fill=(20 * line, 0, 7 * kept))
+            words = f"{WORDS[(seed + line) % 12]} {WORDS[seed * 5 % 12]} {seed}"
+            draw.text((6, 8 + 24 * line), words, fill=(20 * line, 0, 7 * seed))
         page.save(folder / f"corpus/p{number:02d}.png")
     lines = [json.dumps({"_id": f"q{i}", "text": f"{word} of {i}"}) for i, word in enumerate(WORDS)]
     (folder / "queries.jsonl").write_text("\n".join(lines))
@@ -126,8 +126,8 @@ def test_mteb_and_we_measure_the_same(
     ours = measure(run, dataset.relevance)
 
     for row, query in enumerate(run.queries):
-        wanted = dict(zip(run.pages, scores[row].tolist(), strict=True))
-        assert FolderTask.runs[query] == pytest.approx(wanted, abs=1e-5)
+        expected = dict(zip(run.pages, scores[row].tolist(), strict=True))
+        assert FolderTask.runs[query] == pytest.approx(expected, abs=1e-5)
     keys = {"ndcg_at_5": "ndcg_cut_5", "ndcg_at_10": "ndcg_cut_10", "recall_at_5": "recall_5"}
     for name, key in keys.items():
         theirs = [FolderTask.by_query[query][key] for query in run.queries]
@@ -152,7 +152,7 @@ def test_mteb_and_we_measure_the_same(
     ("args", "message"),
     [
         (["--tasks", "VidoreDocVQARetrival"], "Did you mean: 'VidoreDocVQARetrieval'"),
-        (["--tasks", "Banking77Classification"], "is no retrieval task"),
+        (["--tasks", "Banking77Classification"], "is not a retrieval task"),
         (["--tasks", "FolderPages", "--model", "no/such/folder"], "no such folder"),
     ],
 )
@@ -182,8 +182,8 @@ def test_a_benchmark_stands_for_its_tasks(monkeypatch: pytest.MonkeyPatch) -> No
     # mteb's own list of benchmarks takes 10 s to build
     known = {"ViDoRe(v1)": SimpleNamespace(tasks=[FolderTask(), FolderTask()])}
     monkeypatch.setattr(mteb, "get_benchmark", lambda name: known[name])
-    found = vidore.find_tasks(["ViDoRe(v1)", "VidoreShiftProjectRetrieval"])
-    names = [task.metadata.name for task in found]
+    actual = vidore.find_tasks(["ViDoRe(v1)", "VidoreShiftProjectRetrieval"])
+    names = [task.metadata.name for task in actual]
     assert names == ["FolderPages", "FolderPages", "VidoreShiftProjectRetrieval"]
     with pytest.raises(UserError, match=r"mteb knows no task 'ViDoRe\(v9\)'"):
         vidore.find_tasks(["ViDoRe(v9)"])

@@ -30,9 +30,9 @@ def test_command_gives_the_golden_embeddings(queries: Path, tmp_path: Path) -> N
     for key, vectors in stored_vectors.items():
         kind, name = key.split("/")
         rows = META["pages"][name].get("rows") if kind == "page" else None
-        kept = vectors if rows is None else vectors[rows]
+        remaining = vectors if rows is None else vectors[rows]
         assert vectors.dtype == torch.float32
-        torch.testing.assert_close(kept, EMBEDDINGS[key], atol=1e-5, rtol=0)
+        torch.testing.assert_close(remaining, EMBEDDINGS[key], atol=1e-5, rtol=0)
     stored = read_embeddings(out)
     assert (list(stored.queries), list(stored.pages)) == (names, stems)
 

@@ -113,7 +113,7 @@ def test_refuses_a_bad_query_by_line(tmp_path: Path, line: str | bytes, reason: 
 def test_refuses_a_file_without_queries(tmp_path: Path, text: str) -> None:
     path = tmp_path / "queries.jsonl"
     path.write_text(text)
-    assert refusal(read_queries, path).startswith(f"{path}: holds no text")
+    assert refusal(read_queries, path).startswith(f"{path}: contains no text")
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,7 @@ def test_refuses_a_corpus_without_pages(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("")
     (tmp_path / ".hidden.png").write_bytes(b"")
     (tmp_path / "folder.png").mkdir()
-    assert "holds no PNG, JPEG or PDF" in refusal(find_pages, tmp_path)
+    assert "contains no PNG, JPEG or PDF" in refusal(find_pages, tmp_path)
 
 
 def test_names_the_files_that_are_left_out(
@@ -99,7 +99,7 @@ def test_names_the_files_that_are_left_out(
     (tmp_path / "scan.tiff").write_bytes(b"")
     (tmp_path / ".desktop").write_bytes(b"")
     assert set(find_pages(tmp_path)) == {"page"}
-    assert "left out 1 entries" in caplog.text
+    assert "skipped 1 entries" in caplog.text
     assert "scan.tiff" in caplog.text
 
 
@@ -112,14 +112,14 @@ def test_names_links_to_nothing_pipes_and_folders_that_are_left_out(
     os.mkfifo(tmp_path / "c.jpg")  # opening it would wait for ever
     assert set(find_pages(tmp_path)) == {"page"}
     assert caplog.messages == [
-        f"{tmp_path}: left out 3 entries, no PNG, JPEG or PDF: "
+        f"{tmp_path}: skipped 3 entries that are not a PNG, JPEG or PDF file: "
         "a.png (a link to nothing), b.pdf (a folder), c.jpg (not a file)"
     ]
     for number in range(6):
         (tmp_path / f"d{number}.txt").touch()
     find_pages(tmp_path)
     assert caplog.messages[-1].endswith(
-        "left out 9 entries, no PNG, JPEG or PDF: "
+        "skipped 9 entries that are not a PNG, JPEG or PDF file: "
         "a.png (a link to nothing), b.pdf (a folder), c.jpg (not a file), d0.txt, d1.txt, ..."
     )
 
@@ -162,7 +162,9 @@ def test_refuses_bad_pdfs(tmp_path: Path) -> None:
     path.write_bytes(b"")
     assert refusal(find_pages, tmp_path).startswith(f"{path}: is empty")
     raw_pdf(path, b"", 0)
-    assert refusal(find_pages, tmp_path).startswith(f"{path}: is damaged, no PDF, or has no pages")
+    assert refusal(find_pages, tmp_path).startswith(
+        f"{path}: is damaged, not a PDF, or has no pages"
+    )
     path.unlink()
     assert refusal(open_page, Page(path, 1)).startswith(f"{path}: cannot be read")
 
@@ -230,7 +232,7 @@ def test_refuses_unreadable_images(tmp_path: Path) -> None:
     path.write_bytes(b"")
     assert refusal(open_page, page).startswith(f"{path}: is empty")
     path.write_text("no image")
-    assert refusal(open_page, page).startswith(f"{path}: is no PNG or JPEG image")
+    assert refusal(open_page, page).startswith(f"{path}: is not a PNG or JPEG image")
     path.unlink()
     assert "No such file" in refusal(open_page, page)
 
@@ -238,7 +240,7 @@ def test_refuses_unreadable_images(tmp_path: Path) -> None:
 def test_refuses_another_format_under_the_name_of_a_page(tmp_path: Path) -> None:
     path = tmp_path / "page.png"
     Image.new("L", (4, 4)).save(path, "GIF")
-    assert "is no PNG or JPEG image" in refusal(open_page, Page(path))
+    assert "is not a PNG or JPEG image" in refusal(open_page, Page(path))
 
 
 @pytest.mark.parametrize("limit", [4095, 1000])  # Pillow warns of the first, refuses the second

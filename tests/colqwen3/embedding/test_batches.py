@@ -58,8 +58,8 @@ def test_visual_tokens_are_counted_as_the_processor_makes_them() -> None:
     processor = load_processor(GOLDEN / "model", 1280)
     for path in sorted((GOLDEN / "inputs/pages").glob("*.png")):
         image = Image.open(path)
-        made = processor.process_images([image])["image_grid_thw"].prod().item() // 4
-        assert count_visual_tokens(path.stem, image, processor) == made
+        result = processor.process_images([image])["image_grid_thw"].prod().item() // 4
+        assert count_visual_tokens(path.stem, image, processor) == result
     with pytest.raises(UserError, match=r"page 'banner': .*aspect ratio"):
         count_visual_tokens("banner", Image.new("RGB", (4020, 20)), processor)
     for size in ((0, 0), (0, 9), (9, 0)):

@@ -1,4 +1,4 @@
-"""Parts of embeddings: stored as they come, found again after a crash, joined byte for byte."""
+"""Parts of embeddings: stored as they come, read again after a crash, joined byte for byte."""
 
 import json
 from pathlib import Path
@@ -38,12 +38,12 @@ def test_the_file_equals_the_librarys(tmp_path: Path) -> None:
         names = sorted(pages, reverse=True)
         write_embeddings(out, parts.of("query", queries), parts.of("page", names))
         assert len(scratch.files) > 1
-    wanted = {f"query/{n}": t for n, t in queries.items()}
-    wanted |= {f"page/{n}": pages[n] for n in pages}
-    found = out.read_bytes()
+    expected = {f"query/{n}": t for n, t in queries.items()}
+    expected |= {f"page/{n}": pages[n] for n in pages}
+    actual = out.read_bytes()
     metadata = {"order": json.dumps({"queries": list(queries), "pages": names})}
-    save_file(wanted, tmp_path / "wanted", metadata=metadata)
-    assert found == (tmp_path / "wanted").read_bytes()
+    save_file(expected, tmp_path / "expected", metadata=metadata)
+    assert actual == (tmp_path / "expected").read_bytes()
 
 
 def test_what_was_stored_is_found_again_and_the_rest_is_not(tmp_path: Path) -> None:

@@ -85,8 +85,8 @@ def test_shape_that_differs_from_config_is_one_line(folder: Path) -> None:
 )
 def test_other_packings_are_refused_by_name(folder: Path, key: str, value: object) -> None:
     config = json.loads((folder / "config.json").read_text())
-    made = {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq", "bits": 4}
-    config["quantization_config"] = {**made, key: value}
+    result = {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq", "bits": 4}
+    config["quantization_config"] = {**result, key: value}
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=rf"quantization_config\.{key} is"):
         load_model(folder, torch.float32, CPU)

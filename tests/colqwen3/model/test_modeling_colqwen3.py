@@ -32,8 +32,8 @@ def processor() -> ColQwen3Processor:
 @torch.inference_mode()
 def embeddings(model: ColQwen3, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     output = model(**inputs)
-    found: torch.Tensor = output.embeddings
-    return found
+    actual: torch.Tensor = output.embeddings
+    return actual
 
 
 def stored_rows(vectors: torch.Tensor, kind: str, name: str) -> torch.Tensor:
@@ -43,15 +43,15 @@ def stored_rows(vectors: torch.Tensor, kind: str, name: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", QUERIES)
 def test_query_equals_golden(model: ColQwen3, processor: ColQwen3Processor, name: str) -> None:
-    found = embeddings(model, processor.process_texts([QUERIES[name]]))[0]
-    torch.testing.assert_close(found, EMBEDDINGS[f"query/{name}"], atol=1e-5, rtol=0)
+    actual = embeddings(model, processor.process_texts([QUERIES[name]]))[0]
+    torch.testing.assert_close(actual, EMBEDDINGS[f"query/{name}"], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("stem", STEMS)
 def test_page_equals_golden(model: ColQwen3, processor: ColQwen3Processor, stem: str) -> None:
-    found = embeddings(model, processor.process_images([golden_page(stem)]))[0]
-    wanted = EMBEDDINGS[f"page/{stem}"]
-    torch.testing.assert_close(stored_rows(found, "pages", stem), wanted, atol=1e-5, rtol=0)
+    actual = embeddings(model, processor.process_images([golden_page(stem)]))[0]
+    expected = EMBEDDINGS[f"page/{stem}"]
+    torch.testing.assert_close(stored_rows(actual, "pages", stem), expected, atol=1e-5, rtol=0)
 
 
 def test_left_padded_batches_equal_golden_and_pad_with_zeros(
@@ -63,14 +63,14 @@ def test_left_padded_batches_equal_golden_and_pad_with_zeros(
         "page": (small, processor.process_images([golden_page(stem) for stem in small])),
     }
     for kind, (names, inputs) in batches.items():
-        found = embeddings(model, inputs)
+        actual = embeddings(model, inputs)
         mask = inputs["attention_mask"].bool()
         assert not mask.all(), "the batch must need padding"
-        for name, vectors, kept in zip(names, found, mask, strict=True):
-            wanted = EMBEDDINGS[f"{kind}/{name}"]
-            torch.testing.assert_close(vectors[kept], wanted, atol=1e-5, rtol=0)
-            assert not vectors[~kept].any()
-            assert torch.equal(kept, kept.sort().values), "padding belongs on the left"
+        for name, vectors, remaining in zip(names, actual, mask, strict=True):
+            expected = EMBEDDINGS[f"{kind}/{name}"]
+            torch.testing.assert_close(vectors[remaining], expected, atol=1e-5, rtol=0)
+            assert not vectors[~remaining].any()
+            assert torch.equal(remaining, remaining.sort().values), "padding belongs on the left"
 
 
 @pytest.mark.parametrize("variant", ["legacy", "legacy-bare", "lm_head"])
@@ -80,11 +80,11 @@ def test_other_key_names_load_the_same_weights(
     write_variant(variant, tmp_path)
     loaded = AutoModel.from_pretrained(tmp_path, dtype=torch.float32)
     assert type(loaded) is ColQwen3
-    for (name, wanted), (other, found) in zip(
+    for (name, expected), (other, actual) in zip(
         model.state_dict().items(), loaded.state_dict().items(), strict=True
     ):
         assert name == other
-        assert torch.equal(wanted, found), name
+        assert torch.equal(expected, actual), name
 
 
 @pytest.mark.parametrize("variant", [None, "legacy"])
@@ -102,10 +102,10 @@ def test_saving_gives_published_names_and_reloads_bit_for_bit(
     published = json.loads((GOLDEN / "model/model.safetensors.index.json").read_text())
     assert index["weight_map"].keys() == published["weight_map"].keys()
     again = ColQwen3.from_pretrained(tmp_path / "saved")
-    for wanted, found in zip(
+    for expected, actual in zip(
         loaded.state_dict().values(), again.state_dict().values(), strict=True
     ):
-        assert torch.equal(wanted, found)
+        assert torch.equal(expected, actual)
     assert json.loads((tmp_path / "saved/config.json").read_text())["architectures"] == ["ColQwen3"]
 
 
@@ -135,9 +135,9 @@ def test_rope_of_the_published_config_survives() -> None:
 def test_bfloat16_is_close_to_float32(model: ColQwen3, processor: ColQwen3Processor) -> None:
     low = ColQwen3.from_pretrained(GOLDEN / "model", dtype=torch.bfloat16).eval()
     inputs = processor.process_texts([QUERIES["short"]])
-    found = embeddings(low, inputs)
-    assert found.dtype == torch.bfloat16
-    cosine = torch.cosine_similarity(found.float(), embeddings(model, inputs), dim=-1)
+    actual = embeddings(low, inputs)
+    assert actual.dtype == torch.bfloat16
+    cosine = torch.cosine_similarity(actual.float(), embeddings(model, inputs), dim=-1)
     assert cosine.min() > 0.99
 
 
@@ -148,8 +148,8 @@ def test_auto_classes_give_ours() -> None:
 
 def test_plain_tuple_on_request(model: ColQwen3, processor: ColQwen3Processor) -> None:
     inputs = processor.process_texts([QUERIES["short"]])
-    (found,) = model(**inputs, return_dict=False)
-    assert torch.equal(found, model(**inputs).embeddings)
+    (actual,) = model(**inputs, return_dict=False)
+    assert torch.equal(actual, model(**inputs).embeddings)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

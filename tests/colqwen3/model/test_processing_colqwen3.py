@@ -58,7 +58,7 @@ def test_a_special_token_in_a_text_is_text(processor: ColQwen3Processor, token: 
     assert (inputs["input_ids"][:, -10:] == end).all()
     # nothing is lost: the text can be read back
     assert processor.tokenizer.decode(texts[0]) == f"total {token} of {token}"
-    # and a page made after it has its tokens all the same
+    # and a page that comes after it has its tokens all the same
     page = processor.process_images([Image.new("RGB", (64, 64))])["input_ids"]
     assert (page == processor.tokenizer.convert_tokens_to_ids("<|image_pad|>")).any()
 
@@ -67,7 +67,7 @@ def test_a_special_token_in_a_text_is_text(processor: ColQwen3Processor, token: 
     ("size", "visual"),
     [
         ((320, 640), 10 * 20),
-        ((61, 43), 70),  # grown to the least number of pixels
+        ((61, 43), 70),  # grown to the minimum number of pixels
         ((1240, 1754), 1260),  # an A4 page at 150 dpi, shrunk to the cap: 30 x 42 tokens
     ],
 )
@@ -108,9 +108,9 @@ def test_pixels_are_scaled_to_minus_one_to_one(processor: ColQwen3Processor) -> 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGBA", "CMYK"])
 def test_image_modes_become_rgb(processor: ColQwen3Processor, mode: str) -> None:
     drawn = Image.linear_gradient("L").convert("RGB").convert(mode)
-    found = processor.process_images([drawn])["pixel_values"]
-    wanted = processor.process_images([drawn.convert("RGB")])["pixel_values"]
-    assert torch.equal(found, wanted)
+    actual = processor.process_images([drawn])["pixel_values"]
+    expected = processor.process_images([drawn.convert("RGB")])["pixel_values"]
+    assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize("name", ODD_PAGES)
@@ -119,7 +119,10 @@ def test_a_page_is_taken_upright_and_on_white_paper(
 ) -> None:
     expected, tolerance = expected_page(name)
     with Image.open(write_page(name, tmp_path)) as image:
+        image.load()
+        before = dict(image.info)
         inputs = processor.process_images([image])
+        assert image.info == before
         again = processor.process_images([image])  # and the image itself is left as it was
     plain = processor.process_images([expected])
     assert torch.equal(inputs["image_grid_thw"], plain["image_grid_thw"])
@@ -165,12 +168,12 @@ def test_saved_processor_is_the_same(processor: ColQwen3Processor, tmp_path: Pat
     processor.save_pretrained(tmp_path)
     again = ColQwen3Processor.from_pretrained(str(tmp_path))
     image = Image.linear_gradient("L")
-    for wanted, found in (
+    for expected, actual in (
         (processor.process_images([image]), again.process_images([image])),
         (processor.process_texts(["a", "b c"]), again.process_texts(["a", "b c"])),
     ):
-        assert wanted.keys() == found.keys()
-        assert all(torch.equal(wanted[key], found[key]) for key in wanted)
+        assert expected.keys() == actual.keys()
+        assert all(torch.equal(expected[key], actual[key]) for key in expected)
 
 
 def test_call_takes_either_images_or_text(processor: ColQwen3Processor) -> None:
@@ -195,5 +198,5 @@ def test_threads_may_share_a_processor() -> None:
     ]
     shared = ColQwen3Processor.from_pretrained(str(GOLDEN / "model"))
     with ThreadPoolExecutor(8) as threads:
-        for i, made in enumerate(threads.map(shared.process_texts, texts * 100)):
-            assert torch.equal(made["input_ids"], alone[i % 2]["input_ids"])
+        for i, result in enumerate(threads.map(shared.process_texts, texts * 100)):
+            assert torch.equal(result["input_ids"], alone[i % 2]["input_ids"])

@@ -24,12 +24,12 @@ def test_digests_are_those_of_file_and_tensors(tmp_path: Path) -> None:
     tensors = {"b": torch.arange(6, dtype=torch.int32), "a": torch.randn(3, 5).bfloat16()}
     path = tmp_path / "x.safetensors"
     save_file({**tensors, "none": torch.empty(0)}, path)
-    whole, found = digest_weights(path)
+    whole, actual = digest_weights(path)
     assert whole == hashlib.sha256(path.read_bytes()).hexdigest()
-    assert found.keys() == {"a", "b", "none"}
+    assert actual.keys() == {"a", "b", "none"}
     for name, tensor in tensors.items():
         raw = tensor.view(torch.uint8).numpy().tobytes()
-        assert found[name] == hashlib.sha256(raw).hexdigest()
+        assert actual[name] == hashlib.sha256(raw).hexdigest()
 
 
 def test_released_metadata_tell_what_was_made(released: Path, workspace: Path) -> None:

@@ -97,7 +97,7 @@ def pickle_listed(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("change", "problem"),
-    [(link_outside, "leads out of the folder"), (pickle_listed, "pickled objects")],
+    [(link_outside, "points outside the folder"), (pickle_listed, "pickled objects")],
 )
 def test_links_and_pickles_are_refused_whatever_is_listed(
     folder: Path, change: Callable[[Path], None], problem: str

@@ -60,8 +60,8 @@ def test_vectors_equal_transformers(
 def test_padding_on_the_right_changes_nothing(decoder: Decoder, model: ColQwen3) -> None:
     hidden = states(2, 9)
     padded = torch.cat([hidden, 100 * torch.ones(2, 3, 128)], 1)
-    found = run(decoder, model, padded)[:, :9]
-    torch.testing.assert_close(found, run(decoder, model, hidden), atol=1e-5, rtol=0)
+    actual = run(decoder, model, padded)[:, :9]
+    torch.testing.assert_close(actual, run(decoder, model, hidden), atol=1e-5, rtol=0)
 
 
 def test_deepstack_is_added_behind_its_layer(decoder: Decoder, model: ColQwen3) -> None:
@@ -69,12 +69,12 @@ def test_deepstack_is_added_behind_its_layer(decoder: Decoder, model: ColQwen3) 
     features = [torch.randn(3, 128) for _ in range(3)]
     mask = torch.zeros(12, dtype=torch.bool)
     mask[visual] = True
-    wanted = reference(
+    expected = reference(
         model, hidden, visual_pos_masks=mask.view(2, 6), deepstack_visual_embeds=features
     )
-    found = run(decoder, model, hidden, (visual, features))
-    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
-    assert not torch.allclose(found, run(decoder, model, hidden), atol=1e-2)
+    actual = run(decoder, model, hidden, (visual, features))
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
+    assert not torch.allclose(actual, run(decoder, model, hidden), atol=1e-2)
 
 
 def test_the_short_kernel_is_for_short_sequences(decoder: Decoder, model: ColQwen3) -> None:

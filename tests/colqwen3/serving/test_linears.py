@@ -56,8 +56,8 @@ def test_the_faster_of_two_right_ones_is_taken(monkeypatch: pytest.MonkeyPatch) 
 def test_a_wrong_kernel_is_not_taken(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def wrong(made: Parts, *how: Any) -> Linear:
-        return dequantized({**made, "scales": made["scales"] * 1.1}, *how)
+    def wrong(result: Parts, *how: Any) -> Linear:
+        return dequantized({**result, "scales": result["scales"] * 1.1}, *how)
 
     installed(monkeypatch, wrong)
     with caplog.at_level(logging.INFO):
@@ -78,8 +78,8 @@ def test_a_failing_kernel_is_not_taken(
 
 
 def test_error_is_relative_to_the_dequantized_weight() -> None:
-    made = parts()
-    right = dequantized(made, 4, 32, F32)
-    assert kernel_error(right, made, 4, F32) < 1e-6
-    assert kernel_error(lambda x: 0.5 * right(x), made, 4, F32) == pytest.approx(0.5, abs=1e-5)
-    assert not kernel_error(lambda x: right(x) * torch.nan, made, 4, F32) < 1
+    result = parts()
+    right = dequantized(result, 4, 32, F32)
+    assert kernel_error(right, result, 4, F32) < 1e-6
+    assert kernel_error(lambda x: 0.5 * right(x), result, 4, F32) == pytest.approx(0.5, abs=1e-5)
+    assert not kernel_error(lambda x: right(x) * torch.nan, result, 4, F32) < 1

@@ -41,6 +41,8 @@ def test_a_recording_replays_on_other_inputs() -> None:
 
     recording = record(work, torch.randn(4, 8, device="cuda"), torch.cuda.graph_pool_handle())
     first, second = torch.randn(4, 8, device="cuda"), torch.randn(4, 8, device="cuda")
-    kept = recording.replay(first)
+    remaining = recording.replay(first)
     recording.replay(second)
-    assert torch.equal(kept, work(first)), "what was returned must not change with the next replay"
+    assert torch.equal(remaining, work(first)), (
+        "what was returned must not change with the next replay"
+    )

@@ -42,9 +42,9 @@ def runtime() -> Runtime:
 def test_queries_equal_golden_alone_and_together(runtime: Runtime) -> None:
     together = runtime.embed_queries(list(QUERIES.values()))
     for (name, text), vectors in zip(QUERIES.items(), together, strict=True):
-        wanted = EMBEDDINGS[f"query/{name}"]
-        torch.testing.assert_close(vectors, wanted, atol=1e-5, rtol=0)
-        torch.testing.assert_close(runtime.embed_queries([text])[0], wanted, atol=1e-5, rtol=0)
+        expected = EMBEDDINGS[f"query/{name}"]
+        torch.testing.assert_close(vectors, expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(runtime.embed_queries([text])[0], expected, atol=1e-5, rtol=0)
 
 
 def test_pages_equal_golden_alone_and_together(runtime: Runtime) -> None:
@@ -52,9 +52,9 @@ def test_pages_equal_golden_alone_and_together(runtime: Runtime) -> None:
     assert len({len(vectors) for vectors in together}) > 1, "the batch must need padding"
     for stem, vectors in zip(PAGES, together, strict=True):
         rows = META["pages"][stem].get("rows")
-        for found in (vectors, runtime.embed_pages([page(stem)])[0]):
-            kept = found if rows is None else found[rows]
-            torch.testing.assert_close(kept, EMBEDDINGS[f"page/{stem}"], atol=1e-5, rtol=0)
+        for actual in (vectors, runtime.embed_pages([page(stem)])[0]):
+            remaining = actual if rows is None else actual[rows]
+            torch.testing.assert_close(remaining, EMBEDDINGS[f"page/{stem}"], atol=1e-5, rtol=0)
 
 
 def test_a_runtime_that_nobody_holds_is_gone() -> None:
@@ -85,8 +85,8 @@ def test_a_wrong_or_failing_operation_is_not_used(
     assert "plain torch is used, and slower" in caplog.text
     assert not runtime.runs("graphs")
     name, text = next(iter(QUERIES.items()))
-    wanted = EMBEDDINGS[f"query/{name}"]
-    torch.testing.assert_close(runtime.embed_queries([text])[0], wanted, atol=1e-5, rtol=0)
+    expected = EMBEDDINGS[f"query/{name}"]
+    torch.testing.assert_close(runtime.embed_queries([text])[0], expected, atol=1e-5, rtol=0)
 
 
 def test_without_a_compiler_plain_torch_is_used(
@@ -108,10 +108,10 @@ def test_a_right_operation_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_more_texts_than_one_batch_keep_their_order(runtime: Runtime) -> None:
     texts = [f"question number {number}" for number in range(70)]
-    made = runtime.embed_queries(texts)
+    result = runtime.embed_queries(texts)
     for place in (0, 63, 64, 69):
         alone = runtime.embed_queries([texts[place]])[0]
-        torch.testing.assert_close(made[place], alone, atol=1e-5, rtol=0)
+        torch.testing.assert_close(result[place], alone, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -126,11 +126,11 @@ def test_quantized_equals_transformers(quantized: Path, dtype: torch.dtype) -> N
     ]
     pairs.append((runtime.embed_pages(images), embed(model, processor.process_images(images))))
     # two orders of the same 16-bit arithmetic agree no better
-    least = 0.99999 if dtype == torch.float32 else 0.998
-    for found, wanted in pairs:
-        for ours, theirs in zip(found, wanted, strict=True):
+    minimum = 0.99999 if dtype == torch.float32 else 0.998
+    for actual, expected in pairs:
+        for ours, theirs in zip(actual, expected, strict=True):
             assert ours.shape == theirs.shape
-            assert torch.cosine_similarity(ours, theirs, dim=-1).min() > least
+            assert torch.cosine_similarity(ours, theirs, dim=-1).min() > minimum
 
 
 @needs_gpu
@@ -144,8 +144,8 @@ def test_gpu_equals_transformers_in_float32(mode: Mode) -> None:
     queries = embed(model, processor.process_texts(texts))
     pages = embed(model, processor.process_images(images))
     for _ in range(3):  # a recording is made, and replayed
-        found = runtime.embed_queries(texts) + runtime.embed_pages(images)
-        for ours, theirs in zip(found, queries + pages, strict=True):
+        actual = runtime.embed_queries(texts) + runtime.embed_pages(images)
+        for ours, theirs in zip(actual, queries + pages, strict=True):
             assert torch.cosine_similarity(ours.cpu(), theirs, dim=-1).min() > 0.9999
     assert runtime.runs(mode)
 
@@ -162,10 +162,11 @@ def test_gpu_is_as_near_to_float32_as_transformers(quantized: Path) -> None:
         for dtype in (torch.float32, torch.bfloat16)
     )
     for _ in range(3):
-        found = (runtime.embed_queries(texts), runtime.embed_pages(images))
-        for ours, theirs, wanted in zip(map(torch.cat, found), plain, exact, strict=True):
+        actual = (runtime.embed_queries(texts), runtime.embed_pages(images))
+        for ours, theirs, expected in zip(map(torch.cat, actual), plain, exact, strict=True):
             off = [
-                1 - torch.cosine_similarity(x.cpu(), wanted, dim=-1).mean() for x in (ours, theirs)
+                1 - torch.cosine_similarity(x.cpu(), expected, dim=-1).mean()
+                for x in (ours, theirs)
             ]
             assert off[0] < 1.5 * off[1]
     assert runtime.runs("graphs")
@@ -177,11 +178,11 @@ def test_positions_are_those_of_transformers() -> None:
     for grid, start, after in (((1, 6, 4), 3, 5), ((1, 2, 8), 1, 2), ((1, 4, 4), 4, 7)):
         visual = grid[1] * grid[2] // 4
         types = torch.tensor([[0] * start + [1] * visual + [0] * after])
-        wanted, _ = model.get_rope_index(
+        expected, _ = model.get_rope_index(
             torch.zeros_like(types), types, image_grid_thw=torch.tensor([grid])
         )
-        found = page_positions(grid, 2, start, types.shape[1])
-        assert torch.equal(found, wanted[:, 0])
+        actual = page_positions(grid, 2, start, types.shape[1])
+        assert torch.equal(actual, expected[:, 0])
 
 
 def test_a_quantized_vision_tower_is_served(tmp_path: Path) -> None:
@@ -193,8 +194,8 @@ def test_a_quantized_vision_tower_is_served(tmp_path: Path) -> None:
         load_model(folder, torch.float32, CPU),
     )
     images = [page(stem) for stem in PAGES[:2]]
-    wanted = embed(model, runtime._processor.process_images(images))
-    for ours, theirs in zip(runtime.embed_pages(images), wanted, strict=True):
+    expected = embed(model, runtime._processor.process_images(images))
+    for ours, theirs in zip(runtime.embed_pages(images), expected, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
 
 
@@ -279,7 +280,7 @@ def test_when_recording_fails_the_mode_says_so(
     name, text = next(iter(QUERIES.items()))
     (vectors,) = runtime.embed_queries([text])
     torch.testing.assert_close(vectors, EMBEDDINGS[f"query/{name}"], atol=1e-5, rtol=0)
-    assert runtime.mode == "eager"
+    assert runtime.runs("eager")
     assert "CUDA graphs do not work here (no compiler here)" in caplog.text
 
 
@@ -299,5 +300,5 @@ def test_wrong_arguments_are_named(runtime: Runtime) -> None:
 def test_16_bit_pages_are_not_white(runtime: Runtime) -> None:
     grey = page(PAGES[0]).convert("L")
     deep = grey.convert("I").point(lambda value: value * 257)
-    found, wanted = runtime.embed_pages([deep, grey])
-    assert torch.cosine_similarity(found, wanted, dim=-1).min() > 0.999
+    actual, expected = runtime.embed_pages([deep, grey])
+    assert torch.cosine_similarity(actual, expected, dim=-1).min() > 0.999

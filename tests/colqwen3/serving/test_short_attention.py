@@ -28,7 +28,7 @@ def test_equals_torch(batch: int, tokens: int, heads: int, key_heads: int, size:
     q, k = rotate_heads(qkv, q_norm, k_norm, cos, sin, heads, 1e-6)
     v = qkv[:, heads + key_heads :]
     q, k, v = (part.unflatten(0, (batch, tokens)).transpose(1, 2) for part in (q, k, v))
-    wanted = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    wanted = wanted.transpose(1, 2).reshape(batch * tokens, -1)
-    found = short_attention(qkv, q_norm, k_norm, cos, sin, heads, 1e-6, tokens)
-    torch.testing.assert_close(found, wanted, atol=0.02, rtol=0.02)
+    expected = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    expected = expected.transpose(1, 2).reshape(batch * tokens, -1)
+    actual = short_attention(qkv, q_norm, k_norm, cos, sin, heads, 1e-6, tokens)
+    torch.testing.assert_close(actual, expected, atol=0.02, rtol=0.02)

@@ -34,12 +34,12 @@ def test_rows_keep_the_augmentation_tokens() -> None:
 
 
 def test_best_takes_each_models_own_fastest_mode() -> None:
-    found = timing.compare_times({"eager": [40.0, 80.0], "graphs": [8.0, 4.0]}, items=2)
+    actual = timing.compare_times({"eager": [40.0, 80.0], "graphs": [8.0, 4.0]}, items=2)
     eager = {"original_ms": 40, "quantized_ms": 80, "speedup": 0.5, "speedup_to_best": 0.1}
-    assert found["eager"] == eager
-    assert found["graphs"]["speedup"] == 2
-    found = timing.compare_times({"eager": [6.0, 8.0], "graphs": [8.0, 4.0]}, items=2)
-    assert found["best"] == {
+    assert actual["eager"] == eager
+    assert actual["graphs"]["speedup"] == 2
+    actual = timing.compare_times({"eager": [6.0, 8.0], "graphs": [8.0, 4.0]}, items=2)
+    assert actual["best"] == {
         "original_ms": 6, "quantized_ms": 4, "speedup": 1.5,
         "original_per_second": 333.33, "quantized_per_second": 500,
     }  # fmt: skip

@@ -22,11 +22,11 @@ def test_tower_equals_transformers() -> None:
     generator = torch.Generator().manual_seed(0)
     patches = sum(rows * columns for _, rows, columns in GRIDS)
     pixels = torch.randn(patches, visual.patch_embed.proj.weight[0].numel(), generator=generator)
-    wanted = visual(pixels, grid_thw=torch.tensor(GRIDS))
+    expected = visual(pixels, grid_thw=torch.tensor(GRIDS))
     places = tower.places(GRIDS)
     assert [pages for _, pages in places.runs] == [2, 1, 1, 1]
-    found, features = tower.run(pixels, places, PLAIN)
-    torch.testing.assert_close(found, wanted.pooler_output, atol=1e-5, rtol=1e-5)
-    assert len(features) == len(wanted.deepstack_features) == 3
-    for ours, theirs in zip(features, wanted.deepstack_features, strict=True):
+    actual, features = tower.run(pixels, places, PLAIN)
+    torch.testing.assert_close(actual, expected.pooler_output, atol=1e-5, rtol=1e-5)
+    assert len(features) == len(expected.deepstack_features) == 3
+    for ours, theirs in zip(features, expected.deepstack_features, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)

@@ -1,4 +1,4 @@
-"""Linears of one input made one, and what a folder may not lack."""
+"""Linears of one input are merged, and a folder may lack none of its tensors."""
 
 import shutil
 from pathlib import Path
@@ -21,9 +21,9 @@ def stored() -> dict[str, torch.Tensor]:
 def test_merged_linears_give_their_outputs_in_a_row() -> None:
     names = [f"{ATTENTION}.{part}_proj" for part in "qkv"]
     x, tensors = torch.randn(3, 128), stored()
-    found = Weights(GOLDEN, CPU, F32, None).merged(*names)(x)
-    wanted = torch.cat([x @ tensors[f"{name}.weight"].float().T for name in names], 1)
-    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+    actual = Weights(GOLDEN, CPU, F32, None).merged(*names)(x)
+    expected = torch.cat([x @ tensors[f"{name}.weight"].float().T for name in names], 1)
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_legacy_names_are_found(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ def test_too_little_is_refused_in_a_line_with_folder_needed_and_free(asked: list
     assert disk_is_full(caught.value)  # so no fallback is tried for it
     assert str(caught.value) == (
         "artifacts/x: needs 1001 bytes for the checkpoint, 1000 bytes are free; "
-        "free space there, or put artifacts/ on a larger disk"
+        "free some space there, or mount a larger disk (see docs/troubleshooting.md)"
     )
 
 

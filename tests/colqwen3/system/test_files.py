@@ -72,7 +72,7 @@ def test_interrupted_write_leaves_the_old_file_whole(
         (b'{"a": ' + b"9" * 5000 + b"}", "is not valid JSON"),
     ],
 )
-def test_unreadable_json_is_one_line_with_the_mend(
+def test_unreadable_json_is_one_line_with_the_fix(
     tmp_path: Path, data: bytes | None, part: str
 ) -> None:
     path = tmp_path / "a.json"
@@ -88,7 +88,7 @@ def test_unreadable_json_is_one_line_with_the_mend(
 
 def test_folder_in_place_of_json_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be read"):
-        read_json(tmp_path, "mend it")
+        read_json(tmp_path, "fix it")
 
 
 def test_folder_appears_whole(tmp_path: Path) -> None:
