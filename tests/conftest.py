@@ -48,7 +48,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (samples / "index.json").write_text('{"samples": []}')
     run_stages(folder, ["inspect_model"], ["quantize", RECIPE])
     record = json.loads((folder / f"artifacts/quantize/{RECIPE}.json").read_text())
-    # evaluation itself takes minutes; its figures are made by hand
+    # evaluation itself takes minutes; its figures are invented
     write_json(folder / f"metrics/quantize/{RECIPE}.json", quantize_metrics(record))
     write_json(folder / f"metrics/quality/{RECIPE}.json", quality(**WITHIN_THE_LIMITS))
     run_stages(folder, ["gate", RECIPE], ["release", RECIPE])
