@@ -16,6 +16,7 @@ from stages.pipeline.paths import (
     BENCHMARKS,
     CHECKPOINTS,
     EMBEDDINGS,
+    HEATMAPS,
     LOCKS,
     PLOTS,
     QUALITY_METRICS,
@@ -30,7 +31,7 @@ from stages.pipeline.paths import (
 )
 
 BY_RECIPE = (
-    CHECKPOINTS, QUANTIZED, RELEASES, EMBEDDINGS, BENCHMARKS, VERDICTS, SCRATCH,
+    CHECKPOINTS, HEATMAPS, QUANTIZED, RELEASES, EMBEDDINGS, BENCHMARKS, VERDICTS, SCRATCH,
     QUALITY_METRICS, QUANTIZE_METRICS, QUERY_METRICS, SUMMARIES,
 )  # fmt: skip
 """Folders whose entries are called by recipe: a folder, or a file with a suffix."""

@@ -271,7 +271,7 @@ CASES = {
     "shard is a pointer of Git LFS": Case(
         text(SHARD, "version https://git-lfs.github.com/spec/v1\n"), INSPECT, SHARD, "fetch the file"
     ),
-    "pickled weights only": Case(pickled_only, INSPECT, "model: ", "convert to safetensors"),
+    "pickled weights only": Case(pickled_only, INSPECT, "model: ", "convert them to safetensors"),
     "no weights": Case(
         many(pickled_only, gone("model/pytorch_model.bin")), INSPECT, "model: ", "give a complete"
     ),
@@ -279,7 +279,7 @@ CASES = {
         weight(DOWN, lambda t: t.to(torch.int8)), INSPECT, DOWN, "supported are BF16"
     ),
     "weights of another shape": Case(
-        weight(DOWN, lambda t: t.T.contiguous()), INSPECT, DOWN, "mend one"
+        weight(DOWN, lambda t: t.T.contiguous()), INSPECT, DOWN, "correct config.json"
     ),
     "NaN in a linear": Case(
         weight(DOWN, filled(torch.nan)), ROUND, DOWN, "fetch the model again", (INSPECT,)
@@ -399,7 +399,7 @@ CASES = {
         gone("artifacts/checkpoints/rtn/config.json"), EMBED_RTN, "rtn/config.json", "give a complete"
     ),
     "embeddings cut off": Case(
-        cut("artifacts/embeddings/rtn.safetensors"), EVALUATE, "rtn.safetensors", "to embed again"
+        cut("artifacts/embeddings/rtn.safetensors"), EVALUATE, "rtn.safetensors", "embed again"
     ),
     "embeddings of other pages": Case(unfit, EVALUATE, "'p2'", "run `dvc repro`"),
     "metrics cut off": Case(
