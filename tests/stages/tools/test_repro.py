@@ -19,14 +19,15 @@ ROOT = Path(__file__).resolve().parents[3]
 KEEPS_GOING = """\
 #!{python}
 import signal, subprocess, sys
-signal.signal(signal.SIGINT, signal.SIG_IGN)
 for number in range(3):
     stage = subprocess.Popen(
         [sys.executable, "-c", "import time; time.sleep(60)"],
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as DVC does, once the stage has begun
     print(stage.pid, flush=True)
     stage.wait()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 """
 FAILS = "#!{python}\nimport sys\nprint(*sys.argv[1:])\nsys.exit(3)\n"
 
