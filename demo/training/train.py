@@ -181,8 +181,8 @@ class Losses(nn.Module):
         queries = model.queries(batch.ids)
         # Near-duplicates differ by less than bfloat16 can tell.
         with torch.autocast(pages.device.type, enabled=False):
-            found = self._finding(model, batch, pages.float(), queries.float(), remember)
-        return {**self._reading(patches, batch), **found}
+            finding = self._finding(model, batch, pages.float(), queries.float(), remember)
+        return {**self._reading(patches, batch), **finding}
 
     def _finding(
         self, model: Retriever, batch: Batch, pages: Tensor, queries: Tensor, remember: int

@@ -474,18 +474,18 @@ def test_odd_pages_and_texts_are_embedded(work: Path) -> None:
     (scratch / "state.json").write_text('{"key": "of another run", "steps": [')
     done = run(work, EMBED)
     assert done.code == 0, done.err
-    made = read_embeddings(work / "artifacts/embeddings/original.safetensors")
-    assert list(made.queries) == list(ODD_TEXTS)
-    assert sorted(made.pages) == pages
-    for name, vectors in {**made.queries, **made.pages}.items():
+    result = read_embeddings(work / "artifacts/embeddings/original.safetensors")
+    assert list(result.queries) == list(ODD_TEXTS)
+    assert sorted(result.pages) == pages
+    for name, vectors in {**result.queries, **result.pages}.items():
         norms = vectors.double().norm(dim=1)
         torch.testing.assert_close(norms, torch.ones_like(norms), atol=1e-5, rtol=0), name
-    assert len(made.queries["long"]) >= 10_000
+    assert len(result.queries["long"]) >= 10_000
     # text that looks like a special token is text: each is many tokens, not one
-    assert len(made.queries["special"]) > 10 + 3 + len("total")
-    torch.testing.assert_close(made.queries["spaced"], made.queries["plain"], atol=1e-5, rtol=0)
+    assert len(result.queries["special"]) > 10 + 3 + len("total")
+    torch.testing.assert_close(result.queries["spaced"], result.queries["plain"], atol=1e-5, rtol=0)
     # 16 bits show what 8 bits show, not a white page
-    torch.testing.assert_close(made.pages["sixteen"], made.pages["grey"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(result.pages["sixteen"], result.pages["grey"], atol=1e-5, rtol=0)
     assert not scratch.exists()
 
 
