@@ -16,11 +16,26 @@ from stages.quantization.recipes import AutoRoundRecipe
 
 
 class _Quiet(logging.Filter):
-    """Drops AutoRound's advice on spelling and its word on a data set that it does not use."""
+    """Drops AutoRound's remarks on options that are set on purpose, and on data it does not use."""
+
+    REMARKS = (
+        "Passing '",
+        "Using default calibration dataset",
+        "Deterministic algorithms are enabled",
+        "'enable_torch_compile' is disabled",
+        "`torch.compile` is disabled",
+    )
 
     def filter(self, record: logging.LogRecord) -> bool:
-        message = record.getMessage()
-        return not message.startswith(("Passing '", "Using default calibration dataset"))
+        return not record.getMessage().startswith(self.REMARKS)
+
+
+def calm_log(library_logger: logging.Logger) -> None:
+    """Keep AutoRound's remarks and its colour codes out of the log."""
+    if not any(isinstance(item, _Quiet) for item in library_logger.filters):
+        library_logger.addFilter(_Quiet())
+        for handler in library_logger.handlers:
+            handler.setFormatter(logging.Formatter("%(levelname)s auto_round: %(message)s"))
 
 
 class Holder(nn.Module):
@@ -71,8 +86,7 @@ def run_autoround(
     from auto_round import AutoRound
     from auto_round.logger import logger as library_logger
 
-    if not any(isinstance(item, _Quiet) for item in library_logger.filters):
-        library_logger.addFilter(_Quiet())
+    calm_log(library_logger)
     options: dict[str, Any] = {}
     if recipe.iters:
         options = {

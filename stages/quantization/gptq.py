@@ -173,10 +173,9 @@ def search_scale(weight: torch.Tensor, bits: int) -> torch.Tensor:
         Float16 [out_features]: a factor of `SHRINKAGE` times what `round_to_nearest` takes.
     """
     limit = 2 ** (bits - 1)
-    _, largest = round_to_nearest(weight.cpu(), bits, weight.shape[1])
-    candidates = (largest.double() * SHRINKAGE).half().to(weight.device)  # [out, factors]
-    small = candidates.abs() < SMALLEST_SCALE
-    candidates = torch.where(small, largest.to(weight.device), candidates)
+    _, largest = round_to_nearest(weight, bits, weight.shape[1])
+    candidates = (largest.double() * SHRINKAGE.to(weight.device)).half()  # [out_features, factors]
+    candidates = torch.where(candidates.abs() < SMALLEST_SCALE, largest, candidates)
     errors = []
     for scale in candidates.double().T.unsqueeze(-1):
         rounded = (weight / scale).round_().clamp_(-limit, limit - 1).mul_(scale)

@@ -205,6 +205,7 @@ def tune_linears(job: Job, file: TensorFile) -> Filled:
             errors[name] = error
         step = {"sha256": layer_digest(file, names), "errors": errors, "outcome": asdict(outcome)}
         scratch.record(files, step)
+        del layer  # else it takes memory beside the next one, while that is tuned
     return Filled(
         {name: error for step in scratch.steps for name, error in step["errors"].items()},
         [Outcome(**step["outcome"]) for step in scratch.steps],

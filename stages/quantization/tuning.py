@@ -114,7 +114,7 @@ def tune_layer(
         before, after = run_autoround(layer, inputs, hidden, quantized, recipe, device)
     if before is None:  # without tuning, AutoRound needs no data at 8 bits
         before = list(layer_outputs(rounded, inputs, hidden, device))
-    scales = round_layer(rounded, recipe)
+    scales = round_layer(rounded.to(device), recipe)
     given = hidden if quantized is None else quantized
     tuned_error, rounded_error = (
         output_error(layer_outputs(way, inputs, given, device), before) for way in (layer, rounded)
@@ -137,7 +137,7 @@ def round_layer(layer: nn.Module, recipe: TunedRecipe) -> dict[str, torch.Tensor
     scales = {}
     for name, module in layer.named_modules():
         if isinstance(module, nn.Linear):
-            codes, scale = round_to_nearest(module.weight.cpu(), recipe.bits, recipe.group_size)
+            codes, scale = round_to_nearest(module.weight, recipe.bits, recipe.group_size)
             groups = codes.float().view(*scale.shape, -1) * scale.float().unsqueeze(-1)
             module.weight.copy_(groups.flatten(1))
             scales[name] = scale

@@ -272,7 +272,7 @@ def depends(stage: str, on: str) -> bool:
 
 def test_contributing_states_the_direction_of_imports() -> None:
     sentence = (
-        "`colqwen3 <- stages/pipeline <- stages/{quantization,evaluation,publishing} <- "
+        "`colqwen3 <- stages/pipeline <- stages/{calibration,quantization,evaluation,publishing} <- "
         "stages/checking <- stages/*.py and stages/tools <- demo`"
     )
     assert sentence in (ROOT / "CONTRIBUTING.md").read_text()
