@@ -56,6 +56,9 @@ def test_params_are_valid_and_hold_every_recipe() -> None:
     naive = values["recipes"]["naive-w3-seed1"]
     assert not naive["deepstack"] and naive["calibration"] == "mixed-seed1"
     assert values["recipes"]["text-w4-seed2"]["seed"] == 2
+    gptq = params.recipes["gptq-passages32-w3-seed1"]
+    assert (gptq.method, gptq.bits) == ("gptq", 3)
+    assert gptq.calibration == "mixed-passages32-seed1"  # the very samples of AutoRound
 
 
 def test_shrunk_sets_keep_every_kind() -> None:
