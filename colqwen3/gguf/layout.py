@@ -155,12 +155,16 @@ def expected_gguf_bytes(config: Mapping[str, Any]) -> dict[str, int]:
     """Return the bytes of the tensors of both files for every recipe that fits, and for ``f16``.
 
     Keys are ``f16``, ``w<bits>``, and ``w<bits>-all`` for recipes with ``linears: all``; a group's
-    scale is repeated in each block, so that the group size changes nothing.
+    scale is repeated in each block, so that the group size changes nothing. Empty for a model that
+    llama.cpp cannot run.
     """
+    if find_unsupported(config):
+        return {}
     choices: dict[str, tuple[Collection[str], int | None]] = {"f16": ((), None)}
     for bits in BLOCK_TYPES:
-        choices[f"w{bits}"] = (linears(config), bits)
-        choices[f"w{bits}-all"] = (all_linears(config), bits)
+        for key, packed in ((f"w{bits}", linears(config)), (f"w{bits}-all", all_linears(config))):
+            if all(in_features % BLOCK == 0 for _, in_features in packed.values()):
+                choices[key] = (packed, bits)
     return {
         key: tensor_bytes(gguf_files(config, packed, bits))
         for key, (packed, bits) in choices.items()
