@@ -7,7 +7,7 @@ of llama.cpp's ``convert_hf_to_gguf.py``.
 """
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,8 @@ TWO_BITS = (
     "llama.cpp's only type for 2-bit codes with one scale a group, Q2_0, runs ten times slower than "
     "Q4_0, and the package gguf cannot write it"
 )
+POSITIONS, MAXIMUM_ANGLE = 2048, 0.01
+"""More than a query or page has positions, and the radians a rotation may be off at the last."""
 FRAMES = 2
 """Frames of a video that one patch spans; llama.cpp stores one tensor for each."""
 
@@ -195,9 +197,35 @@ def find_unsupported(config: Mapping[str, Any]) -> str | None:
     for key, value, expected in checks:
         if value != expected:
             return f"{key} is {value!r}, llama.cpp computes with {expected!r}"
-    if "mrope_section" not in rope:
+    sections = rope.get("mrope_section")
+    if not isinstance(sections, list) or len(sections) != 3:
         return "text_config.rope_scaling lacks mrope_section"
+    angle = largest_angle_error(sections, text.get("head_dim", 128), rope.get("rope_theta", 5e5))
+    if angle > MAXIMUM_ANGLE:
+        return f"text_config.rope_scaling.mrope_section is {sections}, which llama.cpp rotates otherwise"
     return None
+
+
+def largest_angle_error(sections: Sequence[int], head_dim: int, theta: float) -> float:
+    """Return by how much llama.cpp rotates a token of a text wrongly, at most, in radians.
+
+    Pair i of a head belongs to time, height or width by ``i % 3``, as far as three times that
+    section reaches. What is beyond, transformers rotates by the position in time, llama.cpp not at
+    all. With the published sections [24, 20, 20] these are the two slowest but one, whose angle is
+    nothing. Source: ``ggml_mrope_cache_init`` of llama.cpp, ``apply_interleaved_mrope`` of
+    transformers.
+
+    Parameters
+    ----------
+    sections
+        Pairs of a head that belong to time, height and width.
+    head_dim
+        Numbers of a head, twice its pairs.
+    theta
+        Base of the rotary embeddings.
+    """
+    still = [pair for pair in range(head_dim // 2) if pair >= 3 * sections[pair % 3]]
+    return max((POSITIONS * theta ** (-2 * pair / head_dim) for pair in still), default=0.0)
 
 
 def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
