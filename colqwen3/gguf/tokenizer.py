@@ -23,6 +23,12 @@ NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 """Types of tokens: of text, special, matched as a whole in text, and filling the vocabulary."""
 
 
+PAGE_TOKENS = (
+    "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|endoftext|>",
+)  # fmt: skip
+"""Special tokens in the prompt of a page."""
+
+
 @dataclass(frozen=True)
 class Vocabulary:
     """What a GGUF file says of a tokenizer."""
@@ -59,20 +65,23 @@ def read_vocabulary(folder: Path, size: int) -> Vocabulary:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         content = json.loads(tokenizer.backend_tokenizer.to_str())
-        adds_tokens = (
-            tokenizer("a")["input_ids"] != tokenizer("a", add_special_tokens=False)["input_ids"]
-        )
+        plain, usual = (tokenizer("a", add_special_tokens=on)["input_ids"] for on in (False, True))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{folder}: tokenizer cannot be loaded ({first_line(error)}); fetch tokenizer.json again"
         ) from None
-    problem = "adds tokens to every text" if adds_tokens else find_difference(content)
-    if problem:
+    added = {token["id"]: token for token in content["added_tokens"]}
+    special = {token["content"] for token in added.values() if token["special"]}
+    if not plain or not special.issuperset(PAGE_TOKENS) or tokenizer.pad_token_id is None:
+        raise UserError(
+            f"{folder}: its tokenizer has no tokens for text, padding or pages; "
+            "fetch tokenizer.json and tokenizer_config.json again"
+        )
+    if problem := "adds tokens to every text" if usual != plain else find_difference(content):
         raise UserError(
             f"{folder}: tokenizer {problem}, which llama.cpp does not do; "
             "only tokenizers of the Qwen2 and Qwen3 families can be written as GGUF"
         )
-    added = {token["id"]: token for token in content["added_tokens"]}
     by_id = {token_id: token for token, token_id in content["model"]["vocab"].items()}
     if max([*by_id, *added]) >= size:
         raise UserError(
@@ -88,8 +97,6 @@ def read_vocabulary(folder: Path, size: int) -> Vocabulary:
             tokens.append(by_id.get(token_id, f"[PAD{token_id}]"))
             types.append(NORMAL if token_id in by_id else UNUSED)
     pairs = content["model"]["merges"]
-    if tokenizer.pad_token_id is None:
-        raise UserError(f"{folder}: tokenizer has no pad token; fetch tokenizer_config.json again")
     return Vocabulary(
         tokens=tokens,
         types=types,

@@ -16,6 +16,7 @@ TAGS = (
     "colqwen3", "visual-document-retrieval", "late-interaction", "multi-vector",
     "sentence-transformers", "auto-round",
 )  # fmt: skip
+GGUF_TAGS = (*(tag for tag in TAGS if tag != "sentence-transformers"), "gguf")
 METHODS = {
     "autoround": "AutoRound, {iters} iterations, seed {seed}",
     "rtn": "rounding to nearest, without data",
@@ -92,7 +93,7 @@ def card_data(source_card: Mapping[str, Any], facts: Mapping[str, Any]) -> Model
         )
     ]
     is_gguf = facts.get("format") == "gguf"
-    own_tags = [tag for tag in TAGS if tag != "sentence-transformers"] + ["gguf"] if is_gguf else TAGS
+    own_tags = GGUF_TAGS if is_gguf else TAGS
     languages, tags = (_identifiers(source_card.get(key)) for key in ("language", "tags"))
     taken_over: dict[str, Any] = (
         {"language": languages if isinstance(source_card.get("language"), list) else languages[0]}
