@@ -100,6 +100,7 @@ class Embedder:
             start = lib.gguf_get_data_offset(file) + lib.gguf_get_tensor_offset(file, tensor)
             count = lib.gguf_get_tensor_size(file, tensor) // 4
             arrays.append(np.fromfile(os.fsdecode(vision), "<f4", count, offset=start))
+            check(len(arrays[-1]) == count > 0, f"{folder}: mmproj.gguf is damaged; fetch it again")
         self.weight, self.bias = arrays[0].reshape(len(arrays[1]), -1), arrays[1]
         most = self.max_pixels // self.side**2  # visual tokens of a page
         params, words = lib.llama_context_default_params(), {7: threads, 8: threads}
@@ -212,7 +213,7 @@ def main() -> None:
         query = vectors[f"query/{number}"] = embedder.embed_query(text)
         scores = {name: float((query @ page.T).max(-1).sum()) for name, page in pages.items()}
         for name in sorted(scores, key=lambda name: -scores[name])[:10]:
-            print(f"{scores[name]:9.4f}  {name}  ({text})")
+            print(f"{scores[name]:9.4f}  {name}  {text!r}")
     if args.out:
         np.savez(args.out, **vectors)
 

@@ -29,7 +29,9 @@ def test_names_are_those_that_llama_cpp_asks_for() -> None:
     )
     blocks = {f"blk.{i}.{name}.weight" for i in range(4) for name in block.split()}
     assert text == {"token_embd.weight", "output_norm.weight"} | blocks
-    both = [f"v.blk.{i}.{name}" for i in range(6) for name in "ln1 ln2 attn_qkv attn_out".split()]
+    both = [
+        f"v.blk.{i}.{name}" for i in range(6) for name in ("ln1", "ln2", "attn_qkv", "attn_out")
+    ]
     both += [f"v.blk.{i}.{name}" for i in range(6) for name in ("ffn_up", "ffn_down")]
     # the blocks of deepstack are 1 and 3
     both += [f"v.deepstack.{i}.{name}" for i in (1, 3) for name in ("norm", "fc1", "fc2")]
@@ -58,7 +60,7 @@ def test_bytes_of_the_4b_are_known_beforehand(published_4b: dict[str, Any]) -> N
         ("text_config", "hidden_act", "gelu"),
         ("text_config", "rope_scaling", {"rope_type": "yarn", "mrope_section": [12, 10, 10]}),
         ("text_config", "rope_scaling", {"rope_type": "default"}),
-        ("text_config", "rope_scaling", {"mrope_section": [13, 9, 10]}),
+        ("text_config", "rope_scaling", {"mrope_section": [20, 2, 10]}),
         ("vision_config", "hidden_act", "silu"),
         ("vision_config", "temporal_patch_size", 1),
         ("vision_config", "num_position_embeddings", 2305),
