@@ -1,14 +1,16 @@
 """Models of several sizes and recipes, each written as GGUF files once."""
 
 import json
+import math
 import shutil
+import struct
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 import pytest
 
-from colqwen3.checkpoint.layout import all_linears, linears
+from colqwen3.checkpoint.layout import all_linears, linears, tensors
 from colqwen3.gguf.export import export_gguf
 from stages.quantization.recipes import RtnRecipe
 from tests.helpers.rounded import rounded
@@ -22,6 +24,24 @@ RECIPES = {
     "w4g32-all": {"bits": 4, "group_size": 32, "linears": "all"},
 }
 Maker = Callable[[str], Path]
+
+
+def enlarged(folder: Path, rows: int) -> Path:
+    """Write the demo model with more token embeddings, zeros that take no room on the disk."""
+    shutil.copytree(DEMO, folder, ignore=shutil.ignore_patterns("*.safetensors*"))
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["vocab_size"] = rows
+    (folder / "config.json").write_text(json.dumps(config))
+    header, place = {}, 0
+    for name, shape in tensors(config).items():
+        end = place + 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [place, end]}
+        place = end
+    text = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + place)
+    return folder
 
 
 @pytest.fixture(scope="session")

