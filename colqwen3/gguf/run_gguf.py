@@ -13,6 +13,7 @@ import math
 import os
 import sys
 import unicodedata
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,6 @@ HANDLES = (
     "llama_get_embeddings mtmd_init_from_file mtmd_default_marker mtmd_bitmap_init "
     "mtmd_input_chunks_init mtmd_input_chunks_get mtmd_get_output_embd gguf_init_from_file"
 )
-SIZES = (
-    "mtmd_input_chunk_get_n_tokens gguf_find_key gguf_find_tensor gguf_get_data_offset "
-    "gguf_get_tensor_offset gguf_get_tensor_size"
-)
 Array = np.ndarray[Any, Any]
 Handle = type("Handle", (ctypes.c_void_p,), {})  # a call returns it as it is, not as a number
 
@@ -51,6 +48,7 @@ def structure(*kinds: Any) -> Any:
 
 PARAMS = structure(ctypes.c_uint32 * 64)  # larger than any; the library reads its beginning
 PROMPT = structure(ctypes.c_char_p, ctypes.c_size_t, ctypes.c_bool, ctypes.c_bool)
+FILE_PARAMS = structure(ctypes.c_bool, ctypes.c_void_p)
 TOKENS = structure(ctypes.c_int32, *[ctypes.c_void_p] * 6)
 ON_DECODED = ctypes.CFUNCTYPE(ctypes.c_int32)  # its arguments are not needed
 ON_LOG = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
@@ -68,10 +66,11 @@ def load_library() -> Any:
     version, fix = xllamacpp.__version__, f"run `pip install xllamacpp=={XLLAMACPP}`"
     check(version == XLLAMACPP, f"xllamacpp is {version}; {fix}")
     lib = ctypes.CDLL(xllamacpp.xllamacpp.__file__)
-    for names, kind in ((HANDLES, Handle), (SIZES, ctypes.c_int64), (" ".join(DEFAULTS), PARAMS)):
-        for name in names.split():
-            getattr(lib, name).restype = kind
+    lib.gguf_get_tensor_offset.restype = ctypes.c_int64
+    for name in HANDLES.split():
+        getattr(lib, name).restype = Handle
     for name, words in DEFAULTS.items():
+        getattr(lib, name).restype = PARAMS
         actual = {place: getattr(lib, name)().field0[place] for place in words}
         check(actual == words, f"{name} has another layout; {fix} again")
     lib.llama_log_set(LOG, None)
@@ -79,42 +78,51 @@ def load_library() -> Any:
     return lib
 
 
+def parameters(lib: Any, name: str, words: dict[int, int]) -> Any:
+    """Return what a function of `DEFAULTS` returns, with some words replaced."""
+    params = getattr(lib, name)()
+    for place, word in words.items():
+        params.field0[place] = word
+    return params
+
+
 class Embedder:
     """The model of one folder; vectors are float32 [tokens, embed_dim], of length 1."""
 
     def __init__(self, folder: Path = Path(__file__).parent, threads: int = os.cpu_count() or 1):
         self.lib = lib = load_library()
-        text, vision = (os.fsencode(folder / name) for name in ("text.gguf", "mmproj.gguf"))
-        file = lib.gguf_init_from_file(
-            vision, structure(ctypes.c_bool, ctypes.c_void_p)(True, None)
-        )
-        model = lib.llama_model_load_from_file(text, lib.llama_model_default_params())
+        text, self.path = (os.fsencode(folder / name) for name in ("text.gguf", "mmproj.gguf"))
+        file = lib.gguf_init_from_file(self.path, FILE_PARAMS(True, None))
+        params = parameters(lib, "llama_model_default_params", {18: 0})  # no second copy of weights
+        model = lib.llama_model_load_from_file(text, params)
         check(file and model, f"{folder}: llama.cpp cannot load text.gguf or mmproj.gguf")
         keys = (b"colqwen3.min_pixels", b"colqwen3.max_pixels", b"colqwen3.side")
-        places = [ctypes.c_int64(lib.gguf_find_key(file, key)) for key in keys]
-        limits = (lib.gguf_get_val_u32(file, place) for place in places)
-        self.min_pixels, self.max_pixels, self.side = limits
+        ids = [ctypes.c_int64(lib.gguf_find_key(file, key)) for key in keys]
+        self.min_pixels, self.max_pixels, self.side = (lib.gguf_get_val_u32(file, i) for i in ids)
         arrays = []
         for name in (b"colqwen3.proj.weight", b"colqwen3.proj.bias"):
             tensor = ctypes.c_int64(lib.gguf_find_tensor(file, name))
             start = lib.gguf_get_data_offset(file) + lib.gguf_get_tensor_offset(file, tensor)
             count = lib.gguf_get_tensor_size(file, tensor) // 4
-            arrays.append(np.fromfile(os.fsdecode(vision), "<f4", count, offset=start))
+            arrays.append(np.fromfile(os.fsdecode(self.path), "<f4", count, offset=start))
             check(len(arrays[-1]) == count > 0, f"{folder}: mmproj.gguf is damaged; fetch it again")
         self.weight, self.bias = arrays[0].reshape(len(arrays[1]), -1), arrays[1]
-        most = self.max_pixels // self.side**2  # visual tokens of a page
-        params, words = lib.llama_context_default_params(), {7: threads, 8: threads}
-        words |= {0: most + 16, 1: BATCH, 2: BATCH}  # tokens in all, and at a time
+        most = self.max_pixels // self.side**2 + 16  # tokens of a page
+        words = {0: most, 1: BATCH, 2: BATCH, 7: threads, 8: threads}  # tokens in all, at a time
         words |= {11: 0, 13: 0, 34: 0x1010101}  # no pooling, no flash attention, embeddings
-        for place, value in words.items():
-            params.field0[place] = value
+        params = parameters(lib, "llama_context_default_params", words)
         self.context = lib.llama_init_from_model(model, params)
-        params = lib.mtmd_context_params_default()
-        for place, value in {4: 0, 5: threads, 11: 0, 12: 1, 13: most}.items():
-            params.field0[place] = value  # no timings, threads, no warm-up, visual tokens
-        self.vision = lib.mtmd_init_from_file(vision, model, params)
-        check(self.context and self.vision, f"{folder}: llama.cpp cannot run its GGUF files")
-        self.vocab = lib.llama_model_get_vocab(model)
+        check(self.context, f"{folder}: llama.cpp cannot run text.gguf")
+        self.model, self.vocab, self.threads = model, lib.llama_model_get_vocab(model), threads
+
+    @cached_property
+    def vision(self) -> Any:
+        """The vision tower, in memory from the first page on; no timings, no warm-up."""
+        words = {4: 0, 5: self.threads, 11: 0, 12: 1, 13: self.max_pixels // self.side**2}
+        params = parameters(self.lib, "mtmd_context_params_default", words)
+        tower = self.lib.mtmd_init_from_file(self.path, self.model, params)
+        check(tower, f"{os.fsdecode(self.path)}: llama.cpp cannot load the vision tower")
+        return tower
 
     def tokenize(self, text: str, special: bool = False) -> list[int]:
         """Return ids; what looks like a special token is text, unless `special`."""
@@ -161,8 +169,7 @@ class Embedder:
         alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
         paper.paste(image.convert("RGBA" if alpha else "RGB").convert("RGB"), mask=alpha)
         side, sizes, area = self.side, paper.size, math.prod(paper.size)
-        possible = area and max(sizes) <= MAXIMUM_RATIO * min(sizes)
-        check(possible, f"a page of {sizes[0]} x {sizes[1]} pixels cannot be embedded")
+        check(0 < max(sizes) <= MAXIMUM_RATIO * min(sizes), f"a page of {sizes} is impossible")
         grid = [round(size / side) * side for size in sizes]
         if math.prod(grid) > self.max_pixels:
             beta = math.sqrt(area / self.max_pixels)
