@@ -258,6 +258,7 @@ def _convert(tensor: GgufTensor, model: Model) -> Iterator[torch.Tensor]:
 def _write_file(path: Path, model: Model, write_metadata: Any) -> None:
     """Write one GGUF file."""
     gguf = import_gguf()
+    logging.getLogger("gguf").setLevel(logging.WARNING)  # it announces every file
     arch = "qwen3vl" if path.name == TEXT else "clip"
     writer = gguf.GGUFWriter(path, arch)
     write_metadata(writer)
