@@ -150,9 +150,9 @@ class Embedder:
         failed = lib.mtmd_encode_chunk(self.vision, chunk)
         vectors = self._decode(self.tokenize(BEFORE, True), 0)
         place, done = ctypes.c_int32(len(vectors[0])), list[Array]()
-        collect = ON_DECODED(
-            lambda: (done.append(self._vectors(count - sum(map(len, done)))), 0)[1]
-        )
+
+        add: Any = done.append  # returns None
+        collect = ON_DECODED(lambda: add(self._vectors(count - sum(map(len, done)))) or 0)
         encoded = (self.vision, self.context, chunk, lib.mtmd_get_output_embd(self.vision))
         options = (place, 0, BATCH, ctypes.byref(place), collect, None)
         failed = failed or lib.mtmd_helper_decode_image_chunk(*encoded, *options)
