@@ -9,6 +9,7 @@ COMMANDS = {
     "embed": "embed",
     "inspect": "inspect_model",
     "verify": "verify",
+    "export-gguf": "export_gguf",
     "benchmark-vidore": "benchmark_vidore",
 }
 """Subcommand -> module of `colqwen3.commands`."""

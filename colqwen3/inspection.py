@@ -8,6 +8,7 @@ from typing import Any
 from colqwen3.checkpoint import layout
 from colqwen3.checkpoint.fingerprint import fingerprint, model_files
 from colqwen3.checkpoint.headers import TensorInfo, read_headers, weight_files
+from colqwen3.gguf.layout import expected_gguf_bytes
 from colqwen3.system.errors import UserError
 from colqwen3.system.files import read_json
 
@@ -19,7 +20,8 @@ def inspect_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
     The manifest lists files, components, the linears to quantize and the config. The metrics
     count tensors, parameters and bytes, and give the bytes of the weights that each bits and
-    group size would leave (key ``w<bits>g<group size>``; absent where it does not divide).
+    group size would leave (key ``w<bits>g<group size>``; absent where it does not divide), also as
+    GGUF files.
 
     Raises
     ------
@@ -44,6 +46,7 @@ def inspect_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             "parameters": sum(math.prod(shape) for shape in linears.values()),
         },
         "expected_bytes": expected_bytes(tensors, linears),
+        "expected_gguf_bytes": expected_gguf_bytes(config),
     }
     manifest = {
         "model_type": layout.MODEL_TYPE,

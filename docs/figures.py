@@ -7,7 +7,8 @@ A figure stands between two comments, in the middle of a line or as a block of i
 Its name is that of a function or a value below, which says which file and which key it comes from.
 Without an option the files are rewritten; ``--check`` changes nothing and fails, naming each figure
 that differs. Sources are ``metrics/reference/`` (the authors' results; no run writes there),
-``metrics/size/``, ``metrics/scale/``, ``metrics/demo_training.json`` and the ablation's metrics.
+``metrics/size/``, ``metrics/scale/``, ``metrics/gguf/``, ``metrics/demo_training.json`` and the
+ablation's metrics.
 """
 
 import argparse
@@ -94,6 +95,27 @@ def times(ratio: float) -> str:
 
 
 # ---- the demo: quality ---------------------------------------------------------------------------
+@figure
+def gguf() -> str:
+    """Cosine, nDCG@5, bytes and time of each model in llama.cpp; metrics/gguf/demo.json."""
+    rows = []
+    for name, model in read("metrics/gguf/demo.json")["models"].items():
+        ndcg, cosine, time = (
+            model[key] for key in ("ndcg_at_5", "cosine", "time_to_torch_float32")
+        )
+        rows.append(
+            (
+                f"{name}, {'F16' if name == 'original' else 'Q4_0'}",
+                f"{sum(model['bytes'].values()) / 1e6:.1f} MB",
+                f"{ndcg['llama.cpp']:.4f} ({ndcg['torch']:.4f})",
+                *(f"{cosine[kind]['minimum']:.5f}" for kind in ("queries", "pages")),
+                *(f"{time[kind]:.1f}" for kind in ("query", "page")),
+            )
+        )
+    head = ("", "bytes", "nDCG@5 (torch)", "minimum cosine of a query token", "of a page token")
+    return table((*head, "time of a query", "of a page"), *rows)
+
+
 @figure
 def verdicts() -> str:
     """Return the small table of the README."""

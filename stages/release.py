@@ -1,7 +1,8 @@
 """Stage `release@<recipe>`: the checkpoint as a folder for people who have never seen this project.
 
 Weights, configs, model code, licence, model card, and quantization_metadata.json, which
-`colqwen3 verify` checks the folder against.
+`colqwen3 verify` checks the folder against. With format gguf, GGUF files and the program that runs
+them take the place of weights, configs and model code.
 """
 
 import os
@@ -207,6 +208,7 @@ def card_facts(
 
 def main() -> None:
     """Make artifacts/release/<recipe>."""
+    from colqwen3.gguf.export import export_gguf
     from stages.publishing.model_code import ship_code, ship_sentence_transformers
 
     name = parse_recipe("release", __doc__)
@@ -230,19 +232,24 @@ def main() -> None:
     source_card = read_source_card(source)
     partial = fresh_folder(RELEASES / name)
     weight_format = params.release.get(name, ReleaseOptions()).format
-    copy_checkpoint(CHECKPOINTS / name, partial, weights=weight_format == "auto_round")
-    if weight_format != "auto_round":
-        check_space(
-            partial,
-            sum(path.stat().st_size for path in weight_files(CHECKPOINTS / name)),
-            "the weights",
-        )
-        export_weights(CHECKPOINTS / name, partial, weight_format)
-    ship_code(partial)
-    ship_sentence_transformers(partial)
+    if weight_format == "gguf":
+        limit = params.model.max_num_visual_tokens
+        export_gguf(CHECKPOINTS / name, partial, max_num_visual_tokens=limit)
+    else:
+        copy_checkpoint(CHECKPOINTS / name, partial, weights=weight_format == "auto_round")
+        if weight_format != "auto_round":
+            check_space(
+                partial,
+                sum(path.stat().st_size for path in weight_files(CHECKPOINTS / name)),
+                "the weights",
+            )
+            export_weights(CHECKPOINTS / name, partial, weight_format)
+        ship_code(partial)
+        ship_sentence_transformers(partial)
     licences = copy_licences(source, partial)
     provenance = describe_provenance(name, params, quantized, source_card, verdict)
     facts = card_facts(provenance, metrics, model, licences)
+    facts["gguf_bytes"] = f"{sum(path.stat().st_size for path in partial.glob('*.gguf')):,}"
     write_card(partial, source_card, facts)
     if verdict["verdict"] == WORSE:
         write_file(partial / FAILED, failed_text(name, verdict).encode())

@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping
 
 from pydantic import Field, field_validator, model_validator
 
+from colqwen3.gguf.layout import BLOCK_TYPES, TWO_BITS
 from stages.calibration.sets import NO_SAMPLES, CalibrationParams
 from stages.evaluation.limits import GateParams
 from stages.pipeline.params import (
@@ -106,6 +107,10 @@ class Params(Section):
             raise ValueError(
                 f"release.{name}.format: llm_compressor takes 4 or 8 bits, not {recipe.bits}: the "
                 "kernels that read its packed weights support no others"
+            )
+        if options.format == "gguf" and recipe.bits not in BLOCK_TYPES:
+            raise ValueError(
+                f"release.{name}.format: gguf takes 3, 4 or 8 bits, not {recipe.bits}: {TWO_BITS}"
             )
         vision_too = isinstance(recipe, RtnRecipe) and recipe.linears == "all"
         if options.format == "auto_gptq" and vision_too:

@@ -16,6 +16,7 @@ TAGS = (
     "colqwen3", "visual-document-retrieval", "late-interaction", "multi-vector",
     "sentence-transformers", "auto-round",
 )  # fmt: skip
+GGUF_TAGS = (*(tag for tag in TAGS if tag != "sentence-transformers"), "gguf")
 METHODS = {
     "autoround": "AutoRound, {iters} iterations, seed {seed}",
     "gptq": "GPTQ",
@@ -25,6 +26,7 @@ REQUIREMENTS = {
     "auto_round": "transformers torch auto-round pillow",
     "auto_gptq": "transformers torch optimum gptqmodel pillow",
     "llm_compressor": "transformers torch compressed-tensors pillow",
+    "gguf": "numpy pillow xllamacpp==2026.10.11549",
 }
 UNKNOWN = "unknown"
 IDENTIFIER = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._+-]{0,95}")
@@ -91,6 +93,8 @@ def card_data(source_card: Mapping[str, Any], facts: Mapping[str, Any]) -> Model
             ("recall_at_1", "recall_at_1", "recall@1"),
         )
     ]
+    is_gguf = facts.get("format") == "gguf"
+    own_tags = GGUF_TAGS if is_gguf else TAGS
     languages, tags = (_identifiers(source_card.get(key)) for key in ("language", "tags"))
     taken_over: dict[str, Any] = (
         {"language": languages if isinstance(source_card.get("language"), list) else languages[0]}
@@ -103,9 +107,9 @@ def card_data(source_card: Mapping[str, Any], facts: Mapping[str, Any]) -> Model
         taken_over["license_link"] = link
     return ModelCardData(
         license=licence_of(source_card) or UNKNOWN,
-        library_name="transformers",
+        library_name="llama.cpp" if is_gguf else "transformers",
         pipeline_tag="visual-document-retrieval",
-        tags=list(dict.fromkeys([*TAGS, f"{facts['bits']}-bit", *tags])),
+        tags=list(dict.fromkeys([*own_tags, f"{facts['bits']}-bit", *tags])),
         base_model=facts["base_model"],
         base_model_relation="quantized",
         model_name=facts["title"],

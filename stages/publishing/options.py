@@ -6,10 +6,9 @@ from pydantic import field_validator
 
 from stages.pipeline.params import Section
 
-Format = Literal["auto_round", "auto_gptq", "llm_compressor"]
+Format = Literal["auto_round", "auto_gptq", "llm_compressor", "gguf"]
 IMPOSSIBLE_FORMATS = {
     "auto_awq": "AutoAWQ loads only model classes that it knows, and ColQwen3 is none of them",
-    "gguf": "llama.cpp's converter knows no ColQwen3, and its files have no place for the projection",
     "mlx": "MLX loads only model classes that it knows, and ColQwen3 is none of them",
 }
 """Formats that other tools write for other models -> why they cannot hold this one."""

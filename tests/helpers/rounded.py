@@ -11,8 +11,8 @@ from stages.quantization.recipes import RtnRecipe
 RTN = RtnRecipe(method="rtn", calibration="none", bits=4, group_size=32, sym=True)
 
 
-def rounded(source: Path, folder: Path, *linears: str) -> Path:
-    """Write a checkpoint with these linears rounded, each by itself."""
+def rounded(source: Path, folder: Path, *linears: str, recipe: RtnRecipe = RTN) -> Path:
+    """Write a checkpoint with these linears rounded by a recipe, each by itself."""
     tensors = {}
     for shard in source.glob("*.safetensors"):
         for name, tensor in load_file(shard).items():
@@ -20,8 +20,9 @@ def rounded(source: Path, folder: Path, *linears: str) -> Path:
             if module not in linears:
                 tensors[name] = tensor
                 continue
-            packed = pack(*round_to_nearest(tensor, RTN.bits, RTN.group_size), RTN.bits)
+            codes, scales = round_to_nearest(tensor, recipe.bits, recipe.group_size)
+            packed = pack(codes, scales, recipe.bits)
             tensors |= {f"{module}.{part}": value for part, value in packed.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    write_configs(source, folder, RTN)
+    write_configs(source, folder, recipe)
     return folder

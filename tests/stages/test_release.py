@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -137,3 +139,30 @@ def test_a_release_within_the_limits_is_not_marked(released: Path) -> None:
     text = (released / "README.md").read_text()
     assert "FAILED" not in text
     assert "Verdict: **no measurable loss**" in text
+
+
+def test_a_release_as_gguf_runs_by_itself(workspace: Path, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    pytest.importorskip("xllamacpp")
+    folder = tmp_path / "root"
+    shutil.copytree(workspace, folder, ignore=shutil.ignore_patterns("release"))
+    change(folder, "release", value={RECIPE: {"format": "gguf"}})
+    run_stages(folder, ["release", RECIPE])
+    released = folder / "artifacts/release" / RECIPE
+    assert {path.name for path in released.iterdir()} == {
+        "LICENSE", "README.md", "mmproj.gguf", "quantization_metadata.json", "run_gguf.py",
+        "text.gguf",
+    }  # fmt: skip
+    metadata, problems = verify(released)
+    assert (problems, metadata["format"], metadata["tensors"]) == ([], "gguf", {})
+    (code,) = re.findall(r"```python\n(.*?)```", (released / "README.md").read_text(), re.DOTALL)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=released, capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert 0 < float(done.stdout) < 30
+    data = bytearray((released / "text.gguf").read_bytes())
+    data[-1000] ^= 1
+    (released / "text.gguf").write_bytes(data)
+    assert verify(released)[1] == ["text.gguf: changed"]

@@ -541,7 +541,7 @@ def test_other_step_sizes_are_accepted(tmp_path: Path, iters: int, lr: str) -> N
 # ---- Formats and fallbacks ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["auto_awq", "gguf", "mlx"])
+@pytest.mark.parametrize("name", ["auto_awq", "mlx"])
 def test_a_format_that_cannot_hold_the_model_is_refused_with_the_reason(
     tmp_path: Path, name: str
 ) -> None:
@@ -554,7 +554,10 @@ def test_a_format_that_cannot_hold_the_model_is_refused_with_the_reason(
     ("line", "reason"),
     [
         ("release: {plain: {format: llm_compressor}}", "takes 4 or 8 bits, not 3"),
-        ("release: {plain: {format: fp8}}", "'auto_round', 'auto_gptq' or 'llm_compressor'"),
+        (
+            "release: {plain: {format: fp8}}",
+            "'auto_round', 'auto_gptq', 'llm_compressor' or 'gguf'",
+        ),
         ("release: {plian: {format: auto_gptq}}", "no such recipe; did you mean plain?"),
         ("release: {plain: {formt: auto_gptq}}", "unknown key; did you mean format?"),
         ("release: {plain: {even_if_worse: 1}}", "release.plain.even_if_worse"),
@@ -568,6 +571,16 @@ def test_impossible_formats_and_fallbacks_are_refused(
     tmp_path: Path, line: str, reason: str
 ) -> None:
     assert reason in refusal(tmp_path, GOOD + line + "\n")
+
+
+def test_gguf_takes_every_number_of_bits_but_two(tmp_path: Path) -> None:
+    line = "release: {plain: {format: gguf}}\n"
+    for bits in (3, 4, 8):
+        for linears in ("text", "all"):
+            text = edit("    bits: 3\n", f"    bits: {bits}\n    linears: {linears}\n")
+            assert load(tmp_path, text + line).release["plain"].format == "gguf"
+    said = refusal(tmp_path, edit("    bits: 3\n", "    bits: 2\n") + line)
+    assert "release.plain.format: gguf takes 3, 4 or 8 bits, not 2: llama.cpp's only type" in said
 
 
 def test_a_format_of_one_list_of_blocks_cannot_hold_the_vision_tower(tmp_path: Path) -> None:
