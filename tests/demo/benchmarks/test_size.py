@@ -81,6 +81,18 @@ def test_real_steps_on_a_tiny_model(
     assert "rtn: " in printed and "rtn / reading and writing its bytes: " in printed
 
 
+def test_gptq_is_measured_on_the_samples_of_autoround(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_size, "MIXED", {"queries": 2, "pages": 1})
+    bench = Bench(("--config", str(CONFIG.absolute())), tmp_path, "cpu", Path("demo/model"))
+    step = STEPS["cuda"]["gptq"](bench)
+    assert step["calibration"]["samples"] == 3
+    assert step["files_bytes"] > step["expected_bytes"] > 0
+    assert step["seconds"] > 0 and step["peak_own_bytes"] > 1_000_000
+    assert not bench.checkpoint("gptq").exists()
+
+
 def test_a_failing_step_is_recorded_and_the_others_go_on(
     bench: Bench,
     tmp_path: Path,
