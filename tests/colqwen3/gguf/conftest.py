@@ -7,6 +7,7 @@ import struct
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,7 +17,7 @@ from stages.quantization.recipes import RtnRecipe
 from tests.helpers.rounded import rounded
 
 DEMO = Path("demo/model")
-RECIPES = {
+RECIPES: dict[str, dict[str, Any]] = {
     "w4g32": {"bits": 4, "group_size": 32},
     "w4g128": {"bits": 4, "group_size": 128},
     "w3g64": {"bits": 3, "group_size": 64},

@@ -554,7 +554,10 @@ def test_a_format_that_cannot_hold_the_model_is_refused_with_the_reason(
     ("line", "reason"),
     [
         ("release: {plain: {format: llm_compressor}}", "takes 4 or 8 bits, not 3"),
-        ("release: {plain: {format: fp8}}", "'auto_round', 'auto_gptq', 'llm_compressor' or 'gguf'"),
+        (
+            "release: {plain: {format: fp8}}",
+            "'auto_round', 'auto_gptq', 'llm_compressor' or 'gguf'",
+        ),
         ("release: {plian: {format: auto_gptq}}", "no such recipe; did you mean plain?"),
         ("release: {plain: {formt: auto_gptq}}", "unknown key; did you mean format?"),
         ("release: {plain: {even_if_worse: 1}}", "release.plain.even_if_worse"),
