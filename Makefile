@@ -6,7 +6,7 @@
 # make clean-recipes  what recipes that are no longer in params.yaml have left behind
 # make check-release  the released folders in clean environments with transformers 4.57 and 5: minutes
 # make bench-size     time and memory at true size (4B, random weights) on this CPU: 10 minutes, 40 GB
-# make reference      the present results as the committed figures that README and docs quote
+# make reference      the present results as the committed figures of README and docs, which are redrawn
 
 PYTHON ?= python3
 VENV := .venv
@@ -33,11 +33,10 @@ $(INSTALLED): requirements.txt pyproject.toml
 	fi
 	@touch $@
 
-# one recipe that fails does not stop the others; the results are shown in any case
 repro: setup
 	@git rev-parse --git-dir >/dev/null 2>&1 || { echo "error: $(CURDIR) is no Git repository, which DVC needs; \
 	run \`git init && git add -A && git commit -m start\`, or \`dvc config --local core.no_scm true\`" >&2; exit 1; }
-	@dvc repro --keep-going; status=$$?; python -m stages.tools.results; exit $$status
+	@python -m stages.tools.repro
 
 report: repro
 	python -m stages.tools.report
@@ -65,3 +64,4 @@ bench-size: setup
 
 reference: setup
 	python -m stages.tools.reference
+	python docs/figures.py

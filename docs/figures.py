@@ -7,7 +7,8 @@ A figure stands between two comments, in the middle of a line or as a block of i
 Its name is that of a function or a value below, which says which file and which key it comes from.
 Without an option the files are rewritten; ``--check`` changes nothing and fails, naming each figure
 that differs. Sources are ``metrics/reference/`` (the authors' results; no run writes there),
-``metrics/size/``, ``metrics/gguf/``, ``metrics/demo_training.json`` and the ablation's metrics.
+``metrics/size/``, ``metrics/scale/``, ``metrics/gguf/``, ``metrics/demo_training.json`` and the
+ablation's metrics.
 """
 
 import argparse
@@ -313,9 +314,333 @@ def default_against_rounding() -> str:
 
 
 @figure
+def pages_only_queries() -> str:
+    """Return the query loss of 16 pages over that of 16 pages + 16 queries, tuned alike, 4 bits."""
+    pages, both = (_seeds(f"{name}-naive-w4g128", "queries") for name in ("pages", "mixed"))
+    return f"{pages / both:.1f}"
+
+
+@figure
+def fewer_pages() -> str:
+    """Return the page loss of 16 pages + 16 queries over that of the default, 4 bits."""
+    return f"{_seeds('mixed-w4g128', 'pages') / _seeds('more-200-w4g128', 'pages'):.1f}"
+
+
+@figure
+def fewer_queries() -> str:
+    """Return the same for the query loss."""
+    return f"{_seeds('mixed-w4g128', 'queries') / _seeds('more-200-w4g128', 'queries'):.1f}"
+
+
+@figure
 def default_against_text_3_bits() -> str:
     """Return the same over that of text with as many iterations, 3 bits."""
     return f"{_seeds('more-200-w3g128', 'pages') / _seeds('text-200-w3g128', 'pages'):.2f}"
+
+
+# ---- the scale study -----------------------------------------------------------------------------
+MODELS = ("1m", "demo", "39m", "150m")
+PAGE_SETS = ("evaluation", "evaluation2")
+WIDTHS = (4, 3)
+WAYS = {
+    "rounding": "nothing: rounding",
+    "text": "16 passages",
+    "naive": "96 queries + 48 pages, `deepstack: false`",
+    "mixed": "**96 queries + 48 pages: the default**",
+    "mixed-passages32": "the default + 32 passages",
+    "mixed-passages64": "the default + 64 passages",
+}
+"""Contenders of the scale study, in words."""
+
+
+def study_loss(model: str, contender: str, bits: int, page_set: str, kind: str) -> float:
+    """Return a loss in the scale study, the mean over seeds."""
+    losses = [
+        recipe["loss"][page_set][kind]
+        for recipe in read(f"metrics/scale/{model}.json")["recipes"].values()
+        if (recipe["contender"], recipe["bits"]) == (contender, bits)
+    ]
+    return float(sum(losses) / len(losses))
+
+
+def study_ratios(
+    contender: str,
+    other: str,
+    kind: str,
+    widths: tuple[int, ...] = WIDTHS,
+    other_bits: int | None = None,
+    models: tuple[str, ...] = MODELS,
+) -> list[float]:
+    """Return the losses of one contender over those of another, by width, model and page set."""
+    return [
+        study_loss(model, contender, bits, page_set, kind)
+        / study_loss(model, other, other_bits or bits, page_set, kind)
+        for bits in widths
+        for model in models
+        for page_set in PAGE_SETS
+    ]
+
+
+def _between(values: list[float], digits: int = 2) -> str:
+    return f"{min(values):.{digits}f} to {max(values):.{digits}f}"
+
+
+def _percent_between(ratios: list[float]) -> str:
+    """Return by how many percent the ratios differ from 1, as a range of signed numbers."""
+    low, high = (round(100 * (ratio - 1)) for ratio in (min(ratios), max(ratios)))
+    return f"{_signed(low)} to {_signed(high)} %"
+
+
+def _signed(percent: int) -> str:
+    return f"{percent:+d}" if percent else "0"
+
+
+@figure
+def scale_models() -> str:
+    """Return the study models and their training."""
+    head: tuple[str, ...] = ("study model", "parameters", "text layers x width", "vision blocks x width",
+            "deepstack after blocks", "training on one H100", "nDCG@5: evaluation", "evaluation2")  # fmt: skip
+    rows = [head]
+    for model in MODELS:
+        values = read(f"metrics/scale/{model}.json")
+        depth, training, sets = values["depth"], values["training"], values["page_sets"]
+        rows.append(
+            (
+                f"`{model}`", f"{values['parameters']['total']:,}",
+                f"{depth['text_layers']} x {depth['text_hidden']}",
+                f"{depth['vision_blocks']} x {depth['vision_hidden']}",
+                ", ".join(map(str, depth["deepstack"])),
+                f"{training['wall_seconds']} s, {training['steps']:,} steps, "
+                f"{training['page_views']:,} pages seen",
+                *(f"{sets[name]['ndcg_at_5']:.2f}" for name in PAGE_SETS),
+            )
+        )  # fmt: skip
+    return table(*rows)
+
+
+def _scale_losses(bits: int) -> str:
+    """Return losses and their ratios, one row per study model and contender, both page sets."""
+    from demo.studies.scale.summary import UNIT, significant
+
+    def pair(cell: Callable[[str], str]) -> str:
+        return " / ".join(map(cell, PAGE_SETS))
+
+    def losses(model: str, contender: str, kind: str) -> str:
+        return pair(lambda s: significant(study_loss(model, contender, bits, s, kind) / UNIT))
+
+    def ratio(model: str, contender: str, other: str, kind: str) -> str:
+        if contender == other:
+            return ""
+        return pair(
+            lambda s: (
+                f"{study_loss(model, contender, bits, s, kind) / study_loss(model, other, bits, s, kind):.2f}"
+            )
+        )
+
+    rows: list[tuple[str, ...]] = [
+        ("study model", "tuned on", "page loss, 1e-6", "of rounding's", "query loss, 1e-6",
+         "of rounding's", "of 16 passages'")
+    ]  # fmt: skip
+    for model in MODELS:
+        parameters = read(f"metrics/scale/{model}.json")["parameters"]["total"]
+        for contender, words in WAYS.items():
+            rows.append(
+                (
+                    f"`{model}`, {parameters / 1e6:.1f}M", words,
+                    losses(model, contender, "pages"),
+                    ratio(model, contender, "rounding", "pages"),
+                    losses(model, contender, "queries"),
+                    ratio(model, contender, "rounding", "queries"),
+                    ratio(model, contender, "text", "queries"),
+                )
+            )  # fmt: skip
+    return table(*rows)
+
+
+@figure
+def scale_losses_4() -> str:
+    """Return the scale study at 4 bits."""
+    return _scale_losses(4)
+
+
+@figure
+def scale_losses_3() -> str:
+    """Return the scale study at 3 bits."""
+    return _scale_losses(3)
+
+
+@figure
+def scale_targets() -> str:
+    """Return the worst ratios of the default by study model, over both page sets and widths."""
+    rows: list[tuple[str, ...]] = [
+        ("study model", "page loss of rounding's, 4 bits", "3 bits",
+         "query loss of 16 passages', 4 bits", "3 bits")
+    ]  # fmt: skip
+    for model in MODELS:
+        parameters = read(f"metrics/scale/{model}.json")["parameters"]["total"]
+        cells = (
+            f"{max(study_ratios('mixed', other, kind, (bits,), models=(model,))):.2f}"
+            for other, kind in (("rounding", "pages"), ("text", "queries"))
+            for bits in WIDTHS
+        )
+        rows.append((f"`{model}`, {parameters / 1e6:.1f}M", *cells))
+    return table(*rows)
+
+
+@figure
+def scale_three_bits() -> str:
+    """Return 3 bits with the default over 4 bits, by study model."""
+    rows: list[tuple[str, ...]] = [
+        ("study model", "page loss of 4-bit rounding's", "query loss of 4-bit rounding's",
+         "query loss of 4-bit tuning on 16 passages", "the same with 64 passages more",
+         "page loss of the 4-bit default")
+    ]  # fmt: skip
+    comparisons = (
+        ("mixed", "rounding", "pages"), ("mixed", "rounding", "queries"),
+        ("mixed", "text", "queries"), ("mixed-passages64", "text", "queries"),
+        ("mixed", "mixed", "pages"),
+    )  # fmt: skip
+    for model in MODELS:
+        parameters = read(f"metrics/scale/{model}.json")["parameters"]["total"]
+        cells = (
+            " / ".join(f"{r:.2f}" for r in study_ratios(*names, (3,), 4, (model,)))
+            for names in comparisons
+        )
+        rows.append((f"`{model}`, {parameters / 1e6:.1f}M", *cells))
+    return table(*rows)
+
+
+@figure
+def scale_passages() -> str:
+    """Return what 32 passages more change, by study model."""
+    rows: list[tuple[str, ...]] = [
+        ("study model", "page loss, 4 bits", "3 bits", "query loss, 4 bits", "3 bits")
+    ]
+    for model in MODELS:
+        parameters = read(f"metrics/scale/{model}.json")["parameters"]["total"]
+        cells = (
+            " / ".join(
+                f"{_signed(round(100 * (r - 1)))} %"
+                for r in study_ratios("mixed-passages32", "mixed", kind, (bits,), models=(model,))
+            )
+            for kind in ("pages", "queries")
+            for bits in WIDTHS
+        )
+        rows.append((f"`{model}`, {parameters / 1e6:.1f}M", *cells))
+    return table(*rows)
+
+
+@figure
+def scale_pages() -> str:
+    """Return the range of the default's page loss over rounding's, 4 bits."""
+    return _between(study_ratios("mixed", "rounding", "pages", (4,)))
+
+
+@figure
+def scale_pages_3() -> str:
+    """Return the same at 3 bits."""
+    return _between(study_ratios("mixed", "rounding", "pages", (3,)))
+
+
+@figure
+def scale_text_pages() -> str:
+    """Return the range of the page loss of 16 passages over rounding's, both widths."""
+    return _between(study_ratios("text", "rounding", "pages"))
+
+
+@figure
+def scale_queries() -> str:
+    """Return the range of the default's query loss over that of 16 passages, both widths."""
+    return _between(study_ratios("mixed", "text", "queries"))
+
+
+@figure
+def scale_passages_queries() -> str:
+    """Return what 32 passages more change in the query loss, both widths."""
+    return _percent_between(study_ratios("mixed-passages32", "mixed", "queries"))
+
+
+@figure
+def scale_passages_pages() -> str:
+    """Return what 32 passages more change in the page loss at 4 bits."""
+    return _percent_between(study_ratios("mixed-passages32", "mixed", "pages", (4,)))
+
+
+@figure
+def scale_passages_pages_3() -> str:
+    """Return the same at 3 bits."""
+    return _percent_between(study_ratios("mixed-passages32", "mixed", "pages", (3,)))
+
+
+@figure
+def scale_naive() -> str:
+    """Return the range of the page loss without deepstack over the default's, but for the demo."""
+    models = tuple(model for model in MODELS if model != "demo")
+    return _between(study_ratios("naive", "mixed", "pages", models=models), 1)
+
+
+@figure
+def scale_naive_demo() -> str:
+    """Return the same of the demo model."""
+    return _between(study_ratios("naive", "mixed", "pages", models=("demo",)), 1)
+
+
+@figure
+def naive_harm() -> str:
+    """Return the page loss without deepstack over that on true inputs, by study model."""
+    rows: list[tuple[str, ...]] = [("parameters", "4 bits", "3 bits")]
+    for model in MODELS:
+        parameters = read(f"metrics/scale/{model}.json")["parameters"]["total"]
+        cells = (
+            ", ".join(
+                f"{r:.1f}"
+                for r in study_ratios("naive", "mixed", "pages", (bits,), models=(model,))
+            )
+            for bits in WIDTHS
+        )
+        rows.append((f"{parameters / 1e6:.1f}M", *cells))
+    return table(*rows)
+
+
+@figure
+def scale_three_bits_pages() -> str:
+    """Return the range of the 3-bit default's page loss over that of 4-bit rounding."""
+    return _between(study_ratios("mixed", "rounding", "pages", (3,), 4))
+
+
+@figure
+def scale_three_bits_queries() -> str:
+    """Return the range of the 3-bit default's query loss over that of 16 passages at 4 bits."""
+    return _between(study_ratios("mixed", "text", "queries", (3,), 4))
+
+
+def _spread(kind: str) -> str:
+    """Return the standard deviation over the seeds of `39m`, in percent of the mean."""
+    from statistics import fmean, stdev
+
+    shares = []
+    for contender in ("mixed", "mixed-passages32"):
+        for bits in WIDTHS:
+            for page_set in PAGE_SETS:
+                losses = [
+                    recipe["loss"][page_set][kind]
+                    for recipe in read("metrics/scale/39m.json")["recipes"].values()
+                    if (recipe["contender"], recipe["bits"]) == (contender, bits)
+                ]
+                shares.append(100 * stdev(losses) / fmean(losses))
+    return f"{_between(shares, 1)} %"
+
+
+@figure
+def scale_spread_pages() -> str:
+    """Return the seeds' spread of page losses."""
+    return _spread("pages")
+
+
+@figure
+def scale_spread_queries() -> str:
+    """Return the seeds' spread of query losses."""
+    return _spread("queries")
 
 
 # ---- true size, random weights -------------------------------------------------------------------
@@ -705,7 +1030,7 @@ def fill(text: str) -> str:
 def documents() -> list[Path]:
     """Return the files that may quote figures."""
     card = ROOT / "demo/model/README.md"
-    return [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), card]
+    return [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md")), card]
 
 
 def stale(path: Path) -> list[str]:

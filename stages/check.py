@@ -12,7 +12,8 @@ from colqwen3.checkpoint import layout
 from colqwen3.inspection import read_config
 from colqwen3.system.errors import UserError, run
 from colqwen3.system.files import write_json
-from stages.checking.datasets import check_calibration, check_evaluation
+from stages.calibration.sets import NO_SAMPLES
+from stages.checking.datasets import check_calibration, check_evaluation, unbalanced_sets
 from stages.checking.params import Params
 from stages.pipeline.params import load_params
 from stages.pipeline.paths import CHECKED
@@ -90,10 +91,13 @@ def main() -> None:
     params = load_params(Params)
     claim("check")
     check_model(params)
-    if any(recipe.method == "autoround" for recipe in params.recipes.values()):
+    used = dict.fromkeys(
+        recipe.calibration for recipe in params.recipes.values() if recipe.calibration != NO_SAMPLES
+    )
+    if used:
         check_calibration(params.calibration)
     check_evaluation(Path(params.evaluate.dataset))
-    for line in misleading_names(params):
+    for line in (*misleading_names(params), *unbalanced_sets(params.calibration.sets, used)):
         logger.warning("%s", line)
     if Path(params.calibration.dataset).resolve() == Path(params.evaluate.dataset).resolve():
         logger.warning(

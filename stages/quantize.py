@@ -18,7 +18,7 @@ from stages.pipeline.manifest import find_inspected_model, read_manifest
 from stages.pipeline.params import ComputeParams, ModelParams, Sections, choose_recipe, load_params
 from stages.pipeline.paths import CALIBRATION, CHECKPOINTS, QUANTIZED, SCRATCH
 from stages.pipeline.stage import claim, parse_recipe
-from stages.quantization.autoround import SamplesLostError
+from stages.quantization.activations import SamplesLostError
 from stages.quantization.checkpoint import (
     check_checkpoint,
     count_bytes,

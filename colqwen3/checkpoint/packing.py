@@ -31,13 +31,14 @@ def round_to_nearest(
     -------
     tuple
         Codes, int8 [out_features, in_features] from ``-2 ** (bits - 1)``, and scales, float16
-        [out_features, groups].
+        [out_features, groups]; on the weight's device, and the same on every device.
     """
     limit = 2 ** (bits - 1)
-    codes = torch.empty(weight.shape, dtype=torch.int8)
-    scales = torch.empty(weight.shape[0], weight.shape[1] // group_size, dtype=torch.float16)
+    codes = torch.empty_like(weight, dtype=torch.int8, memory_format=torch.contiguous_format)
+    groups_a_row = weight.shape[1] // group_size
+    scales = weight.new_empty(weight.shape[0], groups_a_row, dtype=torch.float16)
     for start in range(0, len(weight), ROWS):
-        part = weight[start : start + ROWS].float()
+        part = weight[start : start + ROWS].to(torch.float32, copy=True)  # changed in place below
         groups = part.reshape(len(part), -1, group_size)
         below, above = -groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
         scale = torch.where(above < below, below, -above).div_(limit).half()

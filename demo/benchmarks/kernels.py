@@ -87,8 +87,8 @@ def auto_round(kind: str, dtype: torch.dtype) -> Candidate:
         layer.qweight, layer.qzeros = parts["qweight"], parts["qzeros"]
         layer.scales = parts["scales"].to(dtype)
         layer.post_init()
-        made: Linear = layer
-        return made
+        output: Linear = layer
+        return output
 
     return make
 
@@ -150,8 +150,8 @@ def measure(
     result: dict[str, Any] = {}
     for tokens in TOKENS[device.type]:
         x = torch.randn(tokens, reference.shape[1], device=device).to(dtype)
-        wanted = x.float() @ reference.T
-        error = float((linears[0](x).float() - wanted).norm() / wanted.norm())
+        expected = x.float() @ reference.T
+        error = float((linears[0](x).float() - expected).norm() / expected.norm())
         taken = time_us([partial(linear, x) for linear in linears], device)
         result[str(tokens)] = {"us": round(taken, 1), "error": float(f"{error:.2g}")}
     return result
@@ -162,16 +162,16 @@ def measure_all(device: torch.device) -> Iterator[tuple[str, dict[str, Any]]]:
     for name, (inputs, outputs) in shapes().items():
         copies = 2 if device.type == "cpu" else max(2, int(2 * WEIGHTS_BYTES / (inputs * outputs)))
         weights = [random_parts(inputs, outputs, device, seed) for seed in range(copies)]
-        found: dict[str, Any] = {}
+        timings: dict[str, Any] = {}
         for candidate, (dtype, make) in candidates(device.type).items():
             try:
-                found[candidate] = measure(make, dtype, weights, device)
+                timings[candidate] = measure(make, dtype, weights, device)
             except ImportError as error:
                 logger.warning("%s is left out: %s", candidate, str(error).splitlines()[0])
             except Exception as error:  # a kernel can fail in any way; the others go on
-                found[candidate] = {"failed": first_line(error)[:200]}
-            print(name, candidate, found.get(candidate), flush=True)
-        yield name, {"inputs": inputs, "outputs": outputs, "kernels": found}
+                timings[candidate] = {"failed": first_line(error)[:200]}
+            print(name, candidate, timings.get(candidate), flush=True)
+        yield name, {"inputs": inputs, "outputs": outputs, "kernels": timings}
 
 
 def main() -> None:

@@ -73,12 +73,12 @@ class Sampler:
         while not self._stop.wait(SAMPLE_SECONDS):
             if time.monotonic() - looked > FAMILY_SECONDS:
                 self._family, looked = descendants(self._pid), time.monotonic()
-            found = [memory(pid) for pid in self._family]
-            self.own = max(self.own, sum(item.get("RssAnon", 0) for item in found))
+            sizes = [memory(pid) for pid in self._family]
+            self.own = max(self.own, sum(item.get("RssAnon", 0) for item in sizes))
             self.resident = max(
                 self.resident,
-                sum(item.get("VmRSS", 0) for item in found),
-                *(item.get("VmHWM", 0) for item in found),
+                sum(item.get("VmRSS", 0) for item in sizes),
+                *(item.get("VmHWM", 0) for item in sizes),
             )
 
 
@@ -103,12 +103,12 @@ def descendants(pid: int) -> set[int]:
             except OSError:
                 continue
             children.setdefault(int(fields[1]), []).append(int(folder.name))
-    found, queue = set(), [pid]
+    family, queue = set(), [pid]
     while queue:
         process = queue.pop()
-        found.add(process)
+        family.add(process)
         queue += children.get(process, [])
-    return found
+    return family
 
 
 def run_measured(
@@ -168,7 +168,7 @@ def run_measured(
 
 def machine(gpu: bool) -> dict[str, Any]:
     """Return what results depend on: processor, cores, memory, GPU, and versions."""
-    made: dict[str, Any] = {
+    description: dict[str, Any] = {
         "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
         "ram_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
@@ -176,8 +176,8 @@ def machine(gpu: bool) -> dict[str, Any]:
         "versions": {name: installed(name) for name in LIBRARIES},
     }
     if gpu:
-        made["gpu"] = gpu_name()
-    return made
+        description["gpu"] = gpu_name()
+    return description
 
 
 def open_results(

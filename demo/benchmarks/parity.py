@@ -31,9 +31,9 @@ Embeddings = dict[str, list[torch.Tensor]]
 """``queries`` and ``pages`` -> float32 [tokens, embed_dim] on the CPU for each."""
 
 
-def compare(found: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> dict[str, float]:
+def compare(actual: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> dict[str, float]:
     """Return least and mean cosine of a token; rows of `found` may go on behind the last token."""
-    cosines = token_cosines(found, wanted)
+    cosines = token_cosines(actual, expected)
     return {"least": round(float(cosines.min()), 6), "mean": round(float(cosines.mean()), 6)}
 
 
@@ -42,7 +42,7 @@ def by_runtime(
 ) -> tuple[str, dict[str, Embeddings]]:
     """Return the runtime's kernel, and its embeddings in each mode."""
     runtime = load_runtime(folder, device, dtype)
-    made: dict[str, Embeddings] = {}
+    result: dict[str, Embeddings] = {}
     for mode in MODES[device.type]:
         runtime.use(mode)
         rows = runtime.token_ids(inputs["queries"])
@@ -51,8 +51,8 @@ def by_runtime(
             pages = runtime.run_pages(inputs["pages"])
         if not runtime.runs(mode):
             raise UserError(f"{folder}: {mode} does not work here; the warning above says why")
-        made[mode] = {"queries": list(queries.cpu()), "pages": list(pages.cpu())}
-    return runtime.kernel, made
+        result[mode] = {"queries": list(queries.cpu()), "pages": list(pages.cpu())}
+    return runtime.kernel, result
 
 
 def by_transformers(
@@ -64,11 +64,11 @@ def by_transformers(
 ) -> list[Embeddings]:
     """Return the embeddings of plain transformers by each implementation of attention."""
     model = load_model(folder, dtype, device)
-    made = []
+    result = []
     for implementation in attention:
         model.set_attn_implementation(implementation)
-        made.append({kind: embed(model, batch) for kind, batch in inputs.items()})
-    return made
+        result.append({kind: embed(model, batch) for kind, batch in inputs.items()})
+    return result
 
 
 def measure(
@@ -94,9 +94,9 @@ def measure(
     free_memory(device)
     pairs = {"transformers, sdpa / float32": (plain, exact)}
     pairs["transformers, sdpa / transformers, eager attention"] = (plain, other)
-    for mode, made in served.items():
-        pairs[f"runtime, {mode} / transformers, sdpa"] = (made, plain)
-        pairs[f"runtime, {mode} / float32"] = (made, exact)
+    for mode, result in served.items():
+        pairs[f"runtime, {mode} / transformers, sdpa"] = (result, plain)
+        pairs[f"runtime, {mode} / float32"] = (result, exact)
     return {
         "dataset": str(dataset),
         "kernel": kernel,

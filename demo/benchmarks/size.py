@@ -207,27 +207,27 @@ def prepare_run(
     bench.call(f"{name}-inspect", "-m", "stages.inspect_model", folder=folder)
     # the same samples are made once
     key = "-".join(f"{part}{value}" for part, value in sorted(samples.items()))
-    made, ready = folder / "artifacts/calibration", bench.work / f"samples-{key or 'none'}"
+    output, ready = folder / "artifacts/calibration", bench.work / f"samples-{key or 'none'}"
     if not ready.exists():
         bench.call(f"{name}-calibrate", "-m", "stages.calibrate", folder=folder)
-        shutil.copytree(made, ready)
-    elif not made.exists():
-        shutil.copytree(ready, made)
+        shutil.copytree(output, ready)
+    elif not output.exists():
+        shutil.copytree(ready, output)
     return folder
 
 
 def quantize(bench: Bench, name: str, folder: Path) -> Result:
     """Run stage ``quantize`` in a working folder; add bytes, made and predicted."""
     result = bench.stage(name, folder, "stages.quantize", name)
-    made = read_json(folder / f"artifacts/quantize/{name}.json", "run it again")
+    output = read_json(folder / f"artifacts/quantize/{name}.json", "run it again")
     model = read_json(folder / "metrics/model.json", "run it again")
-    files, expected = made["bytes"]["files"], model["expected_bytes"][FORMAT]
+    files, expected = output["bytes"]["files"], model["expected_bytes"][FORMAT]
     return {
         **result,
         "files_bytes": files,
         "expected_bytes": expected,
         "bytes_off": round(files / expected - 1, 6),
-        "calibration": made["calibration"],
+        "calibration": output["calibration"],
     }
 
 
@@ -257,12 +257,12 @@ def step_inspect(bench: Bench) -> Result:
     """Inspect the folder; the start of Python alone is measured beside it."""
     empty = bench.call("python", "-c", "pass")
     result = bench.call("inspect", "-m", "colqwen3", "inspect", bench.model.absolute())
-    found = json.loads((bench.work / "inspect.log").read_text())["metrics"]
+    counts = json.loads((bench.work / "inspect.log").read_text())["metrics"]
     return {
         **result,
         "python_alone_seconds": empty["seconds"],
-        "parameters": found["total"]["parameters"],
-        "linears": found["quantizable"]["linears"],
+        "parameters": counts["total"]["parameters"],
+        "linears": counts["quantizable"]["linears"],
     }
 
 
@@ -470,30 +470,30 @@ STEPS: dict[str, dict[str, Callable[[Bench], Result]]] = {
 def ratios(steps: Mapping[str, Result], config: Mapping[str, Any]) -> dict[str, float]:
     """Return how measured times compare with each other and with the floor under them."""
     done = {name: step for name, step in steps.items() if step["status"] == "ok"}
-    made: dict[str, float] = {}
+    output: dict[str, float] = {}
     if "rtn" in done and "floor" in done:
         bytes_alone = done["floor"]["read_seconds"] + done["floor"]["write_seconds"]
-        made["rtn / reading and writing its bytes"] = done["rtn"]["seconds"] / bytes_alone
+        output["rtn / reading and writing its bytes"] = done["rtn"]["seconds"] / bytes_alone
     if "rtn" in done and "rtn-library" in done:
-        made["rtn / AutoRound's model-free path"] = (
+        output["rtn / AutoRound's model-free path"] = (
             done["rtn"]["seconds"] / done["rtn-library"]["seconds"]
         )
     if "rates" in done:
         rate = done["rates"]["bf16_flops"]
         for name, step in done.items():
             if "operations" in step:
-                made[f"{name} / its operations at peak"] = (
+                output[f"{name} / its operations at peak"] = (
                     step["seconds"] * rate / step["operations"]
                 )
             for batches in step.get("budgets", ()):
                 if "pages_per_second" in batches:
                     tokens = round(batches["tokens_per_page"])
-                    least = page_operations(config, tokens, tokens - 11) / rate
+                    minimum = page_operations(config, tokens, tokens - 11) / rate
                     budget = f"{name} ({batches['visual_tokens_per_batch']} visual tokens a batch)"
-                    made[f"{budget} / its operations at peak"] = (
-                        1 / batches["pages_per_second"] / least
+                    output[f"{budget} / its operations at peak"] = (
+                        1 / batches["pages_per_second"] / minimum
                     )
-    return {name: round(value, 3) for name, value in made.items()}
+    return {name: round(value, 3) for name, value in output.items()}
 
 
 def describe(name: str, step: Result) -> str:

@@ -96,13 +96,13 @@ def model_free(model: Path, out: Path) -> None:
 
 def digest(folder: Path, tensor: TensorInfo) -> str:
     """Return the SHA-256 of the bytes of a stored tensor."""
-    found, left = hashlib.sha256(), tensor.nbytes
+    tensor_digest, left = hashlib.sha256(), tensor.nbytes
     with (folder / tensor.file).open("rb") as file:
         file.seek(tensor.start)
         while left and (chunk := file.read(min(left, CHUNK))):
-            found.update(chunk)
+            tensor_digest.update(chunk)
             left -= len(chunk)
-    return found.hexdigest()
+    return tensor_digest.hexdigest()
 
 
 def stored(folder: Path) -> dict[str, TensorInfo]:

@@ -95,11 +95,11 @@ def with_demo_tokens(config: Config, path: Path) -> Config:
     demo = read_json(DEMO / "config.json", "restore it from Git")
     try:
         text, vision = config["text_config"], config["vision_config"]
-        least = demo["text_config"]["vocab_size"]
-        if text["vocab_size"] < least:
+        minimum = demo["text_config"]["vocab_size"]
+        if text["vocab_size"] < minimum:
             raise UserError(
                 f"{path}: text_config.vocab_size is {text['vocab_size']}; the demo's tokenizer "
-                f"needs at least {least}"
+                f"needs at least {minimum}"
             )
         for key in PROCESSOR_SIZES:
             if vision[key] != demo["vision_config"][key]:
@@ -108,20 +108,20 @@ def with_demo_tokens(config: Config, path: Path) -> Config:
                     f"{demo['vision_config'][key]}"
                 )
     except (KeyError, TypeError) as error:
-        raise UserError(f"{path}: is no ColQwen3 config (lacks {error}); mend it") from None
-    made = {**config, **{key: demo[key] for key in TOKEN_IDS}, "dtype": "bfloat16"}
-    made["text_config"] = {**text, "eos_token_id": demo["text_config"]["eos_token_id"]}
-    made.pop("auto_map", None)
-    return made
+        raise UserError(f"{path}: is no ColQwen3 config (lacks {error}); correct it") from None
+    result = {**config, **{key: demo[key] for key in TOKEN_IDS}, "dtype": "bfloat16"}
+    result["text_config"] = {**text, "eos_token_id": demo["text_config"]["eos_token_id"]}
+    result.pop("auto_map", None)
+    return result
 
 
 def shapes(config: Mapping[str, Any]) -> dict[str, Shape]:
     """Return every tensor to write, name -> shape; an untied head is stored as the 8B stores it."""
-    made = layout.tensors(config)
+    result = layout.tensors(config)
     text = config["text_config"]
     if not text.get("tie_word_embeddings", True):
-        made[HEAD] = (text["vocab_size"], text["hidden_size"])
-    return made
+        result[HEAD] = (text["vocab_size"], text["hidden_size"])
+    return result
 
 
 def plan_shards(tensors: Mapping[str, Shape], limit: int) -> list[dict[str, Shape]]:
@@ -305,7 +305,7 @@ def main() -> None:
     try:
         make_checkpoint(config, args.out, int(args.shard_gb * 1e9), args.seed)
     except (KeyError, ValueError) as error:
-        raise UserError(f"{args.config}: has a wrong size ({error}); mend it") from None
+        raise UserError(f"{args.config}: has a wrong size ({error}); correct it") from None
 
 
 if __name__ == "__main__":

@@ -309,8 +309,8 @@ def write_texts(tokenizer: Tokenizer, seed: int, path: Path) -> None:
     lines = []
     for index in range(TEXTS):
         # A sentence has at most 30 words, so one more cannot go far beyond this.
-        wanted, text = rng.randint(TEXT_TOKENS[0], TEXT_TOKENS[1] - 60), ""
-        while len(tokenizer.encode(text).ids) < wanted:
+        length, text = rng.randint(TEXT_TOKENS[0], TEXT_TOKENS[1] - 60), ""
+        while len(tokenizer.encode(text).ids) < length:
             longer = f"{text} {next(rest)}".strip()
             if len(tokenizer.encode(longer).ids) <= TEXT_TOKENS[1]:
                 text = longer

@@ -42,7 +42,7 @@ class Corpus:
 
 def _docstrings(root: Path) -> list[str]:
     """Return every docstring of the modules below a folder, in a fixed order."""
-    found = []
+    texts = []
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     for path in sorted(root.rglob("*.py")):
         if SKIPPED_FOLDERS & set(path.relative_to(root).parts):
@@ -55,8 +55,8 @@ def _docstrings(root: Path) -> list[str]:
             if isinstance(node, kinds):
                 text = ast.get_docstring(node)
                 if text:
-                    found.append(text)
-    return found
+                    texts.append(text)
+    return texts
 
 
 def harvest(seed: int, library: Path | None = None) -> Corpus:
@@ -92,18 +92,18 @@ def harvest(seed: int, library: Path | None = None) -> Corpus:
     # Frequent words stay in: taking out "the" would take out most sentences.
     rare = ranked[600:]
     held = set(random.Random(seed).sample(rare, len(rare) // 33))
-    kept: list[str] = []
+    plain: list[str] = []
     apart: list[str] = []
     for sentence in sentences:
         uses = held & set(re.findall(r"[a-z]{3,}", sentence.lower()))
-        (apart if uses else kept).append(sentence)
+        (apart if uses else plain).append(sentence)
     words = [w for w in ranked if w not in held and len(w) <= 14]
     chain: dict[str, list[str]] = {}
     for word in words:
         padded = "^" * ORDER + word + "$"
         for i in range(len(padded) - ORDER):
             chain.setdefault(padded[i : i + ORDER], []).append(padded[i + ORDER])
-    return Corpus(kept, words, apart, sorted(w for w in held if len(w) <= 14), chain)
+    return Corpus(plain, words, apart, sorted(w for w in held if len(w) <= 14), chain)
 
 
 def held_out(corpus: Corpus) -> Corpus:

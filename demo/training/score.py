@@ -47,11 +47,11 @@ def ndcg(scores: Tensor, relevant: Tensor) -> dict[str, float]:
     count = relevant.sum(1)
     ideal = discount.cumsum(0)[count.clamp(max=DEPTH) - 1]
     order = scores.cpu().topk(min(DEPTH, scores.shape[1]), dim=1).indices
-    found = relevant.cpu().gather(1, order).float()
-    gain = (found * discount[: found.shape[1]]).sum(1) / ideal
-    chance = count / relevant.shape[1] * discount[: found.shape[1]].sum() / ideal
+    relevance = relevant.cpu().gather(1, order).float()
+    gain = (relevance * discount[: relevance.shape[1]]).sum(1) / ideal
+    chance = count / relevant.shape[1] * discount[: relevance.shape[1]].sum() / ideal
     return {
         "ndcg_at_5": round(float(gain.mean()), 4),
-        "recall_at_1": round(float((found[:, 0] / count).mean()), 4),
+        "recall_at_1": round(float((relevance[:, 0] / count).mean()), 4),
         "chance_ndcg_at_5": round(float(chance.mean()), 4),
     }

@@ -181,8 +181,8 @@ class Losses(nn.Module):
         queries = model.queries(batch.ids)
         # Near-duplicates differ by less than bfloat16 can tell.
         with torch.autocast(pages.device.type, enabled=False):
-            found = self._finding(model, batch, pages.float(), queries.float(), remember)
-        return {**self._reading(patches, batch), **found}
+            finding = self._finding(model, batch, pages.float(), queries.float(), remember)
+        return {**self._reading(patches, batch), **finding}
 
     def _finding(
         self, model: Retriever, batch: Batch, pages: Tensor, queries: Tensor, remember: int
@@ -407,12 +407,14 @@ def main() -> None:
     }
     step, spent, seen, drawn = 0, 0.0, 0, 0
     if options.checkpoint and options.checkpoint.exists():
-        kept = torch.load(options.checkpoint, weights_only=False)
-        model.load_state_dict(kept["model"])
-        losses.load_state_dict(kept["losses"])
-        for optimiser, state in zip(optimisers, kept["optimisers"], strict=True):
-            optimiser.load_state_dict(state)
-        log, step, spent, seen, drawn = (kept[k] for k in ("log", "step", "spent", "seen", "drawn"))
+        state = torch.load(options.checkpoint, weights_only=True)
+        model.load_state_dict(state["model"])
+        losses.load_state_dict(state["losses"])
+        for optimiser, saved in zip(optimisers, state["optimisers"], strict=True):
+            optimiser.load_state_dict(saved)
+        log, step, spent, seen, drawn = (
+            state[k] for k in ("log", "step", "spent", "seen", "drawn")
+        )
 
     total = options.minutes * 60
     stage = next(i for i, s in enumerate(preset.stages) if spent / total < s.until)

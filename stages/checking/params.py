@@ -19,7 +19,7 @@ from stages.pipeline.params import (
     suggest,
 )
 from stages.publishing.options import ReleaseOptions
-from stages.quantization.recipes import AnyRecipe, AutoRoundRecipe, Recipe, RtnRecipe
+from stages.quantization.recipes import AnyRecipe, Recipe, RtnRecipe
 
 RESERVED_NAMES = {"original"}  # artifacts/embeddings/original.safetensors
 
@@ -42,7 +42,7 @@ def check_sets(
         Naming the recipe.
     """
     for name, recipe in recipes.items():
-        if isinstance(recipe, AutoRoundRecipe) and recipe.calibration not in sets:
+        if not isinstance(recipe, RtnRecipe) and recipe.calibration not in sets:
             raise ValueError(
                 f"{recipes_key}.{name}.calibration: {quote(recipe.calibration)} is not a set of "
                 f"{sets_key}{suggest(recipe.calibration, sets)} (known: {', '.join(sets) or 'none yet'})"

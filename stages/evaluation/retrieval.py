@@ -99,7 +99,7 @@ def rank(run: Run, depth: int | None = None) -> Columns:
     run
         The scores.
     depth
-        How many pages a query; all when None, and never more than there are.
+        How many pages per query; all when None, and never more than there are.
     """
     by_id = _columns_by_id(run)
     depth = len(run.pages) if depth is None else min(depth, len(run.pages))
@@ -245,7 +245,7 @@ def contrast(original: Floats, quantized: Floats, scale: float = 1.0) -> dict[st
     Parameters
     ----------
     original, quantized
-        One figure a query.
+        One figure per query.
     scale
         What a single query can lose at most: 1 for a measure between 0 and 1.
 

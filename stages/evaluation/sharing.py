@@ -3,6 +3,7 @@
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,8 @@ NOTHING_SHARED: dict[str, Any] = {"same_folder": False, "pages": 0, "queries": 0
 def find_shared(evaluation: Dataset, folder: Path, calibration: Path) -> dict[str, Any]:
     """Return how many evaluation pages and queries the calibration dataset holds too.
 
-    Pages are the same if their files hold the same bytes (and, in a PDF, they have the same
-    number); queries, if their texts do after Unicode compatibility normalisation, without case and
-    repeated white space.
+    Pages are the same if their files hold the same bytes; queries, if their texts do after Unicode
+    compatibility normalisation, without case and repeated white space.
 
     Parameters
     ----------
@@ -55,18 +55,12 @@ def normalise(text: str) -> str:
 
 def _count_shared_pages(pages: Iterable[Page], others: Iterable[Page]) -> int:
     """Count the pages whose bytes are among the others; only files of one size are read."""
-    by_size: dict[int, list[Page]] = defaultdict(list)
-    for page in others:
-        by_size[page.path.stat().st_size].append(page)
-    digests: dict[Path, str] = {}
-
-    def content(page: Page) -> tuple[str, int | None]:
-        if page.path not in digests:
-            digests[page.path] = digest_file(page.path)
-        return digests[page.path], page.number
-
+    by_size: dict[int, set[Path]] = defaultdict(set)
+    for other in others:
+        by_size[other.path.stat().st_size].add(other.path)
+    digest = cache(digest_file)
     count = 0
     for page in pages:
-        candidates = by_size.get(page.path.stat().st_size, [])
-        count += bool(candidates) and content(page) in {content(other) for other in candidates}
+        candidates = by_size.get(page.path.stat().st_size, set())
+        count += digest(page.path) in map(digest, candidates) if candidates else 0
     return count

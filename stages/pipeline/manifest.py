@@ -19,12 +19,12 @@ def read_manifest(path: Path = MANIFEST) -> dict[str, Any]:
     UserError
         If it is missing or damaged.
     """
-    mend = "run `dvc repro inspect`"
-    manifest = read_json(path, mend)
+    fix = "run `dvc repro inspect`"
+    manifest = read_json(path, fix)
     if not isinstance(manifest, dict) or not all(
         isinstance(manifest.get(key), dict) for key in ("files", "linears")
     ):
-        raise UserError(f"{path}: is no manifest; {mend}")
+        raise UserError(f"{path}: is not a manifest; {fix}")
     return manifest
 
 

@@ -201,8 +201,8 @@ def _describe(error: ValidationError, schema: type[BaseModel]) -> str:
     else:
         messages = {
             "missing": "is missing; add it",
-            "union_tag_not_found": "lacks the key method; give rtn or autoround",
-            "union_tag_invalid": "method must be rtn or autoround",
+            "union_tag_not_found": "lacks the key method; give autoround, gptq or rtn",
+            "union_tag_invalid": "method must be autoround, gptq or rtn",
         }
         message = messages.get(first["type"], first["msg"].removeprefix("Value error, "))
         if first["type"] not in messages and not isinstance(first["input"], dict):

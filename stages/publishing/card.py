@@ -19,6 +19,7 @@ TAGS = (
 GGUF_TAGS = (*(tag for tag in TAGS if tag != "sentence-transformers"), "gguf")
 METHODS = {
     "autoround": "AutoRound, {iters} iterations, seed {seed}",
+    "gptq": "GPTQ",
     "rtn": "rounding to nearest, without data",
 }
 REQUIREMENTS = {

@@ -15,7 +15,7 @@ from colqwen3.checkpoint.packing import PACKED_TENSORS
 from colqwen3.checkpoint.tensor_file import Spec, TensorFile, read_tensor
 from colqwen3.system.files import read_json, write_json
 
-MEND = "run `dvc repro -f quantize`"
+FIX = "run `dvc repro -f quantize`"
 GPTQ, COMPRESSED = "auto_gptq", "llm_compressor"
 
 
@@ -37,7 +37,7 @@ def export_weights(checkpoint: Path, folder: Path, kind: str) -> None:
         If the checkpoint is damaged.
     """
     stored = read_headers(checkpoint)
-    config = read_json(folder / "config.json", MEND)
+    config = read_json(folder / "config.json", FIX)
     quantization = config["quantization_config"]
     linears = [name.removesuffix(".qweight") for name in stored if name.endswith(".qweight")]
     convert = _to_gptq if kind == GPTQ else _to_compressed

@@ -1,1 +1,1 @@
-"""Quantizing linears: recipes, calibration samples, rounding and AutoRound, the checkpoint."""
+"""Quantizing linears: recipes, calibration samples, rounding, AutoRound, GPTQ, the checkpoint."""

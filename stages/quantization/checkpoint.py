@@ -1,7 +1,6 @@
 """The quantized checkpoint: one file of known size, filled as results come, then checked.
 
-AutoRound: Cheng et al., "Optimize Weight Rounding via Signed Gradient Descent", arXiv:2309.05516.
-Neither method ever holds the model: plain rounding streams linear by linear, AutoRound tunes
+No method ever holds the model: plain rounding streams linear by linear, AutoRound and GPTQ go
 decoder layer by decoder layer. Every byte outside the planned linears is copied from the source.
 """
 

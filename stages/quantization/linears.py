@@ -1,4 +1,4 @@
-"""Fills the quantized linears of a checkpoint file, rounded to nearest or tuned by AutoRound."""
+"""Fills the quantized linears of a checkpoint file, rounded to nearest or tuned layer by layer."""
 
 import hashlib
 import logging
@@ -22,8 +22,9 @@ from colqwen3.checkpoint.tensor_file import TensorFile, read_tensor
 from colqwen3.system.errors import NonFiniteWeightsError, UserError
 from colqwen3.system.progress import Progress
 from colqwen3.system.resume import Scratch
-from stages.quantization.autoround import Outcome, Sample, check_quantized, tune_layers
-from stages.quantization.recipes import AnyRecipe, AutoRoundRecipe
+from stages.quantization.activations import Sample
+from stages.quantization.recipes import AnyRecipe, RtnRecipe
+from stages.quantization.tuning import Outcome, check_quantized, tune_layers
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ class Job:
     samples
         Calibration samples, each the arguments of one forward; empty for plain rounding.
     device
-        Where AutoRound runs.
+        Where tuning runs.
     scratch
         Keeps finished layers and the inputs of the next.
     """
@@ -125,7 +126,7 @@ def round_linears(job: Job, file: TensorFile) -> Filled:
 def pack_layer(
     job: Job, layer: torch.nn.Module, prefix: str, names: Sequence[str]
 ) -> Iterator[tuple[str, dict[str, torch.Tensor], float]]:
-    """Pack the linears of a decoder layer that AutoRound has rounded, on the job's device.
+    """Pack the linears of a decoder layer that tuning has rounded, on the job's device.
 
     Yields
     ------
@@ -135,9 +136,9 @@ def pack_layer(
     Raises
     ------
     NonFiniteWeightsError
-        If AutoRound left NaN or Inf.
+        If tuning left NaN or Inf.
     UserError
-        If AutoRound left weights that are not multiples of their scale.
+        If tuning left weights that are not multiples of their scale.
     """
     for name in names:
         module: Any = layer.get_submodule(name.removeprefix(prefix))
@@ -145,18 +146,16 @@ def pack_layer(
         scales = scales.view(module.weight.shape[0], -1)
         weight = module.weight.detach().to(job.device)
         if not (weight.isfinite().all() and scales.isfinite().all()):
-            raise NonFiniteWeightsError(
-                f"quantize: {name} came back from AutoRound with NaN or Inf"
-            )
+            raise NonFiniteWeightsError(f"quantize: {name} came back from tuning with NaN or Inf")
         codes, gap = restore_codes(weight, scales, job.recipe.bits)
         if not gap < MAX_GAP:
-            raise UserError(f"quantize: {name} came back from AutoRound without whole codes")
+            raise UserError(f"quantize: {name} came back from tuning without whole codes")
         original = job.weight(name).to(job.device)
         yield name, pack(codes, scales, job.recipe.bits), relative_error(original, codes, scales)
 
 
 def tune_linears(job: Job, file: TensorFile) -> Filled:
-    """Fill the planned linears of `file` with AutoRound, continuing where the scratch stands.
+    """Fill the planned linears of `file` layer by layer, continuing where the scratch stands.
 
     Raises
     ------
@@ -169,9 +168,9 @@ def tune_linears(job: Job, file: TensorFile) -> Filled:
     from stages.quantization.sample_packs import attend_within_samples
 
     recipe, scratch = job.recipe, job.scratch
-    if not isinstance(recipe, AutoRoundRecipe):
+    if isinstance(recipe, RtnRecipe):
         raise TypeError(f"{type(recipe).__name__} is not tuned")
-    # AutoRound tunes in float32 on a CPU, in the stored dtype on a GPU
+    # in float32 on a CPU, in the stored dtype on a GPU, as AutoRound tunes
     dtype = torch.float32 if job.device.type == "cpu" else source_dtype(job.source)
 
     def front() -> Any:
@@ -206,6 +205,7 @@ def tune_linears(job: Job, file: TensorFile) -> Filled:
             errors[name] = error
         step = {"sha256": layer_digest(file, names), "errors": errors, "outcome": asdict(outcome)}
         scratch.record(files, step)
+        del layer  # else it takes memory beside the next one, while that is tuned
     return Filled(
         {name: error for step in scratch.steps for name, error in step["errors"].items()},
         [Outcome(**step["outcome"]) for step in scratch.steps],

@@ -64,6 +64,17 @@ class AutoRoundRecipe(WeightFormat):
         return 1 / self.iters if self.lr is None else self.lr
 
 
-AnyRecipe = RtnRecipe | AutoRoundRecipe
+class GptqRecipe(WeightFormat):
+    """GPTQ: each linear rounded in one pass by the second moments of its inputs."""
+
+    method: Literal["gptq"]
+    calibration: str
+    deepstack: bool = True
+    batch_size: int = Field(default=1, ge=1)
+
+
+TunedRecipe = AutoRoundRecipe | GptqRecipe
+"""A recipe that sees calibration samples."""
+AnyRecipe = RtnRecipe | TunedRecipe
 Recipe = Annotated[AnyRecipe, Field(discriminator="method")]
-"""A recipe as params.yaml holds it; `method` tells which of the two."""
+"""A recipe as params.yaml holds it; `method` tells which."""

@@ -42,13 +42,11 @@ def read_samples(folder: Path) -> tuple[list[Origin], list[dict[str, torch.Tenso
     UserError
         If the folder is missing or damaged.
     """
-    mend = "run `dvc repro -f calibrate`"
-    index = read_json(folder / INDEX, mend)
+    fix = "run `dvc repro -f calibrate`"
+    index = read_json(folder / INDEX, fix)
     try:
         origins = [Origin(**entry) for entry in index["samples"]]
         return origins, [load_file(folder / origin.file) for origin in origins]
     except Exception as error:  # safetensors raises its own type, damaged JSON several
         reason = first_line(error)
-        raise UserError(
-            f"{folder}: calibration samples cannot be read ({reason}); {mend}"
-        ) from None
+        raise UserError(f"{folder}: calibration samples cannot be read ({reason}); {fix}") from None

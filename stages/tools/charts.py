@@ -62,7 +62,7 @@ def _bars(
     form: str,
     scale: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Describe horizontal bars with their figures, a group of bars a recipe."""
+    """Describe horizontal bars with their figures, one group per recipe."""
     values = [{**bar, "label": format(bar[figure], form)} for bar in bars]
     x = {"field": figure, "type": "quantitative", "title": title, "axis": {"tickCount": 3}}
     if scale:
@@ -93,7 +93,7 @@ def _bars(
 
 
 def layers_chart(layers: Mapping[str, Points], scale: Range | None = None) -> dict[str, Any]:
-    """Describe the weight error of each quantized linear, by block and kind, a panel a recipe.
+    """Describe the weight error of each quantized linear, by block and kind, one panel per recipe.
 
     Parameters
     ----------
@@ -117,7 +117,7 @@ def layers_chart(layers: Mapping[str, Points], scale: Range | None = None) -> di
 
 
 def outputs_chart(errors: Mapping[str, Points]) -> dict[str, Any]:
-    """Describe the output error of each layer, tuned and rounded, a panel a recipe.
+    """Describe the output error of each layer, tuned and rounded, one panel per recipe.
 
     `errors` has ``tuned`` and ``rounded`` of each layer, in order, by recipe.
     """
@@ -137,7 +137,7 @@ def outputs_chart(errors: Mapping[str, Points]) -> dict[str, Any]:
 def _lines(
     values: Points, title: str, colour: Mapping[str, Any], scale: Range | None
 ) -> dict[str, Any]:
-    """Describe errors by block as lines, a panel a recipe."""
+    """Describe errors by block as lines, one panel per recipe."""
     bounds: dict[str, Any] = {"zero": False} | ({"domain": list(scale)} if scale else {})
     x = {"field": "block", "type": "quantitative", "axis": {"tickMinStep": 1, "format": "d"}}
     y = {"field": "error", "type": "quantitative", "scale": bounds, "title": title}
@@ -153,7 +153,7 @@ def _lines(
 
 
 def scores_chart(scores: Mapping[str, Points], scale: Range | None = None) -> dict[str, Any]:
-    """Describe each query's score by original and quantized model, a panel a recipe.
+    """Describe each query's score by original and quantized model, one panel per recipe.
 
     On the grey line the two are equal.
 
@@ -191,7 +191,7 @@ def scores_chart(scores: Mapping[str, Points], scale: Range | None = None) -> di
 
 
 def _panels(values: Points) -> dict[str, Any]:
-    """Describe one panel a recipe, below one another."""
+    """Describe one panel per recipe, below one another."""
     recipes = list(dict.fromkeys(value["recipe"] for value in values))
     facet = {"field": "recipe", "type": "nominal", "sort": recipes, "title": None}
     header = {"labelFontSize": 12, "labelFontWeight": "bold"}

@@ -16,6 +16,7 @@ from stages.pipeline.paths import (
     BENCHMARKS,
     CHECKPOINTS,
     EMBEDDINGS,
+    HEATMAPS,
     LOCKS,
     PLOTS,
     QUALITY_METRICS,
@@ -30,7 +31,7 @@ from stages.pipeline.paths import (
 )
 
 BY_RECIPE = (
-    CHECKPOINTS, QUANTIZED, RELEASES, EMBEDDINGS, BENCHMARKS, VERDICTS, SCRATCH,
+    CHECKPOINTS, HEATMAPS, QUANTIZED, RELEASES, EMBEDDINGS, BENCHMARKS, VERDICTS, SCRATCH,
     QUALITY_METRICS, QUANTIZE_METRICS, QUERY_METRICS, SUMMARIES,
 )  # fmt: skip
 """Folders whose entries are called by recipe: a folder, or a file with a suffix."""
@@ -48,7 +49,7 @@ def recipe_of(path: Path, folder: Path) -> str:
 def find_leftovers(recipes: Collection[str]) -> list[Path]:
     """Return what lies in the results folders for recipes other than these, sorted."""
     known = {*recipes, *RESERVED_NAMES, "", "calibration"}
-    found = [
+    paths = [
         path
         for folder in (*BY_RECIPE, SPEED, LOCKS)
         if folder.is_dir()
@@ -56,8 +57,8 @@ def find_leftovers(recipes: Collection[str]) -> list[Path]:
         if recipe_of(path, folder) not in known
     ]
     if PLOTS.is_dir():  # plots of all recipes are files there
-        found += [path for path in PLOTS.iterdir() if path.is_dir() and path.name not in known]
-    return sorted(found)
+        paths += [path for path in PLOTS.iterdir() if path.is_dir() and path.name not in known]
+    return sorted(paths)
 
 
 def main() -> None:

@@ -48,8 +48,8 @@ from stages.tools.charts import (
 
 TEMPLATE = "report.html.jinja"
 SIDES = ("original", "quantized")
-MOVED = 5  # queries to list a recipe
-LISTED = 100  # changed queries to list a recipe
+MOVED = 5  # queries to list per recipe
+LISTED = 100  # changed queries to list per recipe
 TERMS = (
     "Loss: 1 - mean cosine of the quantized model's tokens with the original's. Mixed index: "
     "quantized queries search the original's page embeddings, the index that a user already has. "

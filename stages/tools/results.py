@@ -1,6 +1,6 @@
 """The end of `make repro`: what came out, where it is, what to do next.
 
-`python -m stages.tools.results` prints a row a recipe, the smallest recipe that keeps the gate's
+`python -m stages.tools.results` prints one row per recipe, the smallest recipe that keeps the gate's
 limits, and one line that says whether figures moved against the authors' in metrics/reference.
 """
 

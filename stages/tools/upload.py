@@ -20,7 +20,7 @@ from stages.evaluation.limits import WORSE
 
 
 def list_files(folder: Path, names: list[str]) -> list[str]:
-    """Return a line a file, size first and the largest on top, and one with their sum."""
+    """Return one line per file, size first and the largest on top, and one with their sum."""
     sizes = {name: (folder / name).stat().st_size for name in names}
     ordered = sorted(sizes.items(), key=lambda item: (-item[1], item[0]))
     width = len(f"{sum(sizes.values()):,}")
@@ -71,7 +71,7 @@ def main() -> None:
         )
     if metadata["pipeline"]["commit"] is None or metadata["pipeline"]["dirty"]:
         print(
-            "warning: made by code or parameters that are in no commit; commit them and run "
+            "warning: released by code or parameters that are in no commit; commit them and run "
             f"`dvc repro -f -s release@{metadata['recipe']['name']}` before others depend on it",
             file=sys.stderr,
         )

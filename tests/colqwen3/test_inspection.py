@@ -353,6 +353,37 @@ def test_unsupported_model_is_refused_in_one_line(folder: Path, problem: str) ->
     assert part in said
 
 
+@pytest.mark.parametrize(
+    ("file", "auto_map"),
+    [
+        ("tokenizer_config.json", {"AutoTokenizer": ["tok.Tok", None]}),
+        ("tokenizer_config.json", ["tok.Tok", None]),  # the older form, for the tokenizer alone
+        ("config.json", {"AutoModel": "m.M", "AutoTokenizer": "tok.Tok"}),
+    ],
+)
+def test_a_tokenizer_that_needs_code_is_refused(folder: Path, file: str, auto_map: object) -> None:
+    """No code travels with a quantized folder: it would tokenize otherwise without a word."""
+    content = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps({**content, "auto_map": auto_map}))
+    said = refusal(folder)
+    assert said.startswith(f"{file}: auto_map names code of the model's own for its tokenizer")
+    assert said.endswith("remove AutoTokenizer from auto_map")
+
+
+def test_code_that_we_do_without_may_be_named(folder: Path) -> None:
+    """The published model's own classes are not needed here, and nothing of them runs."""
+    content = json.loads((folder / "tokenizer_config.json").read_text())
+    content["auto_map"] = {"AutoProcessor": "processing_colqwen3.ColQwen3Processor"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(content))
+    edit_config(auto_map={"AutoModel": "modeling_colqwen3.ColQwen3"})(folder)
+    assert inspect_folder(folder)[1] == inspect_folder(GOLDEN)[1]
+
+
+def test_a_damaged_tokenizer_config_is_refused(folder: Path) -> None:
+    (folder / "tokenizer_config.json").write_text("{")
+    assert "tokenizer_config.json: is not valid JSON" in refusal(folder)
+
+
 def test_the_models_own_class_agrees_on_what_is_missing(folder: Path) -> None:
     edit_tensor(NORM, lambda _: {})(folder)
     assert f"lacks the tensor {NORM}" in refusal(folder)

@@ -78,12 +78,12 @@ def commit(folder: Path) -> None:
 
 def small_dataset(folder: Path, pages: int) -> None:
     """Keep the first pages of a dataset, and the queries that they answer."""
-    kept = {path.stem for path in sorted((folder / "corpus").iterdir())[:pages]}
+    remaining = {path.stem for path in sorted((folder / "corpus").iterdir())[:pages]}
     for path in (folder / "corpus").iterdir():
-        if path.stem not in kept:
+        if path.stem not in remaining:
             path.unlink()
     header, *rows = (folder / "qrels.tsv").read_text().splitlines()
-    rows = [row for row in rows if row.split("\t")[1] in kept]
+    rows = [row for row in rows if row.split("\t")[1] in remaining]
     answered = {row.split("\t")[0] for row in rows}
     (folder / "qrels.tsv").write_text("\n".join([header, *rows]) + "\n")
     lines = (folder / "queries.jsonl").read_text().splitlines()
@@ -112,16 +112,16 @@ def small_clone(folder: Path, pages: int = 8, iters: int = 10) -> Path:
 
 def results(clone: Path) -> dict[str, str]:
     """Return a digest of every file that must be the same in each run, and of dvc.lock."""
-    found = {}
+    actual = {}
     for root in ("artifacts", "metrics"):
         for path in sorted((clone / root).rglob("*")):
             name = str(path.relative_to(clone))
             if path.is_file() and not name.startswith(
                 (TIMED, "artifacts/scratch", "artifacts/locks")
             ):
-                found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
-    found["dvc.lock"] = hashlib.sha256(sorted_lock(clone).encode()).hexdigest()
-    return found
+                actual[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    actual["dvc.lock"] = hashlib.sha256(sorted_lock(clone).encode()).hexdigest()
+    return actual
 
 
 def sorted_lock(clone: Path) -> str:
@@ -137,11 +137,11 @@ def differences(first: dict[str, str], second: dict[str, str]) -> list[str]:
 
 def processes_of(clone: Path) -> list[int]:
     """Return the processes whose working folder is the clone."""
-    found = []
+    actual = []
     for entry in Path("/proc").glob("[0-9]*"):  # nothing on macOS
         try:
             if (entry / "cwd").readlink() == clone.resolve():
-                found.append(int(entry.name))
+                actual.append(int(entry.name))
         except OSError:
             continue  # it has ended, or is another user's
-    return found
+    return actual

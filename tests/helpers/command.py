@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # forked from a process that has the slow imports behind it; the stages themselves it has not seen
 _forks = multiprocessing.get_context("forkserver")
 _forks.set_forkserver_preload(
-    ["colqwen3.model.loading", "stages.quantization.autoround", "tests.helpers.command"]
+    ["colqwen3.model.loading", "stages.quantization.tuning", "tests.helpers.command"]
 )
 
 

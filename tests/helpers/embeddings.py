@@ -1,5 +1,7 @@
 """Embeddings of a small dataset by two models, the second one a noisy copy of the first."""
 
+import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -32,3 +34,33 @@ def draw(seed: int, noise: float) -> Embeddings:
 
 DATASET = Dataset(dict.fromkeys(QUERIES, "text"), dict.fromkeys(PAGES, Page(Path("x"))), RELEVANCE)
 ORIGINAL, QUANTIZED = draw(0, 0.0), draw(1, 0.4)
+
+
+def by_loop(query: torch.Tensor, page: torch.Tensor) -> float:
+    """MaxSim, without the code under test."""
+    products = query.double().numpy() @ page.double().numpy().T
+    return math.fsum(max(row) for row in products.tolist())
+
+
+def cosine(a: list[float], b: list[float]) -> float:
+    """Cosine of two vectors, without the code under test."""
+    norms = math.sqrt(sum(x * x for x in a)) * math.sqrt(sum(y * y for y in b))
+    return sum(x * y for x, y in zip(a, b, strict=True)) / norms
+
+
+def token_cosines(
+    before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]
+) -> list[float]:
+    """Cosines of all tokens, ascending."""
+    return sorted(
+        cosine(a, b)
+        for name in before
+        for a, b in zip(before[name].tolist(), after[name].tolist(), strict=True)
+    )
+
+
+def unit(seed: int, tokens: int) -> torch.Tensor:
+    """Random unit tokens of width 5."""
+    values = np.random.default_rng(seed).normal(size=(tokens, 5))
+    values /= np.linalg.norm(values, axis=1, keepdims=True)
+    return torch.tensor(values, dtype=torch.float32)

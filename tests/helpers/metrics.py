@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from stages.evaluation.limits import GateParams
+
 
 def contrast(original: float, quantized: float, low: float, high: float) -> dict[str, float]:
     """One figure of both models, with its 95 % interval."""
@@ -69,3 +71,31 @@ def write_json(path: Path, value: Any) -> None:
 
 WITHIN_THE_LIMITS: dict[str, Any] = {"ndcg": contrast(0.9111, 0.9002, -0.0222, 0.0044)}
 """Arguments of `quality` with which a recipe passes the gate of params.yaml."""
+
+SMALL: dict[str, Any] = {
+    "data": {"queries": 6},
+    "overlap": {"same_folder": False, "pages": 0, "queries": 0},
+    "pages": {"cosine": {"mean": 0.987654, "p01": 0.1, "min": 0.0}, "nonfinite": 0},
+    "queries": {"cosine": {"mean": 0.9, "p01": 0.1, "min": 0.0}, "grade": "GOOD", "nonfinite": 0},
+    "retrieval": {
+        "ndcg_at_5": {"original": 0.75, "quantized": 0.5, "difference": -0.25},
+        "recall_at_1": {"original": 0.6, "quantized": 0.4},
+        "margin": {"original": 3.0, "quantized": 2.0},
+        "top1_agreement": 0.33333,
+        "first_pages": {
+            "changed": 4,
+            "changed_share": 0.66667,
+            "ranked_lower": 3,
+            "ranked_higher": 1,
+        },
+    },
+    "mixed_index": {"ndcg_at_5": {"original": 0.75, "quantized": 0.625}},
+    "size": {"files": {"original": 4_000_000, "quantized": 1_250_000}},
+}
+
+
+"""What a summary needs of the metrics, each figure another one."""
+
+GATE = GateParams(
+    min_query_cosine=None, min_page_cosine=None, max_ndcg_at_5_drop=0.05, max_bytes=None
+)

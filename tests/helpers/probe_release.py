@@ -26,11 +26,11 @@ def main() -> None:
     model = AutoModel.from_pretrained(folder, trust_remote_code=True, **dtype).eval()
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     queries = json.loads((inputs / "queries.json").read_text(encoding="utf-8"))
-    made = {f"query/{key}": processor.process_texts([text]) for key, text in queries.items()}
+    result = {f"query/{key}": processor.process_texts([text]) for key, text in queries.items()}
     for path in sorted((inputs / "pages").glob("*.png")):
-        made[f"page/{path.stem}"] = processor.process_images([Image.open(path)])
+        result[f"page/{path.stem}"] = processor.process_images([Image.open(path)])
     with torch.inference_mode():
-        vectors = {key: model(**each).embeddings[0].float() for key, each in made.items()}
+        vectors = {key: model(**each).embeddings[0].float() for key, each in result.items()}
     save_file(vectors, out)
     facts = {
         "transformers": transformers.__version__,

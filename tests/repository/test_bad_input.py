@@ -271,7 +271,7 @@ CASES = {
     "shard is a pointer of Git LFS": Case(
         text(SHARD, "version https://git-lfs.github.com/spec/v1\n"), INSPECT, SHARD, "fetch the file"
     ),
-    "pickled weights only": Case(pickled_only, INSPECT, "model: ", "convert to safetensors"),
+    "pickled weights only": Case(pickled_only, INSPECT, "model: ", "convert them to safetensors"),
     "no weights": Case(
         many(pickled_only, gone("model/pytorch_model.bin")), INSPECT, "model: ", "give a complete"
     ),
@@ -279,7 +279,7 @@ CASES = {
         weight(DOWN, lambda t: t.to(torch.int8)), INSPECT, DOWN, "supported are BF16"
     ),
     "weights of another shape": Case(
-        weight(DOWN, lambda t: t.T.contiguous()), INSPECT, DOWN, "mend one"
+        weight(DOWN, lambda t: t.T.contiguous()), INSPECT, DOWN, "correct config.json"
     ),
     "NaN in a linear": Case(
         weight(DOWN, filled(torch.nan)), ROUND, DOWN, "fetch the model again", (INSPECT,)
@@ -399,7 +399,7 @@ CASES = {
         gone("artifacts/checkpoints/rtn/config.json"), EMBED_RTN, "rtn/config.json", "give a complete"
     ),
     "embeddings cut off": Case(
-        cut("artifacts/embeddings/rtn.safetensors"), EVALUATE, "rtn.safetensors", "to embed again"
+        cut("artifacts/embeddings/rtn.safetensors"), EVALUATE, "rtn.safetensors", "embed again"
     ),
     "embeddings of other pages": Case(unfit, EVALUATE, "'p2'", "run `dvc repro`"),
     "metrics cut off": Case(
@@ -474,18 +474,18 @@ def test_odd_pages_and_texts_are_embedded(work: Path) -> None:
     (scratch / "state.json").write_text('{"key": "of another run", "steps": [')
     done = run(work, EMBED)
     assert done.code == 0, done.err
-    made = read_embeddings(work / "artifacts/embeddings/original.safetensors")
-    assert list(made.queries) == list(ODD_TEXTS)
-    assert sorted(made.pages) == pages
-    for name, vectors in {**made.queries, **made.pages}.items():
+    result = read_embeddings(work / "artifacts/embeddings/original.safetensors")
+    assert list(result.queries) == list(ODD_TEXTS)
+    assert sorted(result.pages) == pages
+    for name, vectors in {**result.queries, **result.pages}.items():
         norms = vectors.double().norm(dim=1)
         torch.testing.assert_close(norms, torch.ones_like(norms), atol=1e-5, rtol=0), name
-    assert len(made.queries["long"]) >= 10_000
+    assert len(result.queries["long"]) >= 10_000
     # text that looks like a special token is text: each is many tokens, not one
-    assert len(made.queries["special"]) > 10 + 3 + len("total")
-    torch.testing.assert_close(made.queries["spaced"], made.queries["plain"], atol=1e-5, rtol=0)
+    assert len(result.queries["special"]) > 10 + 3 + len("total")
+    torch.testing.assert_close(result.queries["spaced"], result.queries["plain"], atol=1e-5, rtol=0)
     # 16 bits show what 8 bits show, not a white page
-    torch.testing.assert_close(made.pages["sixteen"], made.pages["grey"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(result.pages["sixteen"], result.pages["grey"], atol=1e-5, rtol=0)
     assert not scratch.exists()
 
 

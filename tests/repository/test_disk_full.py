@@ -52,9 +52,9 @@ def test_a_full_disk_is_one_line_and_then_it_goes_on(work: Path) -> None:
         ballast.unlink()
         again = fork_stage(work, stage.split())
         assert again.code == 0, again.err
-        wanted = results(work)
-        assert wanted.keys() > before.keys()
+        expected = results(work)
+        assert expected.keys() > before.keys()
         fill(work / "artifacts", spare)
         assert fork_stage(work, stage.split()).code == 1  # and a result that is there, stays
-        assert results(work) == wanted
+        assert results(work) == expected
         ballast.unlink()

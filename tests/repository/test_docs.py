@@ -19,7 +19,8 @@ from ruamel.yaml import YAML
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
-DOCUMENTS = [*sorted(ROOT.glob("*.md")), *PAGES, ROOT / "demo/model/README.md"]
+REPORTS = sorted((ROOT / "docs/upstream").glob("*.md"))
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *PAGES, *REPORTS, ROOT / "demo/model/README.md"]
 NAMES = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
 README = ROOT / "README.md"
 FENCE = re.compile(r"^( *)```.*?^\1```", re.MULTILINE | re.DOTALL)
@@ -271,7 +272,7 @@ def depends(stage: str, on: str) -> bool:
 
 def test_contributing_states_the_direction_of_imports() -> None:
     sentence = (
-        "`colqwen3 <- stages/pipeline <- stages/{quantization,evaluation,publishing} <- "
+        "`colqwen3 <- stages/pipeline <- stages/{calibration,quantization,evaluation,publishing} <- "
         "stages/checking <- stages/*.py and stages/tools <- demo`"
     )
     assert sentence in (ROOT / "CONTRIBUTING.md").read_text()
@@ -301,6 +302,21 @@ def test_the_python_code_of_a_page_runs_as_printed(
         exec(compile(code, name, "exec"), names)
         if "scores" in names:
             assert names["scores"].shape[1] == 1
+
+
+def test_the_report_on_deepstack_is_short_and_true() -> None:
+    """Its code is the file beside it, and prints what the report says: wrong on visual tokens alone."""
+    folder = ROOT / "docs/upstream"
+    script, report = folder / "autoround_deepstack.py", folder / "autoround-deepstack.md"
+    code, output = re.findall(r"```(?:python)?\n(.*?)```", report.read_text(), re.DOTALL)
+    assert code == script.read_text()
+    assert len(code.splitlines()) <= 30
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
+    number = r"(text|visual) tokens: relative error (\d\.\d+)"
+    printed, told = (dict(re.findall(number, text)) for text in (done.stdout, output))
+    assert float(printed["text"]) == float(told["text"]) == 0
+    assert float(printed["visual"]) == pytest.approx(float(told["visual"]), abs=0.01)
+    assert float(told["visual"]) > 0.5
 
 
 @pytest.fixture(scope="module")

@@ -62,10 +62,12 @@ def test_every_result_is_there(clone: Path) -> None:
         quality = json.loads((clone / f"metrics/quality/{recipe}.json").read_text())
         assert quality["data"]["pages"] == PAGES
         assert 0.9 < quality["pages"]["cosine"]["mean"] < 1
-        made = json.loads((clone / f"metrics/quantize/{recipe}.json").read_text())
-        assert made["linears"]["planned"] == made["linears"]["quantized"] > 0
-        wanted = {"queries": 2, "pages": 2, "samples": 4} if recipe == "w4g128" else {"samples": 0}
-        assert wanted.items() <= made["calibration"].items()
+        result = json.loads((clone / f"metrics/quantize/{recipe}.json").read_text())
+        assert result["linears"]["planned"] == result["linears"]["quantized"] > 0
+        requested = (
+            {"queries": 2, "pages": 2, "samples": 4} if recipe == "w4g128" else {"samples": 0}
+        )
+        assert requested.items() <= result["calibration"].items()
         (timings,) = (clone / "artifacts/speed").glob(f"{recipe}-*.json")
         speed = json.loads(timings.read_text())
         assert speed["setting"]["date"] and speed["setting"]["device"]
@@ -134,7 +136,7 @@ def test_no_secret_is_written_anywhere(clone: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("keys", "value", "wanted"),
+    ("keys", "value", "requested"),
     [
         (("recipes", "rtn-w4g128", "group_size"), 64, {"quantize@rtn-w4g128", *OF_ALL_RECIPES}),
         (("recipes", "w4g128", "iters"), 3, {"quantize@w4g128", *OF_ALL_RECIPES}),
@@ -155,12 +157,12 @@ def test_no_secret_is_written_anywhere(clone: Path) -> None:
     ],
 )
 def test_change_makes_only_its_branch_stale(
-    clone: Path, keys: tuple[str, ...], value: object, wanted: set[str]
+    clone: Path, keys: tuple[str, ...], value: object, requested: set[str]
 ) -> None:
     before = (clone / "params.yaml").read_text()
     try:
         change(clone, *keys, value=value)
-        assert stale(clone) == wanted | {"check"}
+        assert stale(clone) == requested | {"check"}
     finally:
         (clone / "params.yaml").write_text(before)
 

@@ -142,22 +142,22 @@ def test_the_wheel_holds_the_library_alone(wheel: Path) -> None:
 
 
 def required(
-    name: str, found: dict[str, Distribution], extras: frozenset[str] = frozenset()
+    name: str, actual: dict[str, Distribution], extras: frozenset[str] = frozenset()
 ) -> None:
     """Collect an installed distribution and all that it requires."""
     try:
         package = distribution(name)
     except PackageNotFoundError:
         return  # only needed on another system
-    known = canonicalize_name(name) in found
-    found[canonicalize_name(name)] = package
+    known = canonicalize_name(name) in actual
+    actual[canonicalize_name(name)] = package
     if known and not extras:
         return
     for text in package.requires or []:
         requirement = Requirement(text)
         environments = [{"extra": extra} for extra in ("", *extras)]
         if requirement.marker is None or any(map(requirement.marker.evaluate, environments)):
-            required(requirement.name, found, frozenset(requirement.extras))
+            required(requirement.name, actual, frozenset(requirement.extras))
 
 
 @pytest.fixture(scope="module")
@@ -180,10 +180,10 @@ def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = subprocess.run([*install, wheel], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     (packages,) = home.glob("lib/python*/site-packages")
-    found: dict[str, Distribution] = {}
+    actual: dict[str, Distribution] = {}
     for text in PROJECT["dependencies"]:
-        required(Requirement(text).name, found)
-    for package in found.values():
+        required(Requirement(text).name, actual)
+    for package in actual.values():
         for file in package.files or []:
             top = file.parts[0]
             target = Path(str(package.locate_file(top)))

@@ -52,21 +52,21 @@ def own_embeddings(folder: Path, inputs: Path, packed: bool) -> Vectors:
     model = load(folder, torch.float32, torch.device("cpu"))
     processor = load_processor(folder, 1280)
     queries = json.loads((inputs / "queries.json").read_text(encoding="utf-8"))
-    made = {f"query/{key}": processor.process_texts([text]) for key, text in queries.items()}
+    result = {f"query/{key}": processor.process_texts([text]) for key, text in queries.items()}
     for path in sorted((inputs / "pages").glob("*.png")):
-        made[f"page/{path.stem}"] = processor.process_images([Image.open(path)])
-    return {key: embed(model, each)[0] for key, each in made.items()}
+        result[f"page/{path.stem}"] = processor.process_images([Image.open(path)])
+    return {key: embed(model, each)[0] for key, each in result.items()}
 
 
-def worst_cosine(found: Vectors, wanted: Vectors) -> float:
+def worst_cosine(actual: Vectors, expected: Vectors) -> float:
     """Return the smallest cosine of a token; 0 when an item or a token is missing."""
-    if found.keys() != wanted.keys():
+    if actual.keys() != expected.keys():
         return 0.0
     worst = 1.0
-    for key, vectors in wanted.items():
-        if found[key].shape != vectors.shape:
+    for key, vectors in expected.items():
+        if actual[key].shape != vectors.shape:
             return 0.0
-        cosines = torch.nn.functional.cosine_similarity(found[key].double(), vectors.double())
+        cosines = torch.nn.functional.cosine_similarity(actual[key].double(), vectors.double())
         worst = min(worst, float(cosines.min()))
     return worst
 
@@ -102,11 +102,11 @@ def probe(
 def make_environment(folder: Path, version: str, owners: Iterable[str]) -> Path:
     """Return the interpreter of an environment with one version of transformers."""
     python, complete = folder / "bin" / "python", folder / "complete"
-    wanted = [f"transformers=={version}", *PACKAGES, *owners]
-    if not complete.exists() or complete.read_text() != repr(wanted):
+    expected = [f"transformers=={version}", *PACKAGES, *owners]
+    if not complete.exists() or complete.read_text() != repr(expected):
         venv.create(folder, clear=True, with_pip=True)
-        subprocess.run([str(python), "-m", "pip", "install", "--quiet", *wanted], check=True)
-        complete.write_text(repr(wanted))
+        subprocess.run([str(python), "-m", "pip", "install", "--quiet", *expected], check=True)
+        complete.write_text(repr(expected))
     return python
 
 
@@ -125,7 +125,7 @@ def main() -> None:
     args = parser.parse_args()
     kind = json.loads((args.folder / METADATA).read_text(encoding="utf-8"))["format"]
     reference = args.reference or args.folder
-    wanted = {
+    expected = {
         "packed": own_embeddings(reference, INPUTS, packed=True),
         "dense": own_embeddings(reference, INPUTS, packed=False),
     }
@@ -138,9 +138,9 @@ def main() -> None:
             python = make_environment(home, version, OWNERS[kind])
             # other formats' libraries take the config's bfloat16, whose own noise is 0.0006
             dtype = () if kind == "auto_round" else ("float32",)
-            facts, found = probe(python, args.folder, INPUTS, work, *dtype)
-            worst = {key: worst_cosine(found, each) for key, each in wanted.items()}
-            tokens = sum(len(vectors) for vectors in found.values())
+            facts, actual = probe(python, args.folder, INPUTS, work, *dtype)
+            worst = {key: worst_cosine(actual, each) for key, each in expected.items()}
+            tokens = sum(len(vectors) for vectors in actual.values())
             print(f"{facts}: {tokens} tokens, least cosine to our own loaders {worst}", flush=True)
             failed |= min(worst.values()) < LEAST
     sys.exit(failed)

@@ -68,9 +68,9 @@ def main() -> None:
     done = dvc(calm, "repro")
     if done.returncode:
         sys.exit(done.stdout + done.stderr)
-    wanted = results(calm)
+    expected = results(calm)
     whole = time.monotonic() - start
-    print(f"undisturbed: {whole:.0f} s, {len(wanted)} results", flush=True)
+    print(f"undisturbed: {whole:.0f} s, {len(expected)} results", flush=True)
     draw, count = random.Random(1), 0
     while count < moments:
         # a stage takes seconds: most moments are too early for it to end, some are not
@@ -79,7 +79,7 @@ def main() -> None:
         at = kill_after(killed, seconds, sign)
         if at is None:  # through: once more from the start
             print(f"through after {count} moments", flush=True)
-            if differing := differences(results(killed), wanted):
+            if differing := differences(results(killed), expected):
                 sys.exit(f"differ: {differing}")
             shutil.rmtree(killed)
             small_clone(killed)
@@ -91,10 +91,10 @@ def main() -> None:
     while remove_half_written(killed, done.stdout + done.stderr):
         done = dvc(killed, "repro")
     time.sleep(3)
-    differing = differences(results(killed), wanted) if done.returncode == 0 else []
+    differing = differences(results(killed), expected) if done.returncode == 0 else []
     running = processes_of(killed)
     print(
-        f"after {moments} moments: status {done.returncode}, {len(differing)} of {len(wanted)} "
+        f"after {moments} moments: status {done.returncode}, {len(differing)} of {len(expected)} "
         f"results differ, {len(running)} processes still run"
     )
     if done.returncode or differing or running:

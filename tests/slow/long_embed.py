@@ -27,8 +27,8 @@ def resident(pid: int) -> int:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
         return 0
-    found = re.search(r"RssAnon:\s+(\d+) kB", status)
-    return int(found[1]) * 1024 if found else 0
+    actual = re.search(r"RssAnon:\s+(\d+) kB", status)
+    return int(actual[1]) * 1024 if actual else 0
 
 
 def command(pages: Path, out: Path) -> list[str]:
@@ -79,12 +79,14 @@ def main() -> None:
         time.sleep(0.1)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    kept = stored(again)
+    remaining = stored(again)
     done = subprocess.run(command(pages, again), capture_output=True, text=True, check=True)
     said = re.search(r"going on: (\d+) of (\d+) are embedded", done.stderr)
     same = again.read_bytes() == out.read_bytes()
     left = sorted(os.listdir(work))
-    print(f"killed after part {kept}; then: {said and said[0]}; same bytes: {same}; files: {left}")
+    print(
+        f"killed after part {remaining}; then: {said and said[0]}; same bytes: {same}; files: {left}"
+    )
     shutil.rmtree(work)
     sys.exit(not (same and said and later <= 1.05 * warm))
 

@@ -48,11 +48,11 @@ def main() -> None:
             sys.exit(done.stdout + done.stderr)
         print(f"{clone}: {threads} threads, {time.monotonic() - start:.0f} s", flush=True)
         clones.append((clone, threads))
-    first, wanted = clones[0][0], results(clones[0][0])
+    first, expected = clones[0][0], results(clones[0][0])
     for clone, threads in clones[1:]:
-        differing = differences(results(clone), wanted)
+        differing = differences(results(clone), expected)
         failed |= bool(differing) and threads == clones[0][1]
-        print(f"{clones[0][1]} and {threads} threads: {len(differing)} of {len(wanted)} differ")
+        print(f"{clones[0][1]} and {threads} threads: {len(differing)} of {len(expected)} differ")
         for name in differing:
             size = ""
             if name.endswith(".json"):

@@ -48,20 +48,20 @@ def test_samples_are_single_unpadded_and_traceable(dataset: Path, tmp_path: Path
     processor = load_processor(GOLDEN / "model", 64)
     out = tmp_path / "out"
     out.mkdir()
-    made = make_samples(params(dataset, passages=1), "some", processor, out)
-    write_json(out / INDEX, {"samples": [asdict(origin) for origin in made]})
+    result = make_samples(params(dataset, passages=1), "some", processor, out)
+    write_json(out / INDEX, {"samples": [asdict(origin) for origin in result]})
     origins, samples = read_samples(out)
-    assert origins == made
+    assert origins == result
     assert [origin.kind for origin in origins] == ["query"] * 3 + ["page"] * 2 + ["passage"]
     texts = {f"q{i}": f"total of year {i}" for i in range(5)}
     texts |= {f"t{i}": f"the {i}th passage of text" for i in range(3)}
     for origin, sample in zip(origins, samples, strict=True):
         if origin.kind != "page":
-            wanted = processor.process_texts([texts[origin.id]])
+            expected = processor.process_texts([texts[origin.id]])
         else:
-            wanted = processor.process_images([open_page(Page(dataset / "corpus" / origin.id))])
-        assert sample.keys() == wanted.keys()
-        assert all(torch.equal(sample[key], wanted[key]) for key in sample)
+            expected = processor.process_images([open_page(Page(dataset / "corpus" / origin.id))])
+        assert sample.keys() == expected.keys()
+        assert all(torch.equal(sample[key], expected[key]) for key in sample)
         assert sample["attention_mask"].shape == (1, origin.tokens)
         assert sample["attention_mask"].all()
     assert {path.suffix for path in out.iterdir()} == {".json", ".safetensors"}
@@ -71,10 +71,10 @@ def test_a_page_of_a_pdf_is_traceable(tmp_path: Path) -> None:
     (tmp_path / "corpus").mkdir()
     sheets = [Image.linear_gradient("L").rotate(90 * turn).convert("RGB") for turn in range(2)]
     sheets[0].save(tmp_path / "corpus/m.pdf", save_all=True, append_images=sheets[1:])
-    made = make_samples(
+    result = make_samples(
         params(tmp_path, 0, 2), "some", load_processor(GOLDEN / "model", 64), tmp_path
     )
-    assert {origin.id for origin in made} == {"m.pdf#page=1", "m.pdf#page=2"}
+    assert {origin.id for origin in result} == {"m.pdf#page=1", "m.pdf#page=2"}
 
 
 def test_drawing_depends_on_the_seed_alone() -> None:
@@ -103,7 +103,7 @@ def test_the_seed_of_a_set_comes_first(dataset: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wanted", "message"),
+    ("expected", "message"),
     [
         ({"pages": 5}, "pages is 5, but the dataset holds 4"),
         ({"queries": 6}, "queries is 6, but the dataset holds 5"),
@@ -111,11 +111,11 @@ def test_the_seed_of_a_set_comes_first(dataset: Path, tmp_path: Path) -> None:
     ],
 )
 def test_more_than_there_are_is_refused(
-    dataset: Path, tmp_path: Path, wanted: dict[str, int], message: str
+    dataset: Path, tmp_path: Path, expected: dict[str, int], message: str
 ) -> None:
     processor = load_processor(GOLDEN / "model", 64)
     with pytest.raises(UserError, match=rf"calibration\.sets\.some\.{message}"):
-        make_samples(params(dataset, **wanted), "some", processor, tmp_path)
+        make_samples(params(dataset, **expected), "some", processor, tmp_path)
 
 
 def test_passages_without_their_file_are_refused(dataset: Path, tmp_path: Path) -> None:
@@ -144,9 +144,9 @@ def test_each_set_has_its_folder_and_a_change_leaves_the_others_alone(
     monkeypatch.setattr(calibrate, "find_inspected_model", lambda *_: GOLDEN / "model")
 
     def run(sets: dict[str, CalibrationSet]) -> dict[str, bytes]:
-        made = CalibrationParams(dataset=str(dataset), seed=7, sets=sets)
+        result = CalibrationParams(dataset=str(dataset), seed=7, sets=sets)
         monkeypatch.setattr(
-            calibrate, "load_params", lambda _: shipped.model_copy(update={"calibration": made})
+            calibrate, "load_params", lambda _: shipped.model_copy(update={"calibration": result})
         )
         calibrate.main()
         return written(out)

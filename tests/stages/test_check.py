@@ -125,3 +125,16 @@ def test_calibrating_on_what_is_evaluated_is_told(
     change(work, lambda _, values: values["calibration"].update(dataset="other"))
     check.main()
     assert "same folder" not in caplog.text
+
+
+def test_a_set_with_too_few_of_a_kind_is_told_and_the_check_passes(
+    work: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        check.main()  # `make_work` tunes on a handful of samples
+    assert "calibration.sets.some.pages is 1, fewer than" in caplog.text
+    assert (work / "artifacts/checked.json").exists()
+    caplog.clear()
+    change(work, lambda _, values: values["recipes"].pop("tuned"))
+    check.main()
+    assert "calibration.sets.some" not in caplog.text

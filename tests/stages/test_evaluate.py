@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from ruamel.yaml import YAML
 
+from colqwen3.checkpoint.tensor_file import StoredTensors
 from colqwen3.embedding.store import write_embeddings
 from colqwen3.system.errors import run
 from stages import evaluate
@@ -252,3 +253,17 @@ def test_embeddings_of_other_tokens_are_one_line(
 def test_missing_embeddings_are_one_line(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("artifacts/embeddings/low.safetensors").unlink()
     assert fail(capsys).startswith("error: artifacts/embeddings/low.safetensors: cannot be read")
+
+
+def test_pages_are_read_from_the_file_one_batch_at_a_time(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Any] = []
+
+    def record(*args: Any) -> comparison.Comparison:
+        given.extend(args)
+        return comparison.evaluate(*args)
+
+    monkeypatch.setattr(evaluate, "evaluate", record)
+    run(evaluate.main)
+    assert all(isinstance(stored.pages, StoredTensors) for stored in given[1:])

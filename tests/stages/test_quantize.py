@@ -26,8 +26,8 @@ from colqwen3.system.resume import Scratch
 from stages import quantize
 from stages.pipeline.paths import MANIFEST as MANIFEST_FILE
 from stages.pipeline.paths import QUANTIZED
-from stages.quantization import checkpoint
-from stages.quantization.autoround import Sample, SamplesLostError, check_quantized
+from stages.quantization import checkpoint, gptq
+from stages.quantization.activations import Sample, SamplesLostError
 from stages.quantization.checkpoint import (
     check_checkpoint,
     count_bytes,
@@ -35,7 +35,8 @@ from stages.quantization.checkpoint import (
     planned_linears,
 )
 from stages.quantization.linears import Filled, Job, round_linears
-from stages.quantization.recipes import AnyRecipe, AutoRoundRecipe, RtnRecipe
+from stages.quantization.recipes import AnyRecipe, AutoRoundRecipe, GptqRecipe, RtnRecipe
+from stages.quantization.tuning import check_quantized
 from tests.golden.variants import Variant, write_variant
 from tests.helpers.packed import load_packed
 
@@ -55,6 +56,8 @@ TUNED = AutoRoundRecipe(
     lr=0.005,
     seed=1,
 )
+
+GPTQ = GptqRecipe(method="gptq", calibration="some", bits=4, group_size=128, sym=True)
 
 
 def samples() -> list[Sample]:
@@ -528,16 +531,18 @@ COMBINATIONS = [
     (bits, group_size, iters)
     for bits in (2, 3, 4, 8)
     for group_size in (32, 64, 128)
-    for iters in (None, 0, 1, 3)
+    for iters in (None, 0, 1, 3, "gptq")
 ]
 
 
 @pytest.mark.parametrize(("bits", "group_size", "iters"), COMBINATIONS)
 def test_every_allowed_combination_runs(
-    tmp_path: Path, bits: Any, group_size: Any, iters: int | None
+    tmp_path: Path, bits: Any, group_size: Any, iters: int | str | None
 ) -> None:
     recipe: AnyRecipe = RTN.model_copy(update={"bits": bits, "group_size": group_size})
-    if iters is not None:
+    if iters == "gptq":
+        recipe = GPTQ.model_copy(update={"bits": bits, "group_size": group_size})
+    elif iters is not None:
         fields = {"bits": bits, "group_size": group_size, "iters": iters, "lr": 0.01}
         recipe = TUNED.model_copy(update=fields)
     folder = run_quantize(tmp_path, recipe, samples() if iters is not None else [])
@@ -561,3 +566,73 @@ def test_tuning_beats_rounding_and_a_layer_that_loses_is_rounded(
     assert not any(outcome.tuning_won for outcome in filled.outcomes)
     assert "tuning made the output worse than rounding" in caplog.text
     assert (folder / SINGLE).read_bytes() == (rtn / SINGLE).read_bytes()
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_gptq_sees_the_inputs_of_the_quantized_model(
+    source: dict[str, torch.Tensor], tmp_path: Path, size: int
+) -> None:
+    """Each layer's Hessian is of the whole model with its earlier layers quantized, deepstack too."""
+    recipe, used = GPTQ.model_copy(update={"batch_size": size}), samples()
+    with Scratch(tmp_path / "scratch", "key") as scratch:
+        folder, filled = make_checkpoint(job(recipe, used, scratch))
+    assert all(outcome.tuned < outcome.rounded for outcome in filled.outcomes)
+    model = load_model(folder, torch.float32, CPU)
+    names = [name for name in LINEARS if name.endswith(("q_proj", "gate_proj"))]
+    original = load_model(GOLDEN, torch.float32, CPU).state_dict()
+    for name in names:
+        linear: Any = model.get_submodule(name)
+        seen: list[torch.Tensor] = []
+        if name.endswith("gate_proj"):  # of the layer itself, its attention is the original's
+            layer: Any = model.get_submodule(name.removesuffix(".mlp.gate_proj"))
+            kept = {key: value.clone() for key, value in layer.state_dict().items()}
+            prefix = name.removesuffix("mlp.gate_proj")
+            layer.load_state_dict({key: original[prefix + key] for key in kept})
+        handle = linear.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
+        with torch.inference_mode():
+            for sample in used:
+                model(**sample)
+        handle.remove()
+        if name.endswith("gate_proj"):
+            layer.load_state_dict(kept)
+        tokens = torch.cat([item[0] for item in seen]).double()
+        codes, scales = gptq.quantize_weight(original[f"{name}.weight"], tokens.T @ tokens, 4, 128)
+        expected = codes.double() * scales.double().repeat_interleave(128, dim=1)
+        equal = (linear.weight.double() - expected).abs() < 1e-6
+        assert float(equal.double().mean()) > 0.999, name
+
+
+def test_gptq_goes_on_after_a_layer_and_gives_equal_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calm = run_quantize(tmp_path / "calm", GPTQ, samples())
+    real, calls = gptq.quantize_weight, 0
+
+    def fails(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 17:  # in the third layer
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(gptq, "quantize_weight", fails)
+    with Scratch(tmp_path / "scratch", "key") as scratch, pytest.raises(KeyboardInterrupt):
+        make_checkpoint(job(GPTQ, samples(), scratch))
+    with Scratch(tmp_path / "scratch", "key") as scratch:
+        assert len(scratch.steps) == 2
+        resumed, filled = make_checkpoint(job(GPTQ, samples(), scratch))
+    assert calls == 17 + 7 * 2  # the layers before are not quantized again
+    assert (resumed / SINGLE).read_bytes() == (calm / SINGLE).read_bytes()
+    assert filled.weight_errors.keys() == LINEARS.keys()
+
+
+def test_gptq_without_deepstack_is_another_checkpoint(tmp_path: Path) -> None:
+    naive = GPTQ.model_copy(update={"deepstack": False})
+    one, other = (
+        load_file(run_quantize(tmp_path / name, recipe, samples()) / SINGLE)
+        for name, recipe in (("true", GPTQ), ("naive", naive))
+    )
+    layers = {
+        name.split(".")[4] for name in one if not torch.equal(one[name], other[name])
+    }  # the first is given the same
+    assert layers and "0" not in layers

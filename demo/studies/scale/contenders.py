@@ -22,6 +22,8 @@ class Contender:
         Whether layers are tuned on activations with the visual features between layers.
     many_seeds : bool
         Whether it runs with every seed, and not just the first.
+    method : str
+        ``autoround`` or ``gptq``; of no meaning without samples.
     """
 
     queries: int = 0
@@ -29,6 +31,7 @@ class Contender:
     passages: int = 0
     deepstack: bool = True
     many_seeds: bool = False
+    method: str = "autoround"
 
     @property
     def tuned(self) -> bool:
@@ -43,6 +46,8 @@ CONTENDERS = {
     "mixed-passages32": Contender(queries=96, pages=48, passages=32, many_seeds=True),
     "naive": Contender(queries=96, pages=48, deepstack=False),
     "mixed-passages64": Contender(queries=96, pages=48, passages=64),
+    "gptq": Contender(queries=96, pages=48, method="gptq"),
+    "gptq-passages32": Contender(queries=96, pages=48, passages=32, method="gptq"),
 }
 """By name, those that say most first."""
 
@@ -75,9 +80,16 @@ class Run:
     def samples(self) -> str:
         """What the pipeline calls its set of samples."""
         contender = CONTENDERS[self.contender]
-        # Tuned naively or not, the samples are the same.
-        name = "mixed" if self.contender == "naive" else self.contender
-        return f"{name}-seed{self.seed}" if contender.tuned else "none"
+        if not contender.tuned:
+            return "none"
+        counts = (contender.queries, contender.pages, contender.passages)
+        # tuned in another way, the samples are the same
+        name = next(
+            name
+            for name, other in CONTENDERS.items()
+            if (other.queries, other.pages, other.passages) == counts
+        )
+        return f"{name}-seed{self.seed}"
 
 
 def plan(names: Iterable[str], bits: Iterable[int], seeds: Iterable[int]) -> list[Run]:
@@ -157,14 +169,17 @@ def pipeline_params(
         recipe: dict[str, Any] = {"bits": run.bits, "group_size": group, "sym": True}
         if contender.tuned:
             recipe |= {
-                "method": "autoround",
+                "method": contender.method,
                 "deepstack": contender.deepstack,
-                "iters": iters,
-                "lr": None if iters >= 100 else 0.005,
                 "batch_size": BATCH_SIZE,
-                "gradient_accumulate_steps": 1,
-                "seed": run.seed,
             }
+            if contender.method == "autoround":
+                recipe |= {
+                    "iters": iters,
+                    "lr": None if iters >= 100 else 0.005,
+                    "gradient_accumulate_steps": 1,
+                    "seed": run.seed,
+                }
             counts = {kind: getattr(contender, kind) for kind in ("queries", "pages", "passages")}
             sets[run.samples] = {
                 **{kind: count and max(1, count // shrink) for kind, count in counts.items()},

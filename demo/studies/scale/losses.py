@@ -69,7 +69,7 @@ def measure_search(embeddings: Path, dataset: Path) -> dict[str, float]:
     for row in _relevance(dataset / "qrels.tsv"):
         query, page = KINDS["queries"] + row[0], KINDS["pages"] + row[1]
         relevant[names["queries"].index(query), names["pages"].index(page)] = True
-    return {**ndcg(scores, relevant), **{kind: len(found) for kind, found in names.items()}}
+    return {**ndcg(scores, relevant), **{kind: len(group) for kind, group in names.items()}}
 
 
 def _relevance(path: Path) -> list[list[str]]:

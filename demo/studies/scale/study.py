@@ -71,7 +71,7 @@ class Bench:
         return self.folder / "embeddings" / f"{name}-{page_set.name}.safetensors"
 
     def log(self, name: str) -> Path:
-        """Return where the output of a task goes."""
+        """Return where the record of a task goes."""
         return self.folder / "logs" / f"{name}.log"
 
     def embed_command(self, model: Path, name: str, page_set: Path) -> list[str]:
@@ -111,7 +111,7 @@ def measure_run(bench: Bench, run: Run) -> dict[str, Any]:
         *(bench.embed_command(checkpoint, run.name, page_set) for page_set in bench.page_sets),
     ]
     seconds = run_stages(ROOT, bench.folder, bench.log(run.name), commands)
-    made = read_json(bench.folder / f"artifacts/quantize/{run.name}.json", "run the study again")
+    record = read_json(bench.folder / f"artifacts/quantize/{run.name}.json", "run the study again")
     losses = {}
     for page_set in bench.page_sets:
         files = [bench.embeddings(name, page_set) for name in (ORIGINAL, run.name)]
@@ -124,11 +124,11 @@ def measure_run(bench: Bench, run: Run) -> dict[str, Any]:
         "contender": run.contender,
         "bits": run.bits,
         "seed": run.seed if CONTENDERS[run.contender].tuned else None,
-        "samples": {kind: made["calibration"][kind] for kind in ("queries", "pages", "passages")},
-        "calibration_tokens": made["calibration"]["tokens"],
-        "relative_weight_error": round(fmean(made["relative_weight_error"].values()), 6),
-        "layers_worse_than_rounding": made["layers_worse_than_rounding"],
-        "bytes": made["bytes"]["files"],
+        "samples": {kind: record["calibration"][kind] for kind in ("queries", "pages", "passages")},
+        "calibration_tokens": record["calibration"]["tokens"],
+        "relative_weight_error": round(fmean(record["relative_weight_error"].values()), 6),
+        "layers_worse_than_rounding": record["layers_worse_than_rounding"],
+        "bytes": record["bytes"]["files"],
         "loss": losses,
         "quantize_seconds": round(seconds[0], 1),
         "seconds": round(time.time() - start, 1),
@@ -220,11 +220,11 @@ def describe_training(log: Path) -> dict[str, Any] | None:
     """Return what a log of the training program says, without its course; None if there is none."""
     if not log.exists():
         return None
-    found: dict[str, Any] = read_json(log, "train again")
+    written: dict[str, Any] = read_json(log, "train again")
     return {
-        **{key: value for key, value in found.items() if key not in ("steps", "held_out")},
-        "steps": (found["held_out"] or [{"step": 0}])[-1]["step"],
-        "held_out": found["held_out"][-1] if found["held_out"] else None,
+        **{key: value for key, value in written.items() if key not in ("steps", "held_out")},
+        "steps": (written["held_out"] or [{"step": 0}])[-1]["step"],
+        "held_out": written["held_out"][-1] if written["held_out"] else None,
         "log": log.name,
     }
 

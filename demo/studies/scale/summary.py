@@ -5,6 +5,7 @@ files that ``python -m demo.studies.scale`` wrote, and nothing else.
 """
 
 import argparse
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
@@ -17,6 +18,8 @@ from demo.studies.scale.losses import KINDS
 from stages.tools.charts import svg
 
 PANEL = 240
+UNIT = 1e-6
+"""Of the losses in the tables, which span three orders of magnitude."""
 Results = Mapping[str, Any]
 
 
@@ -122,9 +125,9 @@ def losses_table(every: Sequence[Mapping[str, Any]], bits: int, page_set: str) -
         [
             "study model",
             "tuned on",
-            "loss of pages",
+            "loss of pages, 1e-6",
             "of rounding's",
-            "loss of queries",
+            "loss of queries, 1e-6",
             "of rounding's",
             "of text-only tuning's",
         ]
@@ -156,8 +159,17 @@ def losses_table(every: Sequence[Mapping[str, Any]], bits: int, page_set: str) -
 
 
 def _loss(point: Mapping[str, Any]) -> str:
-    spread = "" if point["spread"] is None else f" ± {point['spread']:.5f}"
-    return f"{point['loss']:.5f}{spread}"
+    spread = "" if point["spread"] is None else f" ± {significant(point['spread'] / UNIT, 2)}"
+    return significant(point["loss"] / UNIT) + spread
+
+
+def significant(value: float, digits: int = 3) -> str:
+    """Return a number with as many significant digits, without an exponent."""
+    if value == 0:
+        return "0"
+    rounded = float(f"{value:.{digits - 1}e}")
+    decimals = max(0, digits - 1 - math.floor(math.log10(abs(rounded))))
+    return f"{rounded:,.{decimals}f}"
 
 
 def _ratio(value: float | None, itself: bool) -> str:
@@ -174,7 +186,7 @@ def tables(sizes: Sequence[Results]) -> str:
     every = [point for size in sizes for point in points(size)]
     parts = [
         "Study models that were trained for this, not the 4B model. Loss: 1 - mean cosine of tokens "
-        "to the original's; after ± the standard deviation over seeds.",
+        "to the original's, in units of 1e-6; after ± the standard deviation over seeds.",
         models_table(sizes),
     ]
     for bits in dict.fromkeys(point["bits"] for point in every):
@@ -204,7 +216,7 @@ def chart(every: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "type": "quantitative",
         "title": "parameters of the study model",
         "scale": {"type": "log", "domain": [min(parameters) / 1.3, max(parameters) * 1.3]},
-        "axis": {"format": "~s", "tickCount": 4},
+        "axis": {"format": ".2s", "values": sorted(set(parameters))},
     }
     y = {
         "field": "to_rounding",

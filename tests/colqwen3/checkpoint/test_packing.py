@@ -164,3 +164,23 @@ def test_restored_codes_stay_within_their_range(bits: int) -> None:
     assert packing.restore_codes(steps * 0.5, scales, bits)[1] == 3
     # one too many on one end alone
     assert packing.restore_codes(steps.clamp(min=0) * 0.5, scales, bits)[0][0, 3] == most - 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rounding_leaves_the_weight_as_it_is(dtype: torch.dtype) -> None:
+    weight = torch.randn(300, 256, generator=torch.Generator().manual_seed(0)).to(dtype)
+    original = weight.clone()
+    packing.round_to_nearest(weight, 4, 128)
+    assert torch.equal(weight, original)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gpu_rounds_to_the_same_bits(dtype: torch.dtype) -> None:
+    weight = torch.randn(512, 1024, generator=torch.Generator().manual_seed(0)).to(dtype)
+    weight[0, :128] = 0
+    weight[1, :128] = torch.tensor([1.0, -1.0]).repeat(64)
+    for bits, group_size in ((4, 128), (3, 32)):
+        expected = packing.round_to_nearest(weight, bits, group_size)
+        actual = packing.round_to_nearest(weight.cuda(), bits, group_size)
+        assert all(torch.equal(a.cpu(), e) for a, e in zip(actual, expected, strict=True))

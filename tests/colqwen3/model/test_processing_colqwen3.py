@@ -119,7 +119,10 @@ def test_a_page_is_taken_upright_and_on_white_paper(
 ) -> None:
     expected, tolerance = expected_page(name)
     with Image.open(write_page(name, tmp_path)) as image:
+        image.load()
+        before = dict(image.info)
         inputs = processor.process_images([image])
+        assert image.info == before
         again = processor.process_images([image])  # and the image itself is left as it was
     plain = processor.process_images([expected])
     assert torch.equal(inputs["image_grid_thw"], plain["image_grid_thw"])

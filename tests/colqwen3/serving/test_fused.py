@@ -12,6 +12,13 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import (
 
 from colqwen3.serving import fused
 
+# where serving compiles; on a CPU that takes a C++ compiler, and far longer
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+needs_compiler = pytest.mark.skipif(
+    DEVICE.type == "cpu" and shutil.which("g++") is None,
+    reason="torch.compile needs a C++ compiler",
+)
+
 
 def angles(tokens: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     half = torch.rand(tokens, size // 2) * 6
@@ -67,24 +74,24 @@ def test_a_cpu_compiles_nothing() -> None:
     assert fused.choose_operations(torch.device("cpu")) is fused.PLAIN
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@needs_compiler
 def test_compiled_once_for_any_number_of_rows() -> None:
     # models of other widths in one process must neither compile anew for each size of batch nor
     # use up what torch allows
-    result = fused._compile(fused.gate)
+    compiled_gate = fused._compile(fused.gate)
     with torch._dynamo.config.patch(error_on_recompile=True, recompile_limit=1):
         for width in (8, 12):
             for tokens in (26, 104, 5):
-                x = torch.randn(tokens, width)
-                torch.testing.assert_close(result(x), fused.gate(x))
+                x = torch.randn(tokens, width, device=DEVICE)
+                torch.testing.assert_close(compiled_gate(x), fused.gate(x))
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@needs_compiler
 def test_other_surroundings_do_not_compile_each_size() -> None:
-    result = fused._compile(fused.gate)
+    compiled_gate = fused._compile(fused.gate)
     with torch._dynamo.config.patch(recompile_limit=3):
         with torch.device("cpu"):
-            result(torch.randn(24, 8))
+            compiled_gate(torch.randn(24, 8, device=DEVICE))
         for tokens in (26, 104, 5, 7, 9):
-            x = torch.randn(tokens, 8)
-            torch.testing.assert_close(result(x), fused.gate(x))
+            x = torch.randn(tokens, 8, device=DEVICE)
+            torch.testing.assert_close(compiled_gate(x), fused.gate(x))

@@ -79,3 +79,22 @@ def test_wrong_arguments_are_named() -> None:
         load_runtime(MODEL, CPU, mode="fast")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="max_num_visual_tokens is 0"):
         load_runtime(MODEL, CPU, max_num_visual_tokens=0)
+
+
+def test_code_of_the_folder_runs_only_when_it_is_trusted(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(MODEL, tmp_path / "model"))
+    canary = tmp_path / "canary"
+    (folder / "tok.py").write_text(
+        f"open({str(canary)!r}, 'w').close()\nfrom transformers import Qwen2Tokenizer as Tok\n"
+    )
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config |= {"auto_map": {"AutoTokenizer": ["tok.Tok", None]}, "tokenizer_class": "Tok"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="code of its own runs only with trust_remote_code"):
+        load_runtime(folder, CPU, torch.float32)
+    assert not canary.exists()
+    runtime = load_runtime(folder, CPU, torch.float32, trust_remote_code=True)
+    assert canary.exists()
+    text = ["total of the year"]
+    expected = load_runtime(MODEL, CPU, torch.float32).embed_queries(text)[0]
+    torch.testing.assert_close(runtime.embed_queries(text)[0], expected, atol=1e-5, rtol=0)

@@ -70,10 +70,10 @@ def test_enough_is_enough(log: Path) -> None:
 
 
 def test_the_machine_is_named() -> None:
-    found = machine(gpu=False)
-    assert found["cores"] == len(os.sched_getaffinity(0))
-    assert found["cpu"]
-    assert found["versions"]["torch"].startswith("2.")
-    assert 1 < found["ram_gb"] < 10_000
-    assert "gpu" not in found
+    actual = machine(gpu=False)
+    assert actual["cores"] == len(os.sched_getaffinity(0))
+    assert actual["cpu"]
+    assert actual["versions"]["torch"].startswith("2.")
+    assert 1 < actual["ram_gb"] < 10_000
+    assert "gpu" not in actual
     assert machine(gpu=True)["gpu"]

@@ -15,9 +15,9 @@ DEMO = "demo/model"
 
 
 def test_cosines_by_hand_leave_padding_out() -> None:
-    found = [torch.tensor([[2.0, 0.0], [0.0, 3.0], [9.0, 9.0]])]
-    wanted = [torch.tensor([[1.0, 0.0], [1.0, 1.0]])]
-    assert bench_parity.compare(found, wanted) == {"least": 0.707107, "mean": 0.853553}
+    actual = [torch.tensor([[2.0, 0.0], [0.0, 3.0], [9.0, 9.0]])]
+    expected = [torch.tensor([[1.0, 0.0], [1.0, 1.0]])]
+    assert bench_parity.compare(actual, expected) == {"least": 0.707107, "mean": 0.853553}
 
 
 def command(monkeypatch: pytest.MonkeyPatch, out: Path, *words: str) -> None:

@@ -68,13 +68,13 @@ def test_real_steps_on_a_tiny_model(
     stored = [tensor for header in headers for tensor in header.values()]
     parameters = sum(math.prod(tensor.shape) for tensor in stored)
     assert steps["inspect"]["parameters"] == parameters
-    made = tmp_path / "work/run-rtn-w4g128/artifacts/checkpoints/rtn-w4g128/model.safetensors"
-    packed = read_header(made)
+    result = tmp_path / "work/run-rtn-w4g128/artifacts/checkpoints/rtn-w4g128/model.safetensors"
+    packed = read_header(result)
     assert steps["inspect"]["linears"] == sum(name.endswith(".qweight") for name in packed)
     written = sum(tensor.nbytes for tensor in packed.values())
     assert steps["floor"]["written_bytes"] == steps["rtn"]["expected_bytes"] == written
     assert steps["floor"]["read_bytes"] > 2 * parameters
-    assert steps["rtn"]["files_bytes"] == made.stat().st_size > written
+    assert steps["rtn"]["files_bytes"] == result.stat().st_size > written
     assert all(step["peak_own_bytes"] > 1_000_000 for step in steps.values())
     assert results["ratios"]["rtn / reading and writing its bytes"] > 0
     printed = capsys.readouterr().out
@@ -177,8 +177,8 @@ def test_a_working_folder_is_what_the_stages_take(
     folder = prepare_run(bench, "tuned", recipe, samples)
     monkeypatch.chdir(folder)
     params = load_params(Params)
-    made = params.recipes["tuned"]
-    assert (made.bits, made.group_size, made.method) == (4, 128, "autoround")
+    result = params.recipes["tuned"]
+    assert (result.bits, result.group_size, result.method) == (4, 128, "autoround")
     drawn = params.calibration.sets["measured"]
     assert (drawn.queries, drawn.pages, drawn.passages) == (2, 3, 0)
     assert len(list(Path(params.calibration.dataset, "corpus").iterdir())) == 16
@@ -210,10 +210,10 @@ def test_ratios_by_hand(published_4b: dict[str, Any]) -> None:
             {"visual_tokens_per_batch": 10240, "out_of_memory": True},
         ]},
     }  # fmt: skip
-    found = ratios(steps, published_4b)
-    page = found.pop("embed (5120 visual tokens a batch) / its operations at peak")
+    actual = ratios(steps, published_4b)
+    page = actual.pop("embed (5120 visual tokens a batch) / its operations at peak")
     assert page == pytest.approx(2 / (page_operations(published_4b, 111, 100) / 1e14), rel=1e-3)
-    assert found == {
+    assert actual == {
         "rtn / reading and writing its bytes": 4.0,
         "rtn / AutoRound's model-free path": 0.5,
         "tune-50 / its operations at peak": 3.0,

@@ -17,8 +17,8 @@ from demo.benchmarks.measure import RESULT
 def reported(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(RESULT)]
     (line,) = lines
-    found: dict[str, Any] = json.loads(line.removeprefix(RESULT))
-    return found
+    actual: dict[str, Any] = json.loads(line.removeprefix(RESULT))
+    return actual
 
 
 def test_equal_tensors_are_counted_whatever_file_they_lie_in(
@@ -52,9 +52,9 @@ def test_the_floor_reads_everything_and_leaves_nothing(
 ) -> None:
     model, out = Path("demo/model"), tmp_path / "out"
     size_steps.floor(model, out, 0.0201)
-    found = reported(capsys)
-    assert found["read_bytes"] == sum(p.stat().st_size for p in model.glob("*.safetensors"))
-    assert found["written_bytes"] == 20_100_000
+    actual = reported(capsys)
+    assert actual["read_bytes"] == sum(p.stat().st_size for p in model.glob("*.safetensors"))
+    assert actual["written_bytes"] == 20_100_000
     assert not out.exists()
 
 

@@ -111,9 +111,9 @@ def test_it_loads_and_embeds(folder: Path) -> None:
         ).embeddings
     assert texts.shape[-1] == pages.shape[-1] == 24
     assert pages.shape[1] == 7 * 10 + 11  # the demo's image token is known to the config
-    for made in (texts, pages):
+    for result in (texts, pages):
         torch.testing.assert_close(
-            made.float().norm(dim=-1), torch.ones(made.shape[:2]), atol=0.02, rtol=0
+            result.float().norm(dim=-1), torch.ones(result.shape[:2]), atol=0.02, rtol=0
         )
     assert all(0.02 < state.float().pow(2).mean().sqrt() < 10 for state in states)
 
@@ -190,10 +190,10 @@ def test_4b_is_the_published_shape(published_4b: dict[str, Any]) -> None:
 
 
 def test_8b_is_qwen3_vl_8b_with_a_projection_and_its_head() -> None:
-    made = shapes(preset_config("8b"))
-    assert made["vlm.lm_head.weight"] == (151936, 4096)
+    result = shapes(preset_config("8b"))
+    assert result["vlm.lm_head.weight"] == (151936, 4096)
     qwen3_vl_8b = 8_767_123_696  # parameters of Qwen/Qwen3-VL-8B-Instruct
-    assert sum(math.prod(shape) for shape in made.values()) == qwen3_vl_8b + 320 * 4096 + 320
+    assert sum(math.prod(shape) for shape in result.values()) == qwen3_vl_8b + 320 * 4096 + 320
 
 
 @pytest.mark.parametrize("preset", ["4b", "8b"])
@@ -274,7 +274,7 @@ def test_the_command_writes_any_config(folder: Path, tmp_path: Path) -> None:
     path.write_text(json.dumps(tiny()))
     done = command("--config", path, "--out", tmp_path / "made", "--shard-gb", str(LIMIT / 1e9))
     assert done.returncode == 0, done.stderr
-    for made in folder.iterdir():
-        assert (tmp_path / "made" / made.name).read_bytes() == made.read_bytes()
+    for result in folder.iterdir():
+        assert (tmp_path / "made" / result.name).read_bytes() == result.read_bytes()
     assert "auto_map" not in json.loads((folder / "config.json").read_text())
     assert command("--out", tmp_path / "made").returncode == 2

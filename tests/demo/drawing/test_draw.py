@@ -17,8 +17,8 @@ def test_drawing_gives_the_committed_files(tmp_path: Path) -> None:
     plan = min(SETS, key=lambda plan: plan.groups)
     draw_set(plan, tmp_path)
     drawn = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file())
-    kept = sorted(p.relative_to(PAGES) for p in (PAGES / plan.name).rglob("*") if p.is_file())
-    assert drawn == [path for path in kept if path.name != "texts.jsonl"]
+    remaining = sorted(p.relative_to(PAGES) for p in (PAGES / plan.name).rglob("*") if p.is_file())
+    assert drawn == [path for path in remaining if path.name != "texts.jsonl"]
     for path in drawn:
         assert (tmp_path / path).read_bytes() == (PAGES / path).read_bytes(), path
 

@@ -28,11 +28,11 @@ def test_batched_forward_equals_the_ordinary_one() -> None:
     image = Image.open(sorted(Path("demo/pages/evaluation/corpus").iterdir())[0]).convert("L")
     image = image.crop((0, 0, 320, 224))
     pixels = torch.tensor(list(image.tobytes())).view(1, 224, 320) / 127.5 - 1
-    wanted = model(**processor.process_images([image])).embeddings
-    torch.testing.assert_close(trained.pages(pixels)[0], wanted, atol=1e-5, rtol=0)
+    expected = model(**processor.process_images([image])).embeddings
+    torch.testing.assert_close(trained.pages(pixels)[0], expected, atol=1e-5, rtol=0)
     inputs = processor.process_texts(["Which berth did it use?"])
-    wanted = model(**inputs).embeddings
-    torch.testing.assert_close(trained.queries(inputs["input_ids"]), wanted, atol=1e-5, rtol=0)
+    expected = model(**inputs).embeddings
+    torch.testing.assert_close(trained.queries(inputs["input_ids"]), expected, atol=1e-5, rtol=0)
 
 
 def test_model_is_small_and_in_shards() -> None:

@@ -54,10 +54,10 @@ def test_places_of_tokens_lie_where_their_word_stands(tokenizer: Tokenizer) -> N
     line = pages[1].words[-1]
     first, last = int(line.edges[0] // 32), int(line.edges[-1] // 32)
     row = int((line.top + line.bottom) / 2 // 32)
-    wanted = {cells + row * 8 + column for column in range(first, last + 1)}
-    assert set(batch.here[:, 1].tolist()) <= wanted
+    expected = {cells + row * 8 + column for column in range(first, last + 1)}
+    assert set(batch.here[:, 1].tolist()) <= expected
     same = set(batch.same[:, 1].tolist())
-    assert wanted <= same
+    assert expected <= same
     assert any(cell < cells for cell in same)  # the other page's copy
     assert batch.words == 1
     assert set(batch.word.tolist()) == {0}
@@ -133,5 +133,5 @@ def test_muon_updates_matrices_of_one_shape_each_by_its_own_gradient() -> None:
     Muon(together, 0.1, 0.01).step()
     for weight, before, gradient in zip(together, start, gradients, strict=True):
         size = 0.2 * 6**0.5
-        wanted = before * (1 - 0.1 * 0.01) - 0.1 * size * orthogonal(gradient * 1.95)
-        torch.testing.assert_close(weight.detach(), wanted)
+        expected = before * (1 - 0.1 * 0.01) - 0.1 * size * orthogonal(gradient * 1.95)
+        torch.testing.assert_close(weight.detach(), expected)

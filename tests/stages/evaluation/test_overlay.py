@@ -95,9 +95,9 @@ def test_a_picture_is_small_even_of_noise_and_always_the_same(size: Size) -> Non
 def test_sixteen_greys_of_sixteen_colours_are_kept() -> None:
     image = Image.new("RGB", (2, 1), WHITE)
     image.putpixel((1, 0), RED)
-    kept = Image.open(io.BytesIO(encode(image)))
-    assert kept.mode == "P"
-    assert [kept.convert("RGB").getpixel((x, 0)) for x in (0, 1)] == [WHITE, RED]
+    restored = Image.open(io.BytesIO(encode(image)))
+    assert restored.mode == "P"
+    assert [restored.convert("RGB").getpixel((x, 0)) for x in (0, 1)] == [WHITE, RED]
 
 
 def test_pages_of_different_shapes_stand_side_by_side() -> None:

@@ -75,7 +75,7 @@ def test_missing_or_damaged_manifest_names_the_command(tmp_path: Path, text: str
     assert len(said.splitlines()) == 1
 
 
-# ---- Known gap: strict, so that mending it asks for moving the case into the table above ----------
+# ---- Known gap: strict, so that fixing it asks for moving the case into the table above ----------
 
 
 @pytest.mark.parametrize("value", [[], None, {}, {"linears": {}}, {"files": []}])

@@ -18,13 +18,16 @@ from colqwen3.system.errors import UserError
 from stages.publishing.card import (
     card_data,
     describe_fallback,
+    describe_method,
     licence_of,
     read_source_card,
     write_card,
 )
+from stages.quantization.recipes import AnyRecipe, AutoRoundRecipe, GptqRecipe, RtnRecipe
 from tests.helpers.metrics import WITHIN_THE_LIMITS, quality
 
 METRICS = quality(**WITHIN_THE_LIMITS)
+WEIGHTS: Any = {"bits": 4, "group_size": 128, "sym": True}
 FACTS: dict[str, Any] = {
     "recipe": "rtn-w4g128",
     "metrics": METRICS,
@@ -108,6 +111,26 @@ def test_damaged_source_card_and_missing_figures_are_one_line(tmp_path: Path) ->
         read_source_card(tmp_path)
     with pytest.raises(UserError, match=r"lacks a figure of the card \('retrieval'\)"):
         write_card(tmp_path, {}, {**FACTS, "metrics": {}})
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [
+        (
+            RtnRecipe(method="rtn", calibration="none", **WEIGHTS),
+            "rounding to nearest, without data",
+        ),
+        (GptqRecipe(method="gptq", calibration="some", **WEIGHTS), "GPTQ"),
+        (
+            AutoRoundRecipe(
+                method="autoround", calibration="some", lr=0.01, iters=20, seed=7, **WEIGHTS
+            ),
+            "AutoRound, 20 iterations, seed 7",
+        ),
+    ],
+)
+def test_every_method_has_words(recipe: AnyRecipe, words: str) -> None:
+    assert describe_method(recipe.model_dump()) == words
 
 
 def test_a_fallback_is_said() -> None:

@@ -26,7 +26,7 @@ def checkpoint(workspace: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def wanted(checkpoint: Path) -> torch.Tensor:
+def expected(checkpoint: Path) -> torch.Tensor:
     tensors = load_file(checkpoint / "model.safetensors")
     qweight, zeros, scales = (tensors[f"{LINEAR}.{part}"] for part in PACKED_TENSORS)
     return dequantize(qweight, zeros, scales, BITS)
@@ -49,15 +49,15 @@ def others(tensors: dict[str, torch.Tensor], parts: tuple[str, ...]) -> set[str]
 
 
 def test_compressed_tensors_hold_the_same_weights(
-    checkpoint: Path, wanted: torch.Tensor, tmp_path: Path
+    checkpoint: Path, expected: torch.Tensor, tmp_path: Path
 ) -> None:
     tensors, config = export(checkpoint, tmp_path, "llm_compressor")
     packed, scales = (tensors[f"{LINEAR}.weight_{part}"] for part in ("packed", "scale"))
-    assert tensors[f"{LINEAR}.weight_shape"].tolist() == list(wanted.shape)
+    assert tensors[f"{LINEAR}.weight_shape"].tolist() == list(expected.shape)
     for row in (0, 100, 255):
         codes = [code - 8 for word in packed[row].tolist() for code in unpack(word)]
         scale = scales[row].float().repeat_interleave(128)
-        assert torch.equal(torch.tensor(codes) * scale, wanted[row])
+        assert torch.equal(torch.tensor(codes) * scale, expected[row])
     group = config["config_groups"]["group_0"]
     assert (config["format"], group["weights"]["group_size"]) == ("pack-quantized", 128)
     (target,) = group["targets"]
@@ -70,7 +70,7 @@ def test_compressed_tensors_hold_the_same_weights(
 
 
 def test_gptq_holds_the_same_weights(
-    checkpoint: Path, wanted: torch.Tensor, tmp_path: Path
+    checkpoint: Path, expected: torch.Tensor, tmp_path: Path
 ) -> None:
     tensors, config = export(checkpoint, tmp_path, "auto_gptq")
     qweight, zeros, scales, groups = (
@@ -80,11 +80,11 @@ def test_gptq_holds_the_same_weights(
         codes = [code for word in qweight[:, column].tolist() for code in unpack(word)]
         # the first version of the format stores zero points minus one
         zero = [unpack(row[column // 8])[column % 8] + 1 for row in zeros.tolist()]
-        made = [
+        decoded = [
             (code - zero[group]) * float(scales[group, column])
             for code, group in zip(codes, groups.tolist(), strict=True)
         ]
-        assert torch.equal(torch.tensor(made), wanted[column])
+        assert torch.equal(torch.tensor(decoded), expected[column])
     assert config["checkpoint_format"] == "gptq"
     assert config == json.loads((tmp_path / "quantize_config.json").read_text())
     # gptqmodel leaves out what a pattern of `dynamic` matches

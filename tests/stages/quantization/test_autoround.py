@@ -6,14 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from stages.quantization.autoround import (
-    SamplesLostError,
-    capture_inputs,
-    output_error,
-    round_layer,
-    tune_layer,
-)
+from stages.quantization.activations import SamplesLostError, capture_inputs, output_error
 from stages.quantization.recipes import AutoRoundRecipe
+from stages.quantization.tuning import round_layer, tune_layer
 
 CPU = torch.device("cpu")
 RECIPE = AutoRoundRecipe(
@@ -230,3 +225,10 @@ def test_a_layer_that_loses_is_rounded_and_so_are_its_outputs() -> None:
 def test_error_of_nothing_is_finite() -> None:
     assert output_error([torch.zeros(2)], [torch.zeros(2)]) == 0
     assert output_error([torch.ones(4)], [torch.zeros(4)]) == 2
+
+
+def test_the_librarys_log_has_no_colours_and_no_remarks(capfd: pytest.CaptureFixture[str]) -> None:
+    tune()
+    err = capfd.readouterr().err
+    assert "\x1b" not in err
+    assert "torch.compile" not in err and "Passing '" not in err

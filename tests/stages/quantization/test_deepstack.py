@@ -13,7 +13,7 @@ from colqwen3.inspection import inspect_folder
 from colqwen3.model.loading import load_model, load_processor
 from colqwen3.system.resume import Scratch
 from stages.quantization import layers
-from stages.quantization.autoround import Sample
+from stages.quantization.activations import Sample
 from stages.quantization.checkpoint import make_checkpoint
 from stages.quantization.deepstack import fold_deepstack
 from stages.quantization.linears import Job

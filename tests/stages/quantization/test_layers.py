@@ -42,10 +42,10 @@ def test_front_and_layers_are_those_of_the_whole_model(tmp_path: Path, variant: 
     front = load_front(checkpoint, torch.float32, CPU)
     assert len(front.get_submodule(BLOCKS)) == 1
     for index, layer in enumerate(whole.get_submodule(BLOCKS)):
-        wanted = layer.state_dict()
-        found = load_layer(checkpoint, front, index, torch.float32).state_dict()
-        assert found.keys() == wanted.keys()
-        assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+        expected = layer.state_dict()
+        actual = load_layer(checkpoint, front, index, torch.float32).state_dict()
+        assert actual.keys() == expected.keys()
+        assert all(torch.equal(actual[key], expected[key]) for key in expected)
     assert torch.equal(first_input(front), first_input(whole))
 
 

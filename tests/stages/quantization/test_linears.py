@@ -15,8 +15,8 @@ LAYERS = "vlm.model.language_model.layers"
 
 def test_layers_are_in_the_order_of_their_numbers() -> None:
     names = [f"{LAYERS}.{index}.mlp.{part}" for index in (10, 2, 0) for part in ("up", "down")]
-    found = split_by_layer({name: [1, 1] for name in names})
-    assert found == [names[4:], names[2:4], names[:2]]
+    actual = split_by_layer({name: [1, 1] for name in names})
+    assert actual == [names[4:], names[2:4], names[:2]]
 
 
 def test_digest_sees_a_changed_bit_of_any_part(tmp_path: Path) -> None:
@@ -30,8 +30,8 @@ def test_digest_sees_a_changed_bit_of_any_part(tmp_path: Path) -> None:
     digests = set()
     with TensorFile(tmp_path / "file", specs) as file:
         for changed in (None, *parts):
-            made = {key: 2 * t if key == changed else t for key, t in parts.items()}
-            write_packed(file, "a", made)
+            result = {key: 2 * t if key == changed else t for key, t in parts.items()}
+            write_packed(file, "a", result)
             digests.add(layer_digest(file, ["a"]))
     assert len(digests) == 4
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from colqwen3.checkpoint.headers import Checkpoint
 from colqwen3.model.loading import load_processor
-from stages.quantization.autoround import _unflatten, capture_inputs
+from stages.quantization.activations import capture_inputs, unflatten
 from stages.quantization.deepstack import fold_deepstack, fold_into_layer
 from stages.quantization.layers import load_front, load_layer
 from stages.quantization.sample_packs import LENGTHS, attend_within_samples, pack_samples
@@ -51,14 +51,14 @@ def test_a_pack_gives_what_its_samples_give_alone(
     plain, packed = layer(front, 1), layer(front, 1)
     attend_within_samples(packed)
     for first, pack in enumerate(packs):
-        alone = [plain(**_unflatten(item)) for item in inputs[first::3]]
-        together = packed(**_unflatten(pack)).split(pack[LENGTHS][0].tolist(), dim=1)
+        alone = [plain(**unflatten(item)) for item in inputs[first::3]]
+        together = packed(**unflatten(pack)).split(pack[LENGTHS][0].tolist(), dim=1)
         for one, other in zip(alone, together, strict=True):
             torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
     # attention that is not cut at the samples gives something else
     pack = {key: value for key, value in packs[0].items() if key != LENGTHS}
-    mixed = plain(**_unflatten(pack))[:, -1]
-    assert (mixed - packed(**_unflatten(packs[0]))[:, -1]).abs().max() > 1e-3
+    mixed = plain(**unflatten(pack))[:, -1]
+    assert (mixed - packed(**unflatten(packs[0]))[:, -1]).abs().max() > 1e-3
 
 
 def test_packing_leaves_other_layers_alone(front: Any) -> None:

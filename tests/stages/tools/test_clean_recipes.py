@@ -15,6 +15,7 @@ OF_RECIPES = [
     "artifacts/embeddings/{}.safetensors",
     "artifacts/benchmark/{}.json",
     "artifacts/speed/{}-0123456789ab.json",
+    "artifacts/heatmaps/{}/index.json",
     "artifacts/gate/{}.json",
     "artifacts/scratch/{}.embed/state.json",
     "artifacts/scratch/{}.fallback.lock",

@@ -21,7 +21,7 @@ from stages.tools.report import Result, render
 from tests.helpers.metrics import quality, write_json
 
 HOSTILE = "<script>alert('x')</script>\"&"
-PNG = b"\x89PNG made up"
+PNG = b"\x89PNG invented"
 
 
 SPEED: dict[str, Any] = {

@@ -2,45 +2,25 @@ import json
 import re
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-from ruamel.yaml import YAML
 
 from colqwen3.system.errors import UserError, run
 from stages.checking.params import Params
-from stages.evaluation.summary import summarize
-from stages.pipeline.params import PARAMS_FILE, load_params
+from stages.pipeline.params import load_params
 from stages.tools import reference, results
 from stages.tools.results import align, compare_reference, describe, find_moved
-from tests.helpers.metrics import WITHIN_THE_LIMITS, contrast, quality, write_json
-
-ROUNDED = {"method": "rtn", "calibration": "none", "bits": 4, "group_size": 128, "sym": True}
-TUNED = {**ROUNDED, "method": "autoround", "calibration": "mixed", "iters": 200, "seed": 1}
+from tests.helpers.metrics import contrast, quality, write_json
+from tests.helpers.results import write_project, write_result, write_results
 
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with params of the recipes "rounded", "tuned" and "bad", all evaluated."""
-    params = YAML(typ="safe", pure=True).load(PARAMS_FILE.read_text())
-    params.update(recipes={"rounded": ROUNDED, "tuned": TUNED, "bad": ROUNDED}, release={})
+    write_project(tmp_path)
     monkeypatch.chdir(tmp_path)
-    with open("params.yaml", "w") as file:
-        YAML(typ="safe", pure=True).dump(params, file)
-    write_result("rounded", quality(page=0.99, **WITHIN_THE_LIMITS))
-    write_result("tuned", quality(page=0.999765, **WITHIN_THE_LIMITS))
-    bad = quality(page=0.5, **WITHIN_THE_LIMITS)
-    bad["size"]["files"]["quantized"] = 5_000_000
-    write_result("bad", bad)
-    monkeypatch.setattr(sys, "argv", ["results"])
+    monkeypatch.setattr(sys, "argv", ["command"])
+    write_results()
     return tmp_path
-
-
-def write_result(name: str, metrics: dict[str, Any]) -> None:
-    write_json(Path(f"metrics/quality/{name}.json"), metrics)
-    write_json(Path(f"metrics/quantize/{name}.json"), {"libraries": {}})
-    gate = load_params(Params).gate
-    write_json(Path(f"metrics/summary/{name}.json"), summarize(metrics, gate))
 
 
 def say() -> str:
@@ -107,42 +87,6 @@ def move(recipe: str, key: str, by: float) -> None:
     path = Path(f"metrics/summary/{recipe}.json")
     summary = json.loads(path.read_text())
     write_json(path, {**summary, key: round(summary[key] + by, 6)})
-
-
-def test_the_reference_says_of_which_machine_and_parameters_it_is(project: Path) -> None:
-    assert "there is none" in compare()
-    run(reference.main)
-    machine = json.loads(Path("metrics/reference/machine.json").read_text())
-    assert {"device", "threads", "date", "params"} == machine.keys()
-    assert str(project) not in json.dumps(machine)
-    for folder in ("summary", "quality", "quantize"):
-        for name in ("rounded", "tuned", "bad"):
-            copied = Path(f"metrics/reference/{folder}/{name}.json")
-            assert json.loads(copied.read_text()) == json.loads(
-                Path(f"metrics/{folder}/{name}.json").read_text()
-            )
-    text = compare()
-    assert "every figure equals the authors'" in text
-    assert machine["device"] in text
-    assert machine["date"] in text
-
-
-def test_nothing_of_removed_recipes_stays_in_the_reference(project: Path) -> None:
-    write_json(Path("metrics/reference/summary/removed.json"), {})
-    run(reference.main)
-    assert not Path("metrics/reference/summary/removed.json").exists()
-
-
-def test_an_incomplete_result_is_no_reference(
-    project: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run(reference.main)
-    before = Path("metrics/reference/machine.json").read_bytes()
-    Path("metrics/quality/bad.json").unlink()
-    with pytest.raises(SystemExit):
-        run(reference.main)
-    assert "metrics/quality/bad.json: cannot be read" in capsys.readouterr().err
-    assert Path("metrics/reference/machine.json").read_bytes() == before
 
 
 @pytest.mark.parametrize(

@@ -79,12 +79,12 @@ def test_only_a_seed_at_the_end_of_a_name_groups() -> None:
 
 def test_shipped_rows_differ_in_the_seed_alone(ablation: AblationParams) -> None:
     for members in group_seeds(list(ablation.recipes)).values():
-        made = []
+        result = []
         for name in members:
             recipe = ablation.recipes[name].model_dump(exclude={"seed", "calibration"})
             used = ablation.sets.get(ablation.recipes[name].calibration)
-            made.append((recipe, used and used.model_dump(exclude={"seed"})))
-        assert all(one == made[0] for one in made)
+            result.append((recipe, used and used.model_dump(exclude={"seed"})))
+        assert all(one == result[0] for one in result)
 
 
 @pytest.mark.parametrize("recipe", [TUNED, PLAIN])
@@ -190,13 +190,13 @@ def test_a_recipe_runs_through_the_stages_and_leaves_its_metrics_only(
         ("embed", TUNED, "evaluation2"),
         ("evaluate", TUNED, "evaluation2"),
     ]
-    made = elsewhere / study.METRICS / f"{TUNED}.json"
-    assert read_json(made, "") == {
+    result = elsewhere / study.METRICS / f"{TUNED}.json"
+    assert read_json(result, "") == {
         "quantize": {"made": TUNED},
         "evaluation": {"on": "evaluation"},
         "evaluation2": {"on": "evaluation2"},
     }
-    assert {path for path in elsewhere.rglob("*") if path.is_file()} == before | {made}
+    assert {path for path in elsewhere.rglob("*") if path.is_file()} == before | {result}
 
 
 def test_a_failing_stage_is_named(elsewhere: Path, params: Params) -> None:

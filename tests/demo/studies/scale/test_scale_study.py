@@ -56,6 +56,9 @@ def test_params_are_valid_and_hold_every_recipe() -> None:
     naive = values["recipes"]["naive-w3-seed1"]
     assert not naive["deepstack"] and naive["calibration"] == "mixed-seed1"
     assert values["recipes"]["text-w4-seed2"]["seed"] == 2
+    gptq = params.recipes["gptq-passages32-w3-seed1"]
+    assert (gptq.method, gptq.bits) == ("gptq", 3)
+    assert gptq.calibration == "mixed-passages32-seed1"  # the very samples of AutoRound
 
 
 def test_shrunk_sets_keep_every_kind() -> None:
@@ -150,15 +153,36 @@ def test_summary_has_the_means_of_seeds_and_draws_them(
     summary.main()
     lines = table.read_text().splitlines()
     assert "| `small` | 1,000,000 | 2 x 64 | 2 x 32 | 60 s, 1,234 steps | 0.500 |" in lines
-    row = "mixed (2 seeds) | 0.20000 ± 0.14142 | 0.25 | 0.40000 ± 0.28284 | 0.25 | 0.50 |"
+    row = "mixed (2 seeds) | 200,000 ± 140,000 | 0.25 | 400,000 ± 280,000 | 0.25 | 0.50 |"
     assert [line for line in lines if "`small`" in line and "mixed" in line] == [
         f"| `small` | {row}"
     ]
     assert "not the 4B model" in lines[0]
-    assert lines.index("| `small` | rounding | 0.80000 |  | 1.60000 |  | 2.00 |") < lines.index(
-        "| `large` | rounding | 0.80000 |  | 1.60000 |  | 2.00 |"
+    assert lines.index("| `small` | rounding | 800,000 |  | 1,600,000 |  | 2.00 |") < lines.index(
+        "| `large` | rounding | 800,000 |  | 1,600,000 |  | 2.00 |"
     )
     assert plot.read_text().startswith("<svg") and "mixed" in plot.read_text()
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0"), (1234.5, "1,230"), (51.26, "51.3"), (5.1261, "5.13"), (0.0512, "0.0512"),
+     (999.6, "1,000"), (0.99951, "1.00"), (100, "100")],
+)  # fmt: skip
+def test_losses_have_three_significant_digits(value: float, text: str) -> None:
+    assert summary.significant(value) == text
+
+
+def test_committed_table_and_plot_are_of_the_committed_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [f"metrics/scale/{name}.json" for name in ("1m", "demo", "39m", "150m")]
+    table, plot = tmp_path / "table.md", tmp_path / "plot.svg"
+    command = ["summary", *files, "--table", str(table), "--plot", str(plot)]
+    monkeypatch.setattr("sys.argv", command)
+    summary.main()
+    assert table.read_text() == Path("metrics/scale/table.md").read_text()
+    assert plot.read_text() == Path("docs/images/scale.svg").read_text()
 
 
 def test_summary_refuses_other_files(tmp_path: Path) -> None:

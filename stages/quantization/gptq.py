@@ -1,0 +1,184 @@
+"""GPTQ on one decoder layer at a time, on the same samples as AutoRound: one pass, no step size.
+
+Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers",
+arXiv:2210.17323. Columns are taken in their order, without sorting by activation.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from colqwen3.checkpoint.packing import SMALLEST_SCALE, round_to_nearest
+from colqwen3.system.errors import NonFiniteWeightsError
+from stages.quantization.activations import Hidden, Sample, layer_outputs
+from stages.quantization.recipes import GptqRecipe
+
+DAMPING = 0.01
+"""Of the Hessian's mean diagonal, added to its diagonal; the paper's own value."""
+SHRINKAGE = torch.linspace(1, 0.6, 21, dtype=torch.float64)
+"""Factors to try on the scale that represents a group's largest weight."""
+
+
+@torch.no_grad()
+def run_gptq(
+    layer: nn.Module,
+    inputs: Sequence[Sample],
+    hidden: Hidden,
+    quantized: Hidden | None,
+    recipe: GptqRecipe,
+    device: torch.device,
+) -> tuple[Hidden, Hidden]:
+    """Quantize one decoder layer in place with GPTQ; parameters as of `tuning.tune_layer`.
+
+    The Hessians are of the inputs that the linears have once the layers before are quantized.
+
+    Returns
+    -------
+    tuple
+        Outputs of the layer before, on `hidden`, and after, on `quantized`.
+
+    Raises
+    ------
+    NonFiniteWeightsError
+        If a linear is given NaN or infinite inputs.
+    """
+    before = list(layer_outputs(layer, inputs, hidden, device))
+    given = hidden if quantized is None else quantized
+    for name, hessian in collect_hessians(layer, inputs, given, device).items():
+        if not hessian.isfinite().all():
+            raise NonFiniteWeightsError(f"quantize: {name} is given NaN or infinite inputs")
+        module: Any = layer.get_submodule(name)
+        codes, scales = quantize_weight(module.weight, hessian, recipe.bits, recipe.group_size)
+        groups = codes.float().view(*scales.shape, -1) * scales.float().unsqueeze(-1)
+        module.weight.copy_(groups.flatten(1))
+        module.scale = scales
+    return before, list(layer_outputs(layer, inputs, given, device))
+
+
+@torch.no_grad()
+def collect_hessians(
+    layer: nn.Module, inputs: Sequence[Sample], hidden: Hidden, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """Return the sum of x x^T over all tokens x that each linear of a layer is given.
+
+    Parameters
+    ----------
+    layer, inputs, hidden, device
+        As of `activations.layer_outputs`.
+
+    Returns
+    -------
+    dict
+        Float64 [in_features, in_features] on `device`, by the linear's name, in order of the calls.
+    """
+    hessians: dict[str, torch.Tensor] = {}
+
+    def watch(name: str, linear: nn.Module) -> Any:
+        def add(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            tokens = args[0].flatten(0, -2).float()
+            product = (tokens.T @ tokens).double()
+            hessians[name] = hessians[name].add_(product) if name in hessians else product
+
+        return linear.register_forward_pre_hook(add)
+
+    handles = [
+        watch(name, module)
+        for name, module in layer.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+    try:
+        for _ in layer_outputs(layer, inputs, hidden, device):
+            pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return hessians
+
+
+def quantize_weight(
+    weight: torch.Tensor, hessian: torch.Tensor, bits: int, group_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round a weight column by column; the columns to come make up for each one's error.
+
+    Parameters
+    ----------
+    weight
+        Float [out_features, in_features].
+    hessian
+        Float64 [in_features, in_features]: the sum of x x^T over inputs x of the linear.
+    bits
+        Bits of one weight.
+    group_size
+        Weights of a row that share one scale; divides in_features.
+
+    Returns
+    -------
+    tuple
+        Codes, int8 [out_features, in_features] from ``-2 ** (bits - 1)``, and scales, float16
+        [out_features, groups], as of `colqwen3.checkpoint.packing.round_to_nearest`.
+    """
+    limit = 2 ** (bits - 1)
+    weight = weight.detach().to(hessian.device, torch.float64, copy=True)
+    inverse = inverse_factor(hessian)
+    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    scales = weight.new_empty(len(weight), weight.shape[1] // group_size, dtype=torch.float16)
+    for group, start in enumerate(range(0, weight.shape[1], group_size)):
+        end = start + group_size
+        block = weight[:, start:end]
+        scale = search_scale(block, bits)
+        scales[:, group] = scale
+        scale = scale.double()
+        errors = torch.empty_like(block)
+        for place in range(group_size):
+            column, factors = block[:, place], inverse[start + place, start:end]
+            code = (column / scale).round_().clamp_(-limit, limit - 1)
+            codes[:, start + place] = code.to(torch.int8)
+            error = (column - code * scale) / factors[place]
+            block[:, place:] -= error.outer(factors[place:])
+            errors[:, place] = error
+        weight[:, end:] -= errors @ inverse[start:end, end:]
+    return codes, scales
+
+
+def inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
+    """Return the upper Cholesky factor of the inverse of a damped Hessian.
+
+    Its row i, from the diagonal on, is the first row of the inverse of the Hessian without the
+    inputs before i, divided by the root of that row's first number.
+    """
+    damped = hessian.clone()
+    diagonal = damped.diagonal()
+    diagonal[diagonal == 0] = 1  # an input that is always 0: any code will do
+    diagonal += DAMPING * hessian.diagonal().mean()
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    factor: torch.Tensor = torch.linalg.cholesky(inverse, upper=True)
+    return factor
+
+
+def search_scale(weight: torch.Tensor, bits: int) -> torch.Tensor:
+    """Return the scale of one group of each row that rounds it with the smallest squared error.
+
+    Parameters
+    ----------
+    weight
+        Float64 [out_features, group_size].
+    bits
+        Bits of one weight.
+
+    Returns
+    -------
+    torch.Tensor
+        Float16 [out_features]: a factor of `SHRINKAGE` times what `round_to_nearest` takes.
+    """
+    limit = 2 ** (bits - 1)
+    _, largest = round_to_nearest(weight, bits, weight.shape[1])
+    candidates = (largest.double() * SHRINKAGE.to(weight.device)).half()  # [out_features, factors]
+    candidates = torch.where(candidates.abs() < SMALLEST_SCALE, largest, candidates)
+    errors = []
+    for scale in candidates.double().T.unsqueeze(-1):
+        rounded = (weight / scale).round_().clamp_(-limit, limit - 1).mul_(scale)
+        errors.append((rounded - weight).square_().sum(-1))
+    best = torch.stack(errors, dim=1).argmin(dim=1, keepdim=True)
+    return candidates.gather(1, best).squeeze(1)

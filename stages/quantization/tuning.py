@@ -1,0 +1,249 @@
+"""Tuning the decoder layers one at a time, on inputs that are the full model's own.
+
+The front of the model (vision tower, token embeddings, deepstack mergers) runs once over the
+calibration samples and gives the inputs of the first layer; each layer is then loaded, quantized by
+AutoRound or GPTQ and dropped, so that memory holds one layer whatever the model's size. Its output
+in full precision and its output once quantized are the next layer's inputs; they are kept on disk,
+so that a killed run goes on where it stopped.
+"""
+
+import copy
+import gc
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from colqwen3.checkpoint.packing import round_to_nearest
+from colqwen3.system.errors import UserError
+from colqwen3.system.files import digest_file
+from colqwen3.system.progress import Progress
+from colqwen3.system.resume import Scratch
+from stages.quantization.activations import (
+    Hidden,
+    Sample,
+    capture_inputs,
+    layer_outputs,
+    output_error,
+    read_states,
+    write_states,
+)
+from stages.quantization.autoround import run_autoround
+from stages.quantization.gptq import run_gptq
+from stages.quantization.recipes import GptqRecipe, TunedRecipe
+from stages.quantization.sample_packs import pack_samples
+
+logger = logging.getLogger(__name__)
+
+INPUTS = "inputs.safetensors"
+CHAIN = "chain-{:05d}.safetensors"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Output error of one decoder layer over all calibration samples, both ways.
+
+    Each is the norm of the difference to the full-precision layer's output, divided by the norm of
+    that output; both layers are given the same inputs, those that the quantized model gives them.
+
+    Attributes
+    ----------
+    tuned
+        Of the layer as tuning left it.
+    rounded
+        Of the layer with its linears rounded to nearest.
+    """
+
+    tuned: float
+    rounded: float
+
+    @property
+    def tuning_won(self) -> bool:
+        """Whether the tuned layer is kept: it is at least as good as the rounded one."""
+        return self.tuned <= self.rounded  # False for NaN
+
+
+def tune_layer(
+    layer: nn.Module,
+    inputs: Sequence[Sample],
+    hidden: Hidden,
+    quantized: Hidden | None,
+    recipe: TunedRecipe,
+    device: torch.device,
+) -> tuple[Hidden, Hidden | None, Outcome]:
+    """Quantize one decoder layer in place: tuned by the recipe, or rounded where that is better.
+
+    Its linears then hold rounded weights and ``scale`` [out_features, groups].
+
+    Parameters
+    ----------
+    layer
+        The layer.
+    inputs
+        What each sample gives the layer besides hidden states.
+    hidden
+        Input of the layer in the full-precision model.
+    quantized
+        Input of the layer once those before it are quantized; None for the first, and without
+        tuning.
+    recipe
+        How to tune.
+    device
+        Where.
+
+    Returns
+    -------
+    tuple
+        Outputs of the layer before and after, each fit to be the next layer's input (None for the
+        latter without tuning, which never looks at it), and the errors of both ways.
+
+    Raises
+    ------
+    SamplesLostError
+        If AutoRound lost a sample.
+    """
+    rounded = copy.deepcopy(layer)
+    before: Hidden | None
+    after: Hidden | None
+    if isinstance(recipe, GptqRecipe):
+        before, after = run_gptq(layer, inputs, hidden, quantized, recipe, device)
+    else:
+        before, after = run_autoround(layer, inputs, hidden, quantized, recipe, device)
+    if before is None:  # without tuning, AutoRound needs no data at 8 bits
+        before = list(layer_outputs(rounded, inputs, hidden, device))
+    scales = round_layer(rounded.to(device), recipe)
+    given = hidden if quantized is None else quantized
+    tuned_error, rounded_error = (
+        output_error(layer_outputs(way, inputs, given, device), before) for way in (layer, rounded)
+    )
+    outcome = Outcome(tuned_error, rounded_error)
+    if not outcome.tuning_won:
+        for name, scale in scales.items():
+            module: Any = layer.get_submodule(name)
+            weight: Any = rounded.get_submodule(name).weight
+            module.weight.data.copy_(weight)
+            module.scale = scale
+        if after is not None:
+            after = list(layer_outputs(layer, inputs, given, device))
+    return before, after, outcome
+
+
+@torch.no_grad()
+def round_layer(layer: nn.Module, recipe: TunedRecipe) -> dict[str, torch.Tensor]:
+    """Round the linears of a layer to nearest in place; return their scales [out_features, groups]."""
+    scales = {}
+    for name, module in layer.named_modules():
+        if isinstance(module, nn.Linear):
+            codes, scale = round_to_nearest(module.weight, recipe.bits, recipe.group_size)
+            groups = codes.float().view(*scale.shape, -1) * scale.float().unsqueeze(-1)
+            module.weight.copy_(groups.flatten(1))
+            scales[name] = scale
+    return scales
+
+
+def tune_layers(
+    samples: Sequence[Sample],
+    recipe: TunedRecipe,
+    device: torch.device,
+    scratch: Scratch,
+    load_front: Callable[[], Any],
+    load_layer: Callable[[Any, int], nn.Module],
+    count: int,
+) -> Iterator[tuple[int, nn.Module, dict[str, str], Outcome]]:
+    """Tune the decoder layers from the first that `scratch` does not know as done.
+
+    Parameters
+    ----------
+    samples
+        Calibration samples, each the arguments of one forward.
+    recipe
+        How to tune.
+    device
+        Where.
+    scratch
+        Keeps the inputs of the next layer.
+    load_front
+        Gives the model up to its first decoder layer, ``vlm.model.language_model.layers[0]``.
+    load_layer
+        Gives a decoder layer by the front and its number.
+    count
+        How many decoder layers there are.
+
+    Yields
+    ------
+    tuple
+        Number of the layer, the layer as `tune_layer` leaves it, the files to keep in the scratch
+        once its result is stored, and the errors of both ways.
+
+    Raises
+    ------
+    SamplesLostError
+        If a sample is lost.
+    """
+    front = load_front()
+    path = scratch.folder / INPUTS
+    if INPUTS not in scratch.files:
+        captured = capture_inputs(front, front.vlm.model.language_model.layers[0], samples)
+        if recipe.batch_size > 1:
+            captured = pack_samples(captured, recipe.batch_size)
+        write_states(path, captured)
+        scratch.record({INPUTS: digest_file(path)})
+    inputs = read_states(path)
+    front = front.to("meta")  # only its classes and config are needed from here
+    # AutoRound collects garbage many times a layer; what is loaded by now need not be looked at
+    gc.freeze()
+    start = len(scratch.steps)
+    quantized: Hidden | None
+    if start:
+        states = read_states(scratch.folder / CHAIN.format(start - 1))
+        hidden = [state["full"] for state in states]
+        quantized = [s["quantized"] for s in states] if "quantized" in states[0] else None
+    else:
+        hidden, quantized = [sample["hidden_states"] for sample in inputs], None
+    with Progress("decoder layers", count, start) as progress:
+        for index in range(start, count):
+            layer = load_layer(front, index)
+            hidden, quantized, outcome = tune_layer(
+                layer, inputs, hidden, quantized, recipe, device
+            )
+            if not outcome.tuning_won:
+                logger.warning(
+                    "layer %d: tuning made the output worse than rounding (error %.4g against %.4g); "
+                    "it is rounded instead", index, outcome.tuned, outcome.rounded,
+                )  # fmt: skip
+            chain = scratch.folder / CHAIN.format(index)
+            states = [{"full": state} for state in hidden]
+            for item, state in zip(states, quantized or (), strict=quantized is not None):
+                item["quantized"] = state
+            write_states(chain, states)
+            files = {INPUTS: scratch.files[INPUTS], chain.name: digest_file(chain)}
+            yield index, layer, files, outcome
+            progress.advance()
+
+
+def check_quantized(layer: nn.Module, index: int, planned: set[str]) -> None:
+    """Compare the linears that were quantized in a layer with the planned ones.
+
+    Parameters
+    ----------
+    layer
+        The layer after `tune_layer`.
+    index
+        Its number, for the error.
+    planned
+        Names of the linears to quantize within the layer.
+
+    Raises
+    ------
+    UserError
+        Naming the first linear that was left out or quantized beyond the plan.
+    """
+    quantized = {name for name, module in layer.named_modules() if hasattr(module, "scale")}
+    for name in sorted(quantized ^ planned):
+        problem = "quantized but not planned" if name in quantized else "planned but not quantized"
+        raise UserError(
+            f"quantize: {name} of layer {index} was {problem}; the log above may say why"
+        )

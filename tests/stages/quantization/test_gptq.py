@@ -1,0 +1,271 @@
+"""GPTQ against the formulas it stands for: optimal brain surgeon, step by step in numpy."""
+
+import copy
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from colqwen3.checkpoint.packing import restore_codes, round_to_nearest
+from colqwen3.system.errors import NonFiniteWeightsError
+from stages.quantization import gptq
+from stages.quantization.activations import Sample, layer_outputs, output_error
+from stages.quantization.gptq import collect_hessians, quantize_weight, run_gptq, search_scale
+from stages.quantization.recipes import GptqRecipe
+from stages.quantization.tuning import round_layer, tune_layer
+
+CPU = torch.device("cpu")
+Array = NDArray[np.float64]
+
+
+def recipe(bits: Any = 4) -> GptqRecipe:
+    return GptqRecipe(
+        method="gptq", calibration="any", bits=bits, group_size=32, sym=True
+    )  # fmt: skip
+
+
+def tokens(count: int, width: int, seed: int = 0) -> torch.Tensor:
+    """Tokens in few directions, as true activations are, with a little of everything."""
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.randn(6, width, generator=generator)
+    mixed = torch.randn(count, 6, generator=generator) @ directions
+    return mixed + 0.1 * torch.randn(count, width, generator=generator)
+
+
+def weights(rows: int, columns: int, seed: int = 1) -> torch.Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+def moments(inputs: torch.Tensor) -> torch.Tensor:
+    return inputs.double().T @ inputs.double()
+
+
+def surgeon(weight: Array, hessian: Array, bits: int, scales: Array) -> NDArray[np.int8]:
+    """Return the codes of the optimal brain surgeon in a fixed order, with given scales.
+
+    Each column is rounded, and the columns after it take what keeps the squared error of the
+    outputs smallest: minus the error, divided by the first number of the inverse of the Hessian of
+    the columns that are left, times that inverse's first row. The inverse is computed anew for each
+    column, without Cholesky.
+    """
+    weight, count = weight.copy(), weight.shape[1]
+    size, limit = count // scales.shape[1], 2 ** (bits - 1)
+    damped = hessian + 0.01 * np.mean(np.diag(hessian)) * np.eye(count)
+    codes = np.empty(weight.shape, np.int8)
+    for place in range(count):
+        inverse = np.linalg.inv(damped[place:, place:])
+        scale = scales[:, place // size]
+        code = np.clip(np.round(weight[:, place] / scale), -limit, limit - 1)
+        codes[:, place] = code
+        error = weight[:, place] - code * scale
+        weight[:, place:] -= np.outer(error / inverse[0, 0], inverse[0])
+    return codes
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("group_size", [32, 64])
+def test_codes_are_those_of_the_optimal_brain_surgeon(bits: int, group_size: int) -> None:
+    weight, hessian = weights(8, 128), moments(tokens(300, 128))
+    codes, scales = quantize_weight(weight, hessian, bits, group_size)
+    expected = surgeon(
+        weight.double().numpy(), hessian.numpy(), bits, scales.double().numpy()
+    )  # fmt: skip
+    assert np.array_equal(codes.numpy(), expected)
+    rounded, _ = round_to_nearest(weight, bits, group_size)
+    assert not torch.equal(codes, rounded)  # else nothing was shown
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_codes_are_those_of_llm_compressor(bits: int) -> None:
+    """Where it is installed: ``pip install --no-deps llmcompressor compressed-tensors loguru``."""
+    library = pytest.importorskip("llmcompressor.modifiers.gptq.gptq_quantize")
+    arguments = pytest.importorskip("compressed_tensors.quantization").QuantizationArgs
+    weight, hessian = weights(64, 256), moments(tokens(500, 256))
+    codes, scales = quantize_weight(weight, hessian, bits, 128)
+    options = arguments(num_bits=bits, type="int", symmetric=True, strategy="group", group_size=128)
+    (expected,), _, _ = library.quantize_weight(
+        weight.clone()[None], hessian.float()[None], scales.float()[None],
+        torch.zeros_like(scales, dtype=torch.int8)[None], None, options,
+    )  # fmt: skip
+    dense = codes.float() * scales.float().repeat_interleave(128, dim=1)
+    same = (dense - expected).abs() < 1e-6
+    assert float(same.float().mean()) > 0.99  # it computes in float32: near ties may differ
+
+
+def test_the_second_of_two_weights_makes_up_for_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In closed form: with the first one rounded, least squares gives the second."""
+    monkeypatch.setattr(gptq, "DAMPING", 0.0)
+    one, two = tokens(50, 2, 3).double().unbind(1)
+    hessian = moments(torch.stack([one, two], dim=1))
+    weight = torch.tensor([[0.83, -0.41], [0.2, 0.77], [-0.6, 0.35]])
+    codes, scales = quantize_weight(weight, hessian, 4, 2)
+    step = scales.double().squeeze(1)
+    first = weight[:, 0].double() - codes[:, 0] * step
+    second = weight[:, 1].double() + first * (one @ two) / (two @ two)
+    assert torch.equal(codes[:, 1].double(), (second / step).round().clamp(-8, 7))
+
+
+def test_inputs_that_have_nothing_to_do_with_each_other_are_rounded_to_nearest() -> None:
+    weight = weights(16, 64)
+    hessian = torch.diag(torch.rand(64, dtype=torch.float64) + 0.1)
+    codes, scales = quantize_weight(weight, hessian, 4, 32)
+    steps = weight.double().view(16, 2, 32) / scales.double().unsqueeze(-1)
+    assert torch.equal(codes.double(), steps.round().clamp(-8, 7).flatten(1))
+
+
+def test_without_shrinking_scales_and_diagonal_hessian_it_is_rounding(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(gptq, "SHRINKAGE", torch.ones(1, dtype=torch.float64))
+    weight = weights(16, 64)
+    for found, expected in zip(
+        quantize_weight(weight, torch.eye(64, dtype=torch.float64), 3, 32),
+        round_to_nearest(weight, 3, 32),
+        strict=True,
+    ):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_scale_is_the_best_of_all_that_are_tried(bits: int) -> None:
+    weight = weights(4, 32).double()
+    found = search_scale(weight, bits)
+    _, largest = round_to_nearest(weight, bits, 32)
+    limit = 2 ** (bits - 1)
+
+    def error(row: int, scale: float) -> float:
+        values = weight[row].numpy()
+        rounded = np.clip(np.round(values / scale), -limit, limit - 1) * scale
+        return float(((rounded - values) ** 2).sum())
+
+    for row in range(4):
+        tried = [float(np.float16(float(largest[row]) * (1 - 0.02 * i))) for i in range(21)]
+        errors = {scale: error(row, scale) for scale in tried}
+        assert float(found[row]) == min(errors, key=lambda scale: errors[scale])
+    assert not torch.equal(found, largest.squeeze(1))
+
+
+def test_error_of_outputs_is_near_the_smallest_possible() -> None:
+    """Of six weights of 2 bits, all 4 ** 6 roundings are tried."""
+    inputs, weight = tokens(40, 6, 5).double(), weights(5, 6, 6)
+    hessian = moments(inputs)
+    codes, scales = quantize_weight(weight, hessian, 2, 6)
+    every = torch.tensor(list(itertools.product(range(-2, 2), repeat=6)), dtype=torch.float64)
+
+    def errors(candidates: torch.Tensor, row: int) -> torch.Tensor:
+        difference = candidates * scales[row].double() - weight[row].double()
+        return ((difference @ hessian) * difference).sum(-1)
+
+    rounded = (weight.double() / scales.double()).round().clamp(-2, 1)
+    found, nearest, best = (
+        sum(float(errors(rows[row], row).min()) for row in range(5))
+        for rows in (codes.double().unsqueeze(1), rounded.unsqueeze(1), every.expand(5, -1, -1))
+    )
+    assert best <= found < nearest
+    assert found - best < 0.5 * (nearest - best)
+
+
+def test_inputs_that_are_always_0_do_no_harm() -> None:
+    inputs = tokens(100, 64)
+    inputs[:, 5] = inputs[:, 40] = 0
+    weight = weights(8, 64).double()
+
+    def error(codes: torch.Tensor, scales: torch.Tensor) -> float:
+        dense = codes.double() * scales.double().repeat_interleave(32, dim=1)
+        return float(((dense - weight) @ inputs.double().T).norm())
+
+    codes, scales = quantize_weight(weight, moments(inputs), 4, 32)
+    assert error(codes, scales) < 0.5 * error(*round_to_nearest(weight, 4, 32))
+    steps = weight.view(8, 2, 32) / scales.double().unsqueeze(-1)
+    nearest = steps.round().clamp(-8, 7).flatten(1)
+    assert torch.equal(codes[:, [5, 40]].double(), nearest[:, [5, 40]])
+    nothing, _ = quantize_weight(weights(8, 64), torch.zeros(64, 64, dtype=torch.float64), 4, 32)
+    assert nothing.abs().max() > 0
+
+
+class Layer(nn.Module):
+    """Two linears, the second on what the first gives, and a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(64, 96)
+        self.second = nn.Linear(96, 64, bias=False)
+
+    def forward(self, hidden_states: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+        inner: torch.Tensor = self.second(torch.relu(self.first(hidden_states + shift)))
+        return hidden_states + inner
+
+
+def given(count: int = 4) -> tuple[list[Sample], list[torch.Tensor]]:
+    states = [tokens(30 + i, 64, 10 + i).unsqueeze(0) for i in range(count)]
+    return [{"shift": 0.1 * state} for state in states], states
+
+
+def test_hessians_are_of_all_tokens_of_all_samples() -> None:
+    layer, (inputs, states) = Layer(), given()
+    found = collect_hessians(layer, inputs, states, CPU)
+    assert list(found) == ["first", "second"]
+    seen = torch.cat([1.1 * state[0] for state in states])
+    inner = torch.relu(layer.first(seen)).detach()
+    for hessian, expected in zip(found.values(), (moments(seen), moments(inner)), strict=True):
+        assert hessian.dtype == torch.float64
+        torch.testing.assert_close(hessian, expected, rtol=1e-4, atol=1e-2)
+    assert not layer.first._forward_pre_hooks  # nothing is left behind
+
+
+def test_the_layers_outputs_are_those_before_and_after() -> None:
+    layer, (inputs, states) = Layer(), given()
+    original = copy.deepcopy(layer)
+    shifted = [state + 0.01 for state in states]
+    before, after = run_gptq(layer, inputs, states, shifted, recipe(), CPU)
+    for found, expected in (
+        (before, layer_outputs(original, inputs, states, CPU)),
+        (after, layer_outputs(layer, inputs, shifted, CPU)),
+    ):
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    hessians = collect_hessians(original, inputs, shifted, CPU)  # not those of `states`
+    codes, scales = quantize_weight(original.first.weight, hessians["first"], 4, 32)
+    first: Any = layer.first
+    assert torch.equal(first.scale, scales)
+    restored, gap = restore_codes(layer.first.weight.detach(), scales, 4)
+    assert torch.equal(restored, codes) and gap < 1e-3
+    assert layer.first.bias is not None and torch.equal(layer.first.bias, original.first.bias)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_it_beats_rounding_on_the_layers_outputs(bits: int) -> None:
+    layer, (inputs, states) = Layer(), given()
+    rounded = copy.deepcopy(layer)
+    before, _, outcome = tune_layer(layer, inputs, states, None, recipe(bits), CPU)
+    round_layer(rounded, recipe(bits))
+    expected = output_error(layer_outputs(rounded, inputs, states, CPU), before)
+    assert outcome.rounded == pytest.approx(expected)
+    assert outcome.tuned < 0.8 * outcome.rounded
+
+
+def test_a_layer_that_loses_is_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, (inputs, states) = Layer(), given()
+    rounded = copy.deepcopy(layer)
+    scales = round_layer(rounded, recipe())
+    real = quantize_weight
+    monkeypatch.setattr(gptq, "quantize_weight", lambda w, h, b, g: real(-w, h, b, g))
+    _, after, outcome = tune_layer(layer, inputs, states, None, recipe(), CPU)
+    assert not outcome.tuning_won
+    assert torch.equal(layer.first.weight, rounded.first.weight)
+    second: Any = layer.second
+    assert torch.equal(second.scale, scales["second"])
+    assert after is not None
+    for found, expected in zip(after, layer_outputs(rounded, inputs, states, CPU), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_inputs_that_are_not_finite_are_named() -> None:
+    layer, (inputs, states) = Layer(), given()
+    states[2][0, 0, 0] = torch.inf
+    with pytest.raises(NonFiniteWeightsError, match="first is given NaN or infinite inputs"):
+        run_gptq(layer, inputs, states, None, recipe(), CPU)
