@@ -50,7 +50,6 @@ PARAMS = structure(ctypes.c_uint32 * 64)  # larger than any; the library reads i
 PROMPT = structure(ctypes.c_char_p, ctypes.c_size_t, ctypes.c_bool, ctypes.c_bool)
 FILE_PARAMS = structure(ctypes.c_bool, ctypes.c_void_p)
 TOKENS = structure(ctypes.c_int32, *[ctypes.c_void_p] * 6)
-ON_DECODED = ctypes.CFUNCTYPE(ctypes.c_int32)  # its arguments are not needed
 ON_LOG = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
 LOG = ON_LOG(lambda level, text, _: print(text.decode(), file=sys.stderr) if level == 4 else None)
 
@@ -150,13 +149,12 @@ class Embedder:
         failed = lib.mtmd_encode_chunk(self.vision, chunk)
         vectors = self._decode(self.tokenize(BEFORE, True), 0)
         place, done = ctypes.c_int32(len(vectors[0])), list[Array]()
-
-        add: Any = done.append  # returns None
-        collect = ON_DECODED(lambda: add(self._vectors(count - sum(map(len, done)))) or 0)
+        collect = ctypes.CFUNCTYPE(ctypes.c_int32)(lambda: self._collect(done, count))
         encoded = (self.vision, self.context, chunk, lib.mtmd_get_output_embd(self.vision))
         options = (place, 0, BATCH, ctypes.byref(place), collect, None)
         failed = failed or lib.mtmd_helper_decode_image_chunk(*encoded, *options)
-        check(not failed, "llama.cpp cannot embed the page; see its messages above")
+        complete = not failed and sum(map(len, done)) == count
+        check(complete, "llama.cpp cannot embed the page; see its messages above")
         lib.mtmd_input_chunks_free(chunks)
         lib.mtmd_bitmap_free(bitmap)
         vectors += done + self._decode(self.tokenize(AFTER, True), place.value)
@@ -185,23 +183,24 @@ class Embedder:
         """Return the vectors of text tokens that stand at `start` and after."""
         if start == 0:  # forget the last query or page
             self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), True)
-        vectors = []
+        vectors = list[Array]()
         for first in range(0, len(ids), BATCH):
             tokens = np.array(ids[first : first + BATCH], np.int32)
             places = np.arange(start + first, start + first + len(tokens), dtype=np.int32)
             arrays = (tokens.ctypes.data, None, places.ctypes.data, None, None, None)
             failed = self.lib.llama_decode(self.context, TOKENS(len(tokens), *arrays))
             check(not failed, "llama.cpp cannot embed the text; it may be too long")
-            vectors.append(self._vectors(len(tokens)))
+            self._collect(vectors, len(ids))
         return vectors
 
-    def _vectors(self, left: int) -> Array:
-        """Return the vectors of the batch just decoded, the next of `left` tokens."""
-        shape = min(left, BATCH), self.weight.shape[1]
+    def _collect(self, vectors: list[Array], count: int) -> int:
+        """Add those of the batch just decoded to the vectors of a text or page of `count` tokens."""
+        shape = min(count - sum(map(len, vectors)), BATCH), self.weight.shape[1]
         address = self.lib.llama_get_embeddings(self.context).value
         states = np.array((ctypes.c_float * math.prod(shape)).from_address(address)).reshape(shape)
-        vectors = states @ self.weight.T + self.bias
-        return np.asarray(vectors / np.linalg.norm(vectors, axis=-1, keepdims=True))
+        batch = states @ self.weight.T + self.bias
+        vectors.append(batch / np.linalg.norm(batch, axis=-1, keepdims=True))
+        return 0
 
 
 def main() -> None:
@@ -216,7 +215,10 @@ def main() -> None:
     embedder = Embedder(threads=args.threads)
     vectors: dict[str, Any] = dict(np.load(args.index)) if args.index else {}
     for path in args.pages:
-        vectors[f"page/{path.stem}"] = embedder.embed_page(Image.open(path))
+        name = f"page/{path.stem}"
+        check(name not in vectors, f"{path}: another page has that name; rename one")
+        with Image.open(path) as image:
+            vectors[name] = embedder.embed_page(image)
     pages = {name[5:]: value for name, value in vectors.items() if name.startswith("page/")}
     for number, text in enumerate(args.queries):
         query = vectors[f"query/{number}"] = embedder.embed_query(text)
@@ -228,4 +230,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")

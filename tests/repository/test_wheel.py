@@ -28,8 +28,10 @@ MODEL = Path("demo/model").absolute()
 QUERY = "total of the invoice"
 DISTRIBUTIONS = {"PIL": "pillow", "huggingface_hub": "huggingface-hub"}
 """Import name -> name on the package index, where they differ."""
-EXTRAS = {"mteb": "benchmarks", "humming": "gpu", "auto_round_kernel": "cpu"}
+EXTRAS = {"mteb": "benchmarks", "humming": "gpu", "auto_round_kernel": "cpu", "gguf": "gguf"}
 """Import name -> extra of pyproject.toml."""
+TRAVELS = Path("colqwen3/gguf/run_gguf.py")
+"""Nothing of the library imports it: it runs by itself, beside the files that it reads."""
 WITH_TORCH = {"triton"}
 """What torch's CUDA builds bring along; used only on a GPU."""
 
@@ -58,7 +60,7 @@ def test_everything_the_library_imports_is_declared_and_no_more() -> None:
     declared = {canonicalize_name(Requirement(text).name) for text in PROJECT["dependencies"]}
     imported: set[str] = set()
     for path in Path("colqwen3").rglob("*.py"):
-        for root, at_once in imports(path):
+        for root, at_once in imports(path) if path != TRAVELS else ():
             name = canonicalize_name(DISTRIBUTIONS.get(root, root))
             if root in EXTRAS:
                 assert not at_once, f"{path}: {root} is an extra; import it where it is used"
@@ -68,6 +70,17 @@ def test_everything_the_library_imports_is_declared_and_no_more() -> None:
     assert imported == declared
     assert len(declared) <= 8
     assert set(EXTRAS.values()) <= PROJECT["optional-dependencies"].keys()
+
+
+def test_the_program_beside_gguf_files_needs_three_packages_and_no_library() -> None:
+    assert {root for root, _ in imports(TRAVELS)} == {"numpy", "PIL", "xllamacpp"}
+    assert "colqwen3." not in re.sub(r'b?"colqwen3\.[\w.]+"', "", TRAVELS.read_text())
+    assert not [
+        path for path in Path("colqwen3").rglob("*.py") if "import run_gguf" in path.read_text()
+    ]
+    (pin,) = re.findall(r'^XLLAMACPP = "(.+?)"', TRAVELS.read_text(), re.MULTILINE)
+    assert f"xllamacpp=={pin}" in PROJECT["optional-dependencies"]["gguf"]
+    assert f"xllamacpp=={pin}" in Path("requirements.txt").read_text().splitlines()
 
 
 def test_what_is_declared_is_what_the_tests_run_with() -> None:
