@@ -75,8 +75,17 @@ WITHIN_THE_LIMITS: dict[str, Any] = {"ndcg": contrast(0.9111, 0.9002, -0.0222, 0
 SMALL: dict[str, Any] = {
     "data": {"queries": 6},
     "overlap": {"same_folder": False, "pages": 0, "queries": 0},
-    "pages": {"cosine": {"mean": 0.987654, "p01": 0.1, "min": 0.0}, "nonfinite": 0},
-    "queries": {"cosine": {"mean": 0.9, "p01": 0.1, "min": 0.0}, "grade": "GOOD", "nonfinite": 0},
+    "pages": {
+        "cosine": {"mean": 0.987654, "p01": 0.1, "min": 0.0},
+        "nonfinite": 0,
+        "nonfinite_original": 0,
+    },
+    "queries": {
+        "cosine": {"mean": 0.9, "p01": 0.1, "min": 0.0},
+        "grade": "GOOD",
+        "nonfinite": 0,
+        "nonfinite_original": 0,
+    },
     "retrieval": {
         "ndcg_at_5": {"original": 0.75, "quantized": 0.5, "difference": -0.25},
         "recall_at_1": {"original": 0.6, "quantized": 0.4},

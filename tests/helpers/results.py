@@ -34,6 +34,8 @@ def write_results() -> None:
 def write_result(name: str, metrics: dict[str, Any]) -> None:
     """Write what `evaluate` writes of a recipe."""
     write_json(Path(f"metrics/quality/{name}.json"), metrics)
-    write_json(Path(f"metrics/quantize/{name}.json"), {"libraries": {}})
-    gate = load_params(Params).gate
-    write_json(Path(f"metrics/summary/{name}.json"), summarize(metrics, gate))
+    params = load_params(Params)
+    recipe = {"ran": name, "values": params.recipes[name].model_dump()}
+    write_json(Path(f"metrics/quantize/{name}.json"), {"libraries": {}, "recipe": recipe})
+    write_json(Path(f"metrics/summary/{name}.json"), summarize(metrics, params.gate))
+    Path(f"artifacts/checkpoints/{name}").mkdir(parents=True, exist_ok=True)

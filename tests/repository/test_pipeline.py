@@ -153,7 +153,7 @@ def test_no_secret_is_written_anywhere(clone: Path) -> None:
             {"format": "auto_gptq"},
             {f"{stage}@{recipe}" for stage in ("gate", "release") for recipe in RECIPES},
         ),
-        (("fallbacks", "w4g128"), "rtn-w4g128", set()),
+        (("fallbacks", "w4g128"), "rtn-w4g128", {f"gate@{recipe}" for recipe in RECIPES}),
     ],
 )
 def test_change_makes_only_its_branch_stale(

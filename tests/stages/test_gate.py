@@ -97,6 +97,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Check:
             gate={**OFF, **limits},
             recipes={"x": recipe, "other": recipe},
             release={"x": {"even_if_worse": even_if_worse}},
+            fallbacks={"x": "other"},
         )
         with open("params.yaml", "w") as file:
             YAML(typ="safe", pure=True).dump(params, file)

@@ -43,7 +43,6 @@ def test_command_gives_the_golden_embeddings(queries: Path, tmp_path: Path) -> N
         (["--model", "no/such/folder"], "no such folder"),
         (["--model", "tests"], "config.json: cannot be read"),
         (["--model", "tests/golden/model", "--queries", "no.jsonl"], "no.jsonl"),
-        (["--model", "tests/golden/model", "--max-num-visual-tokens", "3"], "give at least 4"),
     ],
 )
 def test_bad_input_is_one_line(
@@ -76,3 +75,13 @@ def test_arguments_that_contradict_are_refused(
         execute("embed", "--model", GOLDEN / "model", *args)
     assert caught.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_page_gets_at_least_the_tokens_of_one_patch_group(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        execute("embed", "--model", "tests/golden/model", "--max-num-visual-tokens", "3")
+    assert caught.value.code == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.endswith("argument --max-num-visual-tokens: 3 is less than 4")

@@ -3,6 +3,8 @@
 import errno
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -67,7 +69,6 @@ def test_so_is_one_that_a_library_reports(
     "error",
     [
         OSError(errno.EIO, os.strerror(errno.EIO), "No space left on device"),
-        PermissionError(errno.EACCES, "Permission denied", "a"),
         ValueError("wrong"),
     ],
 )
@@ -75,6 +76,43 @@ def test_anything_else_passes_through(error: BaseException) -> None:
     with pytest.raises(type(error)) as caught:
         run(command_that(error))
     assert caught.value is error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        PermissionError(errno.EACCES, "Permission denied", "a/b"),
+        FileExistsError(errno.EEXIST, "File exists", "a/b"),
+        NotADirectoryError(errno.ENOTDIR, "Not a directory", "a/b"),
+        IsADirectoryError(errno.EISDIR, "Is a directory", "a/b"),
+    ],
+)
+def test_an_unusable_path_is_one_line(error: OSError, capsys: pytest.CaptureFixture[str]) -> None:
+    line = ended(command_that(error), capsys)
+    assert line == f"error: a/b: {str(error.strerror).lower()}; correct the path or its permissions"
+
+
+def test_exhausted_memory_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+
+    line = ended(command_that(torch.OutOfMemoryError("CUDA out of memory: 3 GB\nmore")), capsys)
+    assert line.startswith("error: CUDA out of memory: 3 GB; use smaller batches")
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    code = (
+        "from colqwen3.system.errors import run\n"
+        "def main():\n    for _ in range(100_000):\n        print('x' * 100)\n"
+        "run(main)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout and process.stderr
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 141
 
 
 def test_an_interrupted_command_says_how_to_go_on(capsys: pytest.CaptureFixture[str]) -> None:

@@ -84,7 +84,7 @@ def test_real_steps_on_a_tiny_model(
 def test_gptq_is_measured_on_the_samples_of_autoround(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bench_size, "MIXED", {"queries": 2, "pages": 1})
+    monkeypatch.setattr(size, "MIXED", {"queries": 2, "pages": 1})
     bench = Bench(("--config", str(CONFIG.absolute())), tmp_path, "cpu", Path("demo/model"))
     step = STEPS["cuda"]["gptq"](bench)
     assert step["calibration"]["samples"] == 3

@@ -44,7 +44,7 @@ def test_none_of_24_changed_still_allows_12_percent() -> None:
     verdict = judge(few, OFF)
     assert verdict.verdict == WITHIN
     assert "0 of 24 first pages changed, which allows up to 11.7 %" in verdict.reason
-    assert "24 queries are too few" in verdict.reason
+    assert "24 queries on 126 pages are too few" in verdict.reason
 
 
 def test_a_broken_limit_is_worse_whatever_else_is_said() -> None:
