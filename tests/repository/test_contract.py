@@ -408,7 +408,6 @@ def test_a_users_own_results_fail_no_test(tmp_path: Path) -> None:
             path.write_text(text)
     assert changed
     (tmp_path / "dvc.lock").unlink()
-    shutil.rmtree(tmp_path / "tests/golden")
     tests = [
         "tests/repository/test_docs.py", "tests/stages/publishing", "tests/stages/evaluation",
         "tests/stages/tools",
