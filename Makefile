@@ -34,13 +34,14 @@ $(INSTALLED): requirements.txt pyproject.toml
 	@touch $@
 
 repro: setup
-	@git rev-parse --git-dir >/dev/null 2>&1 || { echo "error: $(CURDIR) is no Git repository, which DVC needs; \
+	@git rev-parse --git-dir >/dev/null 2>&1 || { echo "error: $(CURDIR) is not a Git repository, which DVC needs; \
 	run \`git init && git add -A && git commit -m start\`, or \`dvc config --local core.no_scm true\`" >&2; exit 1; }
 	@python -m stages.tools.repro
 
-report: repro
-	python -m stages.tools.report
-	@echo "open artifacts/report/index.html"
+# also of a run in which a recipe failed: then it is wanted most
+report: setup
+	@python -m stages.tools.repro; status=$$?; python -m stages.tools.report && \
+		echo "open artifacts/report/index.html"; exit $$status
 
 # one thread per process: two processes of two threads each would slow one another down
 test: setup

@@ -87,7 +87,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise UserError(
             f"{path}: architectures is {architectures}; only ['{layout.ARCHITECTURE}'] is supported"
         )
-    if "quantization_config" in config:
+    if config.get("quantization_config") is not None:
         raise UserError(
             f"{path}: the model is already quantized; give the 16-bit original as model.source"
         )

@@ -353,6 +353,17 @@ WAYS = {
 """Contenders of the scale study, in words."""
 
 
+BESIDE = "demo-cpu"
+"""The demo model on a CPU: AutoRound beside GPTQ."""
+GPTQ_WAYS = {
+    "rounding": "rounding",
+    "gptq": "GPTQ, 96 queries + 48 pages",
+    "mixed": "AutoRound, the same",
+    "gptq-passages32": "GPTQ, 32 passages more",
+    "mixed-passages32": "AutoRound, 32 passages more",
+}
+
+
 def study_loss(model: str, contender: str, bits: int, page_set: str, kind: str) -> float:
     """Return a loss in the scale study, the mean over seeds."""
     losses = [
@@ -528,6 +539,54 @@ def scale_passages() -> str:
         )
         rows.append((f"`{model}`, {parameters / 1e6:.1f}M", *cells))
     return table(*rows)
+
+
+@figure
+def gptq_losses() -> str:
+    """Return rounding, GPTQ and AutoRound on the demo model, on one CPU."""
+    from demo.studies.scale.summary import UNIT, significant
+
+    rows: list[tuple[str, ...]] = [
+        ("demo model, 5.8M", "page loss, 1e-6: 4 bits", "3 bits", "query loss, 1e-6: 4 bits",
+         "3 bits")
+    ]  # fmt: skip
+    for contender, words in GPTQ_WAYS.items():
+        cells = (
+            " / ".join(
+                significant(study_loss(BESIDE, contender, bits, page_set, kind) / UNIT)
+                for page_set in PAGE_SETS
+            )
+            for kind in ("pages", "queries")
+            for bits in WIDTHS
+        )
+        rows.append((words, *cells))
+    return table(*rows)
+
+
+@figure
+def gptq_pages() -> str:
+    """Return the range of AutoRound's page loss over GPTQ's, both widths."""
+    return _between(study_ratios("mixed", "gptq", "pages", models=(BESIDE,)))
+
+
+@figure
+def gptq_queries() -> str:
+    """Return the same for queries."""
+    return _between(study_ratios("mixed", "gptq", "queries", models=(BESIDE,)))
+
+
+@figure
+def gptq_rounding() -> str:
+    """Return the range of GPTQ's page loss over rounding's, both widths."""
+    return _between(study_ratios("gptq", "rounding", "pages", models=(BESIDE,)))
+
+
+@figure
+def gptq_time() -> str:
+    """Return the seconds of the stage at 4 bits, GPTQ and AutoRound, on the same two CPU cores."""
+    recipes = read(f"metrics/scale/{BESIDE}.json")["recipes"]
+    seconds = (recipes[f"{name}-w4-seed1"]["quantize_seconds"] for name in ("gptq", "mixed"))
+    return " and ".join(f"{value:.0f} s" for value in seconds)
 
 
 @figure

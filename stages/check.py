@@ -11,7 +11,7 @@ from pathlib import Path
 from colqwen3.checkpoint import layout
 from colqwen3.inspection import read_config
 from colqwen3.system.errors import UserError, run
-from colqwen3.system.files import write_json
+from colqwen3.system.files import expand_user, path_is, write_json
 from stages.calibration.sets import NO_SAMPLES
 from stages.checking.datasets import check_calibration, check_evaluation, unbalanced_sets
 from stages.checking.params import Params
@@ -53,8 +53,8 @@ def check_model(params: Params) -> None:
     UserError
         If the folder is not an unquantized ColQwen3, or a group size does not fit.
     """
-    folder = Path(params.model.source).expanduser()
-    if not folder.is_dir():
+    folder = expand_user(params.model.source)
+    if not path_is(folder, Path.is_dir):
         return
     config = read_config(folder)
     for name, recipe in params.recipes.items():
@@ -91,11 +91,14 @@ def main() -> None:
     params = load_params(Params)
     claim("check")
     check_model(params)
+    if params.compute.device == "cuda":  # torch takes seconds to import
+        from colqwen3.system.device import choose_device
+
+        choose_device(params.compute.device)
     used = dict.fromkeys(
         recipe.calibration for recipe in params.recipes.values() if recipe.calibration != NO_SAMPLES
     )
-    if used:
-        check_calibration(params.calibration)
+    check_calibration(params.calibration)  # all sets are drawn, whoever uses them
     check_evaluation(Path(params.evaluate.dataset))
     for line in (*misleading_names(params), *unbalanced_sets(params.calibration.sets, used)):
         logger.warning("%s", line)

@@ -6,7 +6,6 @@ can say FAILED and why.
 
 import logging
 import sys
-from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -19,7 +18,7 @@ from stages.pipeline.params import Sections, choose_recipe, load_params
 from stages.pipeline.paths import QUALITY_METRICS, QUANTIZE_METRICS, VERDICTS
 from stages.pipeline.stage import claim, parse_recipe
 from stages.publishing.options import ReleaseOptions
-from stages.quantization.recipes import AnyRecipe, Recipe
+from stages.quantization.recipes import Recipe
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +27,7 @@ class Params(Sections):
     """What this stage reads of params.yaml."""
 
     recipes: dict[str, Recipe]
+    fallbacks: dict[str, str] = Field(default_factory=dict)
     release: dict[str, ReleaseOptions] = Field(default_factory=dict)
     gate: GateParams
 
@@ -47,8 +47,8 @@ def judge_recipe(name: str, params: Params) -> Verdict:
         raise UserError(f"{path}: lacks a figure of the gate ({error}); {fix}") from None
 
 
-def check_fallback(name: str, recipes: Mapping[str, AnyRecipe]) -> None:
-    """Warn of a recipe whose fallback ran, and reject one that has changed since.
+def check_fallback(name: str, params: Params) -> None:
+    """Warn of a recipe whose fallback ran, and reject one that is no longer its fallback as it ran.
 
     DVC cannot know of those values: a recipe's stage depends on its own parameters alone.
 
@@ -61,15 +61,16 @@ def check_fallback(name: str, recipes: Mapping[str, AnyRecipe]) -> None:
     recipe: dict[str, Any] = read_json(path, f"run `dvc repro evaluate@{name}`").get("recipe", {})
     if "instead_of" not in recipe:
         return
+    retry = f"run `dvc repro -f quantize@{name}`"
     logger.warning(
-        "recipe %s failed (%s); %s ran instead of it", name, recipe["because"], recipe["ran"]
-    )
-    now = recipes.get(recipe["ran"])
+        "recipe %s failed (%s); %s ran instead of it; to try again, %s",
+        name, recipe["because"], recipe["ran"], retry,
+    )  # fmt: skip
+    if params.fallbacks.get(name) != recipe["ran"]:
+        raise UserError(f"{path}: is of {recipe['ran']}, which is no longer its fallback; {retry}")
+    now = params.recipes.get(recipe["ran"])
     if now is None or now.model_dump() != recipe["values"]:
-        raise UserError(
-            f"{path}: is of the fallback {recipe['ran']}, which changed since; "
-            f"run `dvc repro -f quantize@{name}`"
-        )
+        raise UserError(f"{path}: is of the fallback {recipe['ran']}, which changed since; {retry}")
 
 
 def main() -> None:
@@ -78,7 +79,7 @@ def main() -> None:
     params = load_params(Params)
     choose_recipe(params.recipes, name)
     claim(f"gate@{name}")
-    check_fallback(name, params.recipes)
+    check_fallback(name, params)
     verdict = judge_recipe(name, params)
     logger.info("%s: %s (%s)", name, verdict.verdict, verdict.reason)
     queries = read_json(QUALITY_METRICS / f"{name}.json", "run `dvc repro`")["data"]["queries"]

@@ -28,7 +28,9 @@ from colqwen3.system.disk import check_space
 from colqwen3.system.errors import UserError, run
 from colqwen3.system.files import (
     digest_file,
+    expand_user,
     fresh_folder,
+    path_is,
     publish_folder,
     read_json,
     write_file,
@@ -143,7 +145,7 @@ def describe_provenance(
         "format_version": FORMAT_VERSION,
         "source": {
             "repo": shown_path(params.model.source),
-            "on_hub": not Path(params.model.source).expanduser().is_dir(),
+            "on_hub": not path_is(expand_user(params.model.source), Path.is_dir),
             "revision": params.model.revision,
             "manifest_sha256": digest_file(MANIFEST),
             "license": licence_of(source_card),

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from colqwen3.system.errors import UserError, first_line
-from colqwen3.system.files import path_is
+from colqwen3.system.files import expand_user, path_is
 
 PATTERNS = (
     "*.json", "*.txt", "*.jinja", "*.safetensors", "LICEN[SC]E*", "NOTICE*", "README.md",
@@ -22,7 +22,7 @@ def find_model(source: str, revision: str | None = None, trust_remote_code: bool
     UserError
         If `source` is neither a folder nor a Hub id whose files can be fetched.
     """
-    folder = Path(source).expanduser()
+    folder = expand_user(source)
     if source and path_is(folder, Path.is_dir):
         return folder
     if not re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", source) or ".." in source:

@@ -107,6 +107,8 @@ def execute(args: argparse.Namespace) -> None:
     UserError
         If mteb is not installed, knows no such task, or model or data cannot be fetched.
     """
+    if args.out.is_dir():
+        args.parser.error("--out must name a file")
     if find_spec("mteb") is None:
         raise UserError(f"mteb is not installed; run `pip install {MTEB}`")
     from colqwen3.embedding.job import EmbeddingOptions

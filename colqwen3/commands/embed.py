@@ -7,12 +7,11 @@ The output has one float32 tensor [tokens, embed_dim] per query (query/<_id>) an
 import argparse
 from pathlib import Path
 
-from colqwen3.system.errors import UserError
-
 EXAMPLE = (
     "colqwen3 embed --model DIR --queries queries.jsonl --pages scans/ --out vectors.safetensors"
 )
 DTYPES = ("float32", "bfloat16")
+MINIMUM_VISUAL_TOKENS = 4
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,7 +45,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="auto: the GPU when there is one (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--max-num-visual-tokens", type=positive, default=1280, metavar="N",
+        "--max-num-visual-tokens", type=visual_tokens, default=1280, metavar="N",
         help="a page is shrunk until it has at most this many (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
@@ -68,6 +67,19 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def visual_tokens(text: str) -> int:
+    """Return a number of visual tokens that a page can be shrunk to.
+
+    Raises
+    ------
+    argparse.ArgumentTypeError
+        If it is anything else.
+    """
+    if positive(text) < MINIMUM_VISUAL_TOKENS:
+        raise argparse.ArgumentTypeError(f"{text} is less than {MINIMUM_VISUAL_TOKENS}")
+    return int(text)
+
+
 def execute(args: argparse.Namespace) -> None:
     """Embed the given files.
 
@@ -80,8 +92,6 @@ def execute(args: argparse.Namespace) -> None:
         args.parser.error("give at least one of --queries and --pages")
     if args.out.suffix != ".safetensors" or args.out.is_dir():
         args.parser.error("--out must name a file that ends in .safetensors")
-    if args.max_num_visual_tokens < 4:
-        raise UserError(f"--max-num-visual-tokens is {args.max_num_visual_tokens}; give at least 4")
     from colqwen3.checkpoint.hub import find_model
     from colqwen3.dataset.beir import read_queries
     from colqwen3.dataset.pages import find_pages

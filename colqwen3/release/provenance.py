@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from colqwen3.checkpoint.headers import read_header, read_headers
-from colqwen3.system.files import digest_file, dump_json
+from colqwen3.system.files import digest_file, dump_json, expand_user
 
 METADATA = "quantization_metadata.json"
 SELF_DIGEST = "sha256_of_the_rest"
@@ -111,7 +111,7 @@ def is_sealed(text: str, metadata: Any) -> bool:
 
 def shown_path(path: str) -> str:
     """Return a path of params.yaml as it may be published: an absolute one by its name alone."""
-    return Path(path).name if Path(path).expanduser().is_absolute() else path
+    return Path(path).name if expand_user(path).is_absolute() else path
 
 
 def shown_params(values: Any) -> Any:

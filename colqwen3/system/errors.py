@@ -2,13 +2,16 @@
 
 import errno
 import logging
+import os
 import sys
 from collections.abc import Callable
 
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 DISK_FULL_TEXTS = ("No space left on device", "Disk quota exceeded")
+UNUSABLE_PATHS = (PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError)
+BROKEN_PIPE = 141
 INTERRUPTED = 130
-"""Exit status after Ctrl-C, as a shell gives it: 128 + SIGINT."""
+"""Exit statuses as a shell gives them: 128 + SIGPIPE, 128 + SIGINT."""
 
 
 class UserError(Exception):
@@ -60,7 +63,15 @@ def run(main: Callable[[], None]) -> None:
         _end(str(error))
     except KeyboardInterrupt:
         _end("interrupted; run the same command again to continue", INTERRUPTED)
+    except BrokenPipeError:  # the reader of the output has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(BROKEN_PIPE)
     except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch is not imported here
+            _end(f"{first_line(error)}; use smaller batches (see docs/troubleshooting.md)")
+        if isinstance(error, UNUSABLE_PATHS) and error.filename:
+            reason = (error.strerror or type(error).__name__).lower()
+            _end(f"{error.filename}: {reason}; correct the path or its permissions")
         if not disk_is_full(error):
             raise
         name = getattr(error, "filename2", None) or getattr(error, "filename", None)

@@ -91,3 +91,11 @@ def path_is(path: Path, kind: Callable[[Path], bool]) -> bool:
         return kind(path)
     except (OSError, ValueError):
         return False
+
+
+def expand_user(path: str) -> Path:
+    """Return a path with ``~`` expanded, and as it is where there is no such user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)

@@ -43,7 +43,8 @@ def surroundings(code: str, device: torch.device, libraries: Iterable[str]) -> d
     return {
         "code": code,
         "versions": {library: version(library) for library in libraries},
-        "machine": [name, torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()],
+        # not the number of threads: it changes no bit, and a resumed run may well have another
+        "machine": [name, torch.backends.cpu.get_cpu_capability()],
     }
 
 
@@ -85,7 +86,8 @@ class Scratch:
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             if self.folder.exists():
                 logger.warning(
-                    "%s is not used: damaged, or from other parameters, code or inputs", self.folder
+                    "%s is not used: damaged, or from other parameters, inputs, code, libraries or machine",
+                    self.folder,
                 )
             self._clear()
         return self

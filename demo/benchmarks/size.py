@@ -416,6 +416,14 @@ def tune(
 MIXED = {"queries": SAMPLES, "pages": SAMPLES}
 
 
+def step_gptq(bench: Bench) -> Result:
+    """GPTQ through the stage on the samples of AutoRound."""
+    recipe = {"method": "gptq", "calibration": "measured", "batch_size": 8}
+    result = quantize(bench, "gptq", prepare_run(bench, "gptq", recipe, MIXED))
+    shutil.rmtree(bench.checkpoint("gptq"))  # disk
+    return {"batch_size": 8, **result}
+
+
 def step_tune_low(bench: Bench) -> Result:
     """AutoRound one sample at a time, on a model of four layers.
 
@@ -451,6 +459,7 @@ STEPS: dict[str, dict[str, Callable[[Bench], Result]]] = {
         "floor": step_floor,
         "rtn": step_rtn,
         "tune-0": lambda bench: tune(bench, "tune-0", 0, MIXED),
+        "gptq": step_gptq,
         "tune-50": lambda bench: tune(bench, "tune-50", 50, MIXED),
         "tune-200": lambda bench: tune(bench, "tune-200", 200, MIXED),
         "tune-200-text": lambda bench: tune(bench, "tune-200-text", 200, {"passages": SAMPLES}),

@@ -6,6 +6,7 @@ from pathlib import Path
 from colqwen3.dataset.beir import read_dataset, read_queries
 from colqwen3.dataset.pages import find_pages
 from colqwen3.system.errors import UserError
+from colqwen3.system.files import path_is
 from stages.calibration.sets import CalibrationParams, CalibrationSet
 
 PARTS = {"queries": "queries.jsonl", "pages": "corpus", "passages": "texts.jsonl"}
@@ -23,7 +24,7 @@ def check_folder(key: str, folder: Path) -> None:
     UserError
         Naming the key of params.yaml.
     """
-    if not folder.is_dir():
+    if not path_is(folder, Path.is_dir):
         raise UserError(
             f"params.yaml: {key}: there is no folder {folder}; correct the path (it is relative to "
             "the root of the repository)"

@@ -8,6 +8,8 @@ from pydantic import Field
 
 from stages.pipeline.params import Section
 
+FEW_PAGES = 20
+"""Below this many pages to choose from, a query can hardly miss."""
 FEW_QUERIES = 100
 """Below this many queries a set cannot show that nothing was lost."""
 MEASURED = {"ndcg_at_5": "nDCG@5", "recall_at_1": "recall@1", "margin": "margin"}
@@ -98,8 +100,9 @@ def find_breaches(metrics: Mapping[str, Any], gate: GateParams) -> list[str]:
 def judge(metrics: Mapping[str, Any], gate: GateParams) -> Verdict:
     """Return the verdict on a recipe, from the limits and the 95 % intervals.
 
-    ``worse`` breaks a limit. ``no measurable loss`` needs at least 100 queries, intervals of
-    nDCG@5, recall@1 and margin that include 0 or lie above it, finite embeddings, and nothing
+    ``worse`` breaks a limit. ``no measurable loss`` needs at least 100 queries and 20 pages,
+    intervals of nDCG@5 (on its own pages and on the original's), recall@1 and margin that include 0
+    or lie above it, finite embeddings, and nothing
     measured that the recipe was tuned on. Everything else is ``within limits``.
 
     Parameters
@@ -117,12 +120,10 @@ def judge(metrics: Mapping[str, Any], gate: GateParams) -> Verdict:
     if breaches:
         more = f" (and {len(breaches) - 1} more)" if len(breaches) > 1 else ""
         return Verdict(WORSE, "; ".join([breaches[0] + more, *doubts]), breaches)
-    queries = metrics["data"]["queries"]
-    losses = [
-        _describe_loss(name, metrics["retrieval"][key])
-        for key, name in MEASURED.items()
-        if not metrics["retrieval"][key]["high"] >= 0
-    ]
+    queries, pages = metrics["data"]["queries"], metrics["data"]["pages"]
+    measured = [(name, metrics["retrieval"][key]) for key, name in MEASURED.items()]
+    measured.append(("nDCG@5 on the original's pages", metrics["mixed_index"]["ndcg_at_5"]))
+    losses = [_describe_loss(name, figure) for name, figure in measured if not figure["high"] >= 0]
     if losses:
         return Verdict(WITHIN, "; ".join([f"a measurable loss: {', '.join(losses)}", *doubts]))
     first = metrics["retrieval"]["first_pages"]
@@ -132,8 +133,8 @@ def judge(metrics: Mapping[str, Any], gate: GateParams) -> Verdict:
         f"{100 * first['changed_share_at_most']:.1f} %; a loss of nDCG@5 below {visible:.3f} "
         "could not have been seen"
     )
-    if queries < FEW_QUERIES:
-        few = f"no loss seen, but {queries} queries are too few to show that there is none"
+    if queries < FEW_QUERIES or pages < FEW_PAGES:
+        few = f"no loss seen, but {queries} queries on {pages} pages are too few to show that there is none"
         return Verdict(WITHIN, "; ".join([few, shown, *doubts]))
     if doubts:
         return Verdict(WITHIN, "; ".join(["no loss seen", shown, *doubts]))
@@ -160,5 +161,9 @@ def describe_sharing(metrics: Mapping[str, Any]) -> str:
 
 
 def _describe_nonfinite(metrics: Mapping[str, Any]) -> str:
-    count = metrics["queries"]["nonfinite"] + metrics["pages"]["nonfinite"]
-    return f"{count} values of its embeddings are NaN or Inf" if count else ""
+    texts = []
+    for key, whose in (("nonfinite", "its"), ("nonfinite_original", "the original's")):
+        count = metrics["queries"][key] + metrics["pages"][key]
+        if count:
+            texts.append(f"{count} values of {whose} embeddings are NaN or Inf")
+    return "; ".join(texts)

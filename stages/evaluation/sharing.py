@@ -37,10 +37,13 @@ def find_shared(evaluation: Dataset, folder: Path, calibration: Path) -> dict[st
     UserError
         If pages or queries of the calibration dataset cannot be read.
     """
-    corpus, queries = calibration / "corpus", calibration / "queries.jsonl"
+    corpus = calibration / "corpus"
     pages = find_pages(corpus) if path_is(corpus, Path.is_dir) else {}
-    texts = read_queries(queries) if path_is(queries, Path.is_file) else {}
-    known = {normalise(text) for text in texts.values()}
+    texts: list[str] = []
+    for name in ("queries.jsonl", "texts.jsonl"):
+        if path_is(calibration / name, Path.is_file):
+            texts += read_queries(calibration / name).values()
+    known = {normalise(text) for text in texts}
     return {
         "same_folder": folder.resolve() == calibration.resolve(),
         "pages": _count_shared_pages(evaluation.pages.values(), pages.values()),

@@ -50,7 +50,9 @@ def capture_inputs(model: Any, layer: nn.Module, samples: Sequence[Sample]) -> l
                 model(**{key: value.to(model.device) for key, value in sample.items()})
             except _Reached:
                 continue
-            except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, ValueError, IndexError) as error:
                 raise SamplesLostError(
                     f"calibration sample {number} fails in the model ({first_line(error)}); "
                     "run `dvc repro -f calibrate`"
@@ -77,7 +79,9 @@ def _flatten(values: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
 def unflatten(values: Sample) -> dict[str, Any]:
     """Return the keywords of a layer's call by what `capture_inputs` noted of it."""
     nested: dict[str, Any] = {}
-    for key in sorted(values):
+    for key in sorted(
+        values, key=lambda key: (key.partition(".")[0], int(key.partition(".")[2] or 0))
+    ):
         name, _, place = key.partition(".")
         nested[name] = (*nested.get(name, ()), values[key]) if place else values[key]
     return nested

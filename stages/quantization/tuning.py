@@ -10,6 +10,7 @@ so that a killed run goes on where it stopped.
 import copy
 import gc
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from torch import nn
 
 from colqwen3.checkpoint.packing import round_to_nearest
-from colqwen3.system.errors import UserError
+from colqwen3.system.errors import NonFiniteWeightsError, UserError
 from colqwen3.system.files import digest_file
 from colqwen3.system.progress import Progress
 from colqwen3.system.resume import Scratch
@@ -40,6 +41,8 @@ logger = logging.getLogger(__name__)
 
 INPUTS = "inputs.safetensors"
 CHAIN = "chain-{:05d}.safetensors"
+NOT_FINITE = 1e9
+"""Recorded in place of an error that is NaN or Inf, which JSON does not have."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class Outcome:
     Attributes
     ----------
     tuned
-        Of the layer as tuning left it.
+        Of the layer as tuning left it; `NOT_FINITE` if its output holds NaN or Inf.
     rounded
         Of the layer with its linears rounded to nearest.
     """
@@ -63,7 +66,7 @@ class Outcome:
     @property
     def tuning_won(self) -> bool:
         """Whether the tuned layer is kept: it is at least as good as the rounded one."""
-        return self.tuned <= self.rounded  # False for NaN
+        return self.tuned <= self.rounded
 
 
 def tune_layer(
@@ -104,6 +107,8 @@ def tune_layer(
     ------
     SamplesLostError
         If AutoRound lost a sample.
+    NonFiniteWeightsError
+        If even the rounded layer gives NaN or Inf.
     """
     rounded = copy.deepcopy(layer)
     before: Hidden | None
@@ -119,7 +124,12 @@ def tune_layer(
     tuned_error, rounded_error = (
         output_error(layer_outputs(way, inputs, given, device), before) for way in (layer, rounded)
     )
-    outcome = Outcome(tuned_error, rounded_error)
+    if not math.isfinite(rounded_error):
+        raise NonFiniteWeightsError(
+            "quantize: a decoder layer gives NaN or Inf on the calibration samples even when rounded; "
+            "fetch the model again"
+        )
+    outcome = Outcome(tuned_error if math.isfinite(tuned_error) else NOT_FINITE, rounded_error)
     if not outcome.tuning_won:
         for name, scale in scales.items():
             module: Any = layer.get_submodule(name)

@@ -385,7 +385,12 @@ def main() -> None:
     """Write the report on the recipes of params.yaml."""
     argparse.ArgumentParser(prog="python -m stages.tools.report", description=__doc__).parse_args()
     params = load_params(Params)
-    results = {recipe: read_result(recipe, params.gate) for recipe in params.recipes}
+    evaluated = [name for name in params.recipes if (QUALITY_METRICS / f"{name}.json").exists()]
+    for name in params.recipes.keys() - set(evaluated):
+        print(f"{name}: not evaluated, so not in the report")
+    if not evaluated:
+        raise UserError(f"{QUALITY_METRICS}: no recipe has been evaluated; run `make repro`")
+    results = {name: read_result(name, params.gate) for name in evaluated}
     queries = read_queries(Path(params.evaluate.dataset) / "queries.jsonl")
     try:
         text = render(params, results, queries)

@@ -50,13 +50,16 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     options = parser.parse_known_args()[1]
+    params = load_params(Params)  # a mistake shows now, whatever DVC thinks has changed
     try:
         status = repro(options)
     except KeyboardInterrupt:
         print("error: interrupted; run `make repro` again to continue", file=sys.stderr)
         sys.exit(INTERRUPTED)
+    if status:
+        print("\nSome stages failed, see above. These are the results that there are:\n")
     try:
-        print("\n".join(describe(load_params(Params))))
+        print("\n".join(describe(params)))
     except UserError as error:
         if not status:
             raise

@@ -13,10 +13,18 @@ from typing import Any, TypeGuard
 from colqwen3.system.errors import UserError, run
 from colqwen3.system.files import read_json
 from stages.checking.params import Params
-from stages.evaluation.limits import WORSE, GateParams, Verdict, judge
+from stages.evaluation.limits import WORSE, Verdict, judge
 from stages.evaluation.summary import loss
 from stages.pipeline.params import load_params
-from stages.pipeline.paths import QUALITY_METRICS, REFERENCE, RELEASES, REPORT, SUMMARIES
+from stages.pipeline.paths import (
+    CHECKPOINTS,
+    QUALITY_METRICS,
+    QUANTIZE_METRICS,
+    REFERENCE,
+    RELEASES,
+    REPORT,
+    SUMMARIES,
+)
 from stages.publishing.options import ReleaseOptions
 from stages.tools.reference import MACHINE, describe_params
 
@@ -49,11 +57,13 @@ class Row:
     query_loss: float
     changed: int
     queries: int
+    ran: str
+    current: bool
 
     def cells(self) -> tuple[str, ...]:
         """Return the row as the table shows it."""
         return (
-            self.name,
+            self.name if self.ran == self.name else f"{self.name} (by {self.ran})",
             self.verdict.verdict,
             f"{self.size / 1e6:,.1f} MB",
             f"{self.page_loss:.6f}",
@@ -62,7 +72,7 @@ class Row:
         )
 
 
-def read_row(recipe: str, gate: GateParams) -> Row | None:
+def read_row(recipe: str, params: Params) -> Row | None:
     """Return a recipe's row; None if it was not evaluated.
 
     Raises
@@ -74,15 +84,22 @@ def read_row(recipe: str, gate: GateParams) -> Row | None:
     if not path.exists():
         return None
     metrics = read_json(path, fix)
+    record = read_json(QUANTIZE_METRICS / f"{recipe}.json", fix)
     try:
+        ran, values = record["recipe"]["ran"], record["recipe"]["values"]
+        now = params.recipes.get(ran)
         return Row(
             name=recipe,
-            verdict=judge(metrics, gate),
+            verdict=judge(metrics, params.gate),
             size=metrics["size"]["files"]["quantized"],
             page_loss=loss(metrics["pages"]["cosine"]["mean"]),
             query_loss=loss(metrics["queries"]["cosine"]["mean"]),
             changed=metrics["retrieval"]["first_pages"]["changed"],
             queries=metrics["data"]["queries"],
+            ran=ran,
+            current=now is not None
+            and now.model_dump() == values
+            and (CHECKPOINTS / recipe).is_dir(),
         )
     except (KeyError, TypeError) as error:
         raise UserError(f"{path}: lacks a figure ({error}); {fix}") from None
@@ -183,13 +200,16 @@ def is_released(row: Row, params: Params) -> bool:
 
 def describe(params: Params) -> list[str]:
     """Return the lines to print."""
-    rows = {name: read_row(name, params.gate) for name in params.recipes}
-    evaluated = [row for row in rows.values() if row]
+    rows = {name: read_row(name, params) for name in params.recipes}
+    evaluated = [row for row in rows.values() if row and row.current]
+    outdated = [row.name for row in rows.values() if row and not row.current]
     missing = [name for name, row in rows.items() if row is None]
     lines = align([HEAD, *(row.cells() for row in evaluated)])
     lines += ["", *(f"{row.name}: {row.verdict.reason}" for row in evaluated)]
     if missing:
         lines.append(f"Not evaluated: {', '.join(missing)}.")
+    if outdated:
+        lines.append(f"Results of earlier parameters, not shown: {', '.join(outdated)}.")
     smallest = choose_smallest(evaluated)
     lines.append(
         f"Smallest recipe within the limits: {smallest.name} ({smallest.size:,} bytes)."

@@ -1,4 +1,4 @@
-"""The properties of tests/test_fuzz.py for as long as one likes, with new examples every round.
+"""The properties of tests/repository/test_fuzz.py for as long as one likes, with new examples every round.
 
 python -m tests.slow.fuzz --minutes 60
 """
@@ -21,7 +21,7 @@ def main() -> None:
     start, examples, rounds, code = time.monotonic(), 0, 0, 0
     while not code and time.monotonic() < end:
         done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "tests/test_fuzz.py", "--hypothesis-show-statistics"],
+            [sys.executable, "-m", "pytest", "-q", "tests/repository/test_fuzz.py", "--hypothesis-show-statistics"],
             env={**os.environ, "FUZZ_EXAMPLES": str(EXAMPLES)},
             capture_output=True,
             text=True,

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from colqwen3.system.errors import UserError
-from demo.benchmarks import parity as bench_parity
+from demo.benchmarks import parity
 
 DEMO = "demo/model"
 
@@ -17,20 +17,20 @@ DEMO = "demo/model"
 def test_cosines_by_hand_leave_padding_out() -> None:
     actual = [torch.tensor([[2.0, 0.0], [0.0, 3.0], [9.0, 9.0]])]
     expected = [torch.tensor([[1.0, 0.0], [1.0, 1.0]])]
-    assert bench_parity.compare(actual, expected) == {"least": 0.707107, "mean": 0.853553}
+    assert parity.compare(actual, expected) == {"least": 0.707107, "mean": 0.853553}
 
 
 def command(monkeypatch: pytest.MonkeyPatch, out: Path, *words: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["bench_parity", "--out", str(out), *words])
-    bench_parity.main()
+    monkeypatch.setattr(sys, "argv", ["parity", "--out", str(out), *words])
+    parity.main()
 
 
 def test_results_are_added_to_those_of_the_same_machine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dataset, out = tmp_path / "dataset", tmp_path / "parity.json"
-    monkeypatch.setattr(bench_parity, "QUERIES", 2)
-    monkeypatch.setattr(bench_parity, "PAGES", 1)
+    monkeypatch.setattr(parity, "QUERIES", 2)
+    monkeypatch.setattr(parity, "PAGES", 1)
     (dataset / "corpus").mkdir(parents=True)
     source = Path("demo/pages/evaluation")
     shutil.copy(source / "queries.jsonl", dataset)

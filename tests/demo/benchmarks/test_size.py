@@ -14,7 +14,7 @@ from PIL import Image
 from colqwen3.checkpoint.headers import read_header
 from colqwen3.model.loading import load_processor
 from colqwen3.system.errors import UserError
-from demo.benchmarks import size as bench_size
+from demo.benchmarks import size
 from demo.benchmarks.measure import open_results
 from demo.benchmarks.operations import page_operations
 from demo.benchmarks.size import (
@@ -56,8 +56,8 @@ def test_real_steps_on_a_tiny_model(
 ) -> None:
     out = tmp_path / "new" / "cpu.json"
     words = ["--config", str(CONFIG), "--work", str(tmp_path / "work"), "--out", str(out)]
-    monkeypatch.setattr(sys, "argv", ["bench_size", *words, "--only", "inspect,floor,rtn"])
-    bench_size.main()
+    monkeypatch.setattr(sys, "argv", ["size", *words, "--only", "inspect,floor,rtn"])
+    size.main()
     results = json.loads(out.read_text())
     steps = results["steps"]
     assert list(steps) == sorted(["make", "inspect", "floor", "rtn"])  # make, since there was none
@@ -79,6 +79,18 @@ def test_real_steps_on_a_tiny_model(
     assert results["ratios"]["rtn / reading and writing its bytes"] > 0
     printed = capsys.readouterr().out
     assert "rtn: " in printed and "rtn / reading and writing its bytes: " in printed
+
+
+def test_gptq_is_measured_on_the_samples_of_autoround(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_size, "MIXED", {"queries": 2, "pages": 1})
+    bench = Bench(("--config", str(CONFIG.absolute())), tmp_path, "cpu", Path("demo/model"))
+    step = STEPS["cuda"]["gptq"](bench)
+    assert step["calibration"]["samples"] == 3
+    assert step["files_bytes"] > step["expected_bytes"] > 0
+    assert step["seconds"] > 0 and step["peak_own_bytes"] > 1_000_000
+    assert not bench.checkpoint("gptq").exists()
 
 
 def test_a_failing_step_is_recorded_and_the_others_go_on(
@@ -142,10 +154,10 @@ def test_results_of_another_kind_are_not_mixed(
 def test_unknown_steps_are_refused_before_anything_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = ["bench_size", "--work", str(tmp_path / "work"), "--only", "make,makee"]
+    words = ["size", "--work", str(tmp_path / "work"), "--only", "make,makee"]
     monkeypatch.setattr(sys, "argv", words)
     with pytest.raises(UserError, match="'makee' is no step; there are make, inspect, "):
-        bench_size.main()
+        size.main()
     assert not list(tmp_path.iterdir())
 
 
