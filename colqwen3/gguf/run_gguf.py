@@ -13,6 +13,7 @@ import math
 import os
 import sys
 import unicodedata
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -162,7 +163,8 @@ class Embedder:
 
     def _prepare(self, image: Image.Image) -> Image.Image:
         """Return a page as a viewer shows it, in the size that Qwen2-VL's image processor gives it."""
-        image = ImageOps.exif_transpose(image)
+        with suppress(Exception):  # a viewer shows a page with damaged EXIF data as it is stored
+            image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip
             image = image.convert("I").point([value >> 8 for value in range(1 << 16)], "L")
         paper = Image.new("RGB", image.size, "white")

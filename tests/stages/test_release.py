@@ -162,6 +162,8 @@ def test_a_release_as_gguf_runs_by_itself(workspace: Path, tmp_path: Path) -> No
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
     assert 0 < float(done.stdout) < 30
+    listed = run_stage(folder, "tools.upload", str(released), "owner/name")
+    assert (listed.returncode, "--include mmproj.gguf" in listed.stdout) == (0, True)
     data = bytearray((released / "text.gguf").read_bytes())
     data[-1000] ^= 1
     (released / "text.gguf").write_bytes(data)
