@@ -5,7 +5,6 @@ import importlib
 import json
 import random
 import re
-import shutil
 import subprocess
 import sys
 from functools import cache
