@@ -117,6 +117,20 @@ def gguf() -> str:
 
 
 @figure
+def gguf_size() -> str:
+    """Memory and bytes at true size; metrics/gguf/true_size.json."""
+    size = read("metrics/gguf/true_size.json")
+    total = sum(size["bytes"].values())
+    return (
+        f"with the shapes of the 4B model and **zeros for weights** (`{size['command']}`; two CPU cores): "
+        f"both files take {total / 1e9:.2f} GB, foretold {size['expected_tensor_bytes'] / 1e9:.2f}; "
+        f"a conversion peaks at {size['convert']['peak_resident_bytes'] / 1e9:.1f} GB; queries take "
+        f"{size['queries']['peak_resident_bytes'] / 1e9:.1f} GB, of which all but "
+        f"{size['queries']['peak_own_bytes'] / 1e9:.1f} GB is the mapped file."
+    )
+
+
+@figure
 def verdicts() -> str:
     """Return the small table of the README."""
     rows = [("recipe", "verdict", "page loss", "query loss", "nDCG@5", "first page unchanged")]
