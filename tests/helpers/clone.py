@@ -59,7 +59,7 @@ def copy_tree(folder: Path) -> None:
     for name in filter(None, listed.split("\0")):
         if Path(name).exists():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(name, folder / name)
+            shutil.copy(name, folder / name)
 
 
 WHEN = dict.fromkeys(("GIT_AUTHOR_DATE", "GIT_COMMITTER_DATE"), "2026-01-01T00:00:00Z")

@@ -1,0 +1,72 @@
+"""What the stage times, and with what it compares; what timing itself does is tested with serving."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from stages import benchmark
+from stages.pipeline.params import BenchmarkParams
+
+PARAMS = BenchmarkParams(
+    dtype="float32", repeats=1, warmup=0, query_tokens=12, query_batches=[1, 2], page_batches=[2]
+)
+ROWS = [torch.arange(11), torch.arange(14)]
+
+
+class Runtime:
+    """A runtime that only says what it was asked for."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, name: str, log: list[tuple[str, str, str, int]], falls_back: bool) -> None:
+        self.name, self.log, self.falls_back = name, log, falls_back
+        self.mode = ""
+
+    def use(self, mode: str) -> None:
+        self.mode = mode
+
+    def runs(self, mode: str) -> bool:
+        return not (self.falls_back and mode == "compiled")
+
+    def run_queries(self, batch: torch.Tensor) -> None:
+        self.log.append((self.name, self.mode, "queries", len(batch)))
+
+    def run_pages(self, pages: Any) -> None:
+        self.log.append((self.name, self.mode, "pages", len(pages["input_ids"])))
+
+
+def process_images(images: list[str]) -> dict[str, torch.Tensor]:
+    return {"input_ids": torch.zeros(len(images), 77)}
+
+
+def test_both_models_are_timed_in_turns_on_every_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(benchmark.MODES, "cpu", ("eager", "compiled"))
+    log: list[tuple[str, str, str, int]] = []
+    runtimes = [Runtime("original", log, False), Runtime("quantized", log, True)]
+    processor = SimpleNamespace(process_images=process_images)
+    times = benchmark.time_both(runtimes, PARAMS, ROWS, ["a page"], processor)  # type: ignore[list-item]
+    assert log == [
+        (name, mode, kind, count)
+        for mode in ("eager", "compiled")
+        for kind, count in (("queries", 1), ("queries", 2), ("pages", 2))
+        for name in ("original", "quantized")
+    ]
+    assert {kind: part["tokens"] for kind, part in times.items()} == {"query": 12, "page": 77}
+    # one of them took a slower way when compiled: those times say nothing
+    assert times["query"]["batches"].keys() == {"1", "2"}
+    assert times["page"]["batches"]["2"].keys() == {"eager", "best"}
+
+
+def test_the_worst_token_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])
+    served = torch.tensor(
+        [[[1.0, 0.0], [0.6, 0.8]], [[9.0, 9.0], [9.0, 9.0]]]
+    )  # one row of padding
+    monkeypatch.setattr("colqwen3.embedding.batches.embed", lambda model, inputs: expected)
+    runtime = SimpleNamespace(
+        token_ids=lambda queries: None, run_queries=lambda ids: served, run_pages=lambda p: expected
+    )
+    cosines = benchmark.minimum_cosine(runtime, None, None, None)
+    assert cosines == {"query": 0.8, "page": 1.0}
