@@ -77,3 +77,24 @@ def test_values_that_are_not_finite_are_told_even_without_a_limit() -> None:
     verdict = judge(metrics(nonfinite=(2, 3)), OFF)
     assert verdict.verdict == WITHIN
     assert "5 values of its embeddings are NaN or Inf" in verdict.reason
+
+
+@pytest.mark.parametrize(("pages", "verdict"), [(20, NO_LOSS), (19, WITHIN)])
+def test_few_pages_cannot_show_that_nothing_was_lost(pages: int, verdict: str) -> None:
+    judged = judge(metrics(data={"queries": 100, "pages": pages}), OFF)
+    assert judged.verdict == verdict
+    assert ("100 queries on 19 pages are too few" in judged.reason) == (verdict == WITHIN)
+
+
+def test_a_loss_on_the_originals_pages_is_a_loss() -> None:
+    figures = metrics()
+    figures["mixed_index"]["ndcg_at_5"].update(difference=-0.05, low=-0.08, high=-0.01)
+    verdict = judge(figures, OFF)
+    assert verdict.verdict == WITHIN
+    assert "nDCG@5 on the original's pages" in verdict.reason
+
+
+def test_the_originals_values_that_are_not_finite_are_told() -> None:
+    figures = metrics()
+    figures["pages"]["nonfinite_original"] = 7
+    assert "7 values of the original's embeddings are NaN or Inf" in judge(figures, OFF).reason

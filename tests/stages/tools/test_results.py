@@ -145,3 +145,22 @@ def test_the_command_ends_well_whatever_the_verdict(
     write_result("tuned", quality(page=0.5, ndcg=contrast(0.9, 0.1, -0.9, -0.7)))
     run(results.main)
     assert "worse" in capsys.readouterr().out
+
+
+def test_results_of_earlier_parameters_are_named_and_not_shown(project: Path) -> None:
+    path = Path("metrics/quantize/tuned.json")
+    record = json.loads(path.read_text())
+    record["recipe"]["values"]["iters"] = 5
+    write_json(path, record)
+    text = say()
+    assert "Results of earlier parameters, not shown: tuned." in text
+    assert not any(line.startswith("tuned ") for line in text.splitlines())
+    assert "Smallest recipe within the limits: rounded" in text
+
+
+def test_a_fallback_is_shown_by_its_name(project: Path) -> None:
+    path = Path("metrics/quantize/tuned.json")
+    record = json.loads(path.read_text())
+    record["recipe"] = json.loads(Path("metrics/quantize/rounded.json").read_text())["recipe"]
+    write_json(path, record)
+    assert any(line.startswith("tuned (by rounded) ") for line in say().splitlines())
