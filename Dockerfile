@@ -2,7 +2,7 @@
 #   docker build -t colqwen3 .                  sets up the environment
 #   docker run --rm colqwen3                    make repro
 #   docker run --rm colqwen3 make test          all tests
-# Results stay in the container; `-v "$PWD/artifacts:/work/artifacts"` keeps the large ones.
+# Results stay in the container; `-v "$PWD/artifacts:/project/artifacts"` keeps the large ones.
 FROM python:3.11-slim
 
 RUN apt-get update \
@@ -10,8 +10,8 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --create-home user
 
-WORKDIR /work
-RUN chown user:user /work
+WORKDIR /project
+RUN chown user:user /project
 USER user
 ENV PIP_NO_CACHE_DIR=1 PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
 
