@@ -122,7 +122,7 @@ def gguf_size() -> str:
     size = read("metrics/gguf/true_size.json")
     total = sum(size["bytes"].values())
     return (
-        f"with the shapes of the 4B model and **zeros for weights** (`{size['command']}`; two CPU cores): "
+        f"**{size['weights']}** (`{size['command']}`; {size['machine']['cores']} CPU cores): "
         f"both files take {total / 1e9:.2f} GB, foretold {size['expected_tensor_bytes'] / 1e9:.2f}; "
         f"a conversion peaks at {size['convert']['peak_resident_bytes'] / 1e9:.1f} GB; queries take "
         f"{size['queries']['peak_resident_bytes'] / 1e9:.1f} GB, of which all but "

@@ -8,7 +8,7 @@ import argparse
 from pathlib import Path
 
 from colqwen3.checkpoint.hub import find_model
-from colqwen3.commands.embed import positive
+from colqwen3.commands.embed import visual_tokens
 from colqwen3.system.errors import UserError
 from colqwen3.system.files import fresh_folder, publish_folder
 
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the matrices that are not quantized (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--max-num-visual-tokens", type=positive, default=1280, metavar="N",
+        "--max-num-visual-tokens", type=visual_tokens, default=1280, metavar="N",
         help="run_gguf.py shrinks a page until it has at most this many (default: %(default)s)",
     )  # fmt: skip
 

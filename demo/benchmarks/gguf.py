@@ -8,6 +8,7 @@ float32 on dequantized weights, both in turns: a ratio, since absolute times are
 
 import argparse
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -118,7 +119,7 @@ def main() -> None:
     described = machine(False)
     described["versions"] |= {name: installed(name) for name in RUNS_BY}
     results: dict[str, Any] = {
-        "command": "python -m demo.benchmarks.gguf " + " ".join(args.models),
+        "command": " ".join(["python -m demo.benchmarks.gguf", *sys.argv[1:]]),
         "machine": described,
         "models": {},
     }

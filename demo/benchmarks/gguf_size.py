@@ -125,7 +125,7 @@ def main() -> None:
             for name, words in steps.items()
         }
         results = {
-            "command": "python -m demo.benchmarks.gguf_size",
+            "command": " ".join(["python -m demo.benchmarks.gguf_size", *sys.argv[1:]]),
             "weights": f"zeros, shapes of {args.config or args.preset}, {BITS} bits",
             "machine": described,
             "bytes": {path.name: path.stat().st_size for path in sorted(out.glob("*.gguf"))},

@@ -35,3 +35,11 @@ def test_a_failure_leaves_no_folder(tmp_path: Path) -> None:
     done = run_command("export-gguf", "tests/golden/model", "--out", tmp_path / "out")
     assert "mrope_section is [13, 1, 2], which llama.cpp rotates otherwise" in error_line(done)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_page_gets_at_least_the_tokens_that_it_can_be_shrunk_to(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        execute("export-gguf", DEMO, "--out", tmp_path / "out", "--max-num-visual-tokens", "3")
+    assert "3 is less than 4" in capsys.readouterr().err

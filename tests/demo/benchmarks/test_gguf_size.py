@@ -39,6 +39,7 @@ def test_the_command_writes_bytes_time_and_memory(
     gguf_size.main()
     results = json.loads(out.read_text())
     assert results["weights"] == "zeros, shapes of demo/model/config.json, 4 bits"
+    assert results["command"].endswith(f"gguf_size --config {CONFIG} --out {out}")
     # headers and the vocabulary are not foretold
     assert 0 < sum(results["bytes"].values()) - results["expected_tensor_bytes"] < 1_000_000
     assert results["queries"]["seconds_per_query"] >= 0
