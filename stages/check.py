@@ -18,7 +18,7 @@ from stages.checking.params import Params
 from stages.pipeline.params import load_params
 from stages.pipeline.paths import CHECKED
 from stages.pipeline.stage import claim, stage_parser
-from stages.quantization.recipes import RtnRecipe
+from stages.quantization.recipes import check_group_size
 
 logger = logging.getLogger(__name__)
 
@@ -58,17 +58,11 @@ def check_model(params: Params) -> None:
         return
     config = read_config(folder)
     for name, recipe in params.recipes.items():
-        everything = isinstance(recipe, RtnRecipe) and recipe.linears == "all"
         try:
-            linears = layout.all_linears(config) if everything else layout.linears(config)
+            linears = layout.all_linears(config) if recipe.vision_too else layout.linears(config)
         except (KeyError, TypeError, AttributeError, ValueError):
             return  # `inspect` names what is wrong with the config
-        for linear, (_, in_features) in linears.items():
-            if in_features % recipe.group_size:
-                raise UserError(
-                    f"params.yaml: recipes.{name}.group_size is {recipe.group_size}, which does not "
-                    f"divide the {in_features} inputs of {linear}; choose a smaller one"
-                )
+        check_group_size(name, recipe, linears)
 
 
 def misleading_names(params: Params) -> list[str]:

@@ -32,8 +32,8 @@ class Params(Sections):
     gate: GateParams
 
 
-def judge_recipe(name: str, params: Params) -> Verdict:
-    """Return the verdict on a recipe.
+def judge_recipe(name: str, params: Params) -> tuple[Verdict, int]:
+    """Return the verdict on a recipe, and the number of queries that it rests on.
 
     Raises
     ------
@@ -41,8 +41,9 @@ def judge_recipe(name: str, params: Params) -> Verdict:
         If its metrics are missing, damaged, or lack a figure.
     """
     path, fix = QUALITY_METRICS / f"{name}.json", f"run `dvc repro evaluate@{name}`"
+    metrics = read_json(path, fix)
     try:
-        return judge(read_json(path, fix), params.gate)
+        return judge(metrics, params.gate), metrics["data"]["queries"]
     except (KeyError, TypeError) as error:
         raise UserError(f"{path}: lacks a figure of the gate ({error}); {fix}") from None
 
@@ -80,9 +81,8 @@ def main() -> None:
     choose_recipe(params.recipes, name)
     claim(f"gate@{name}")
     check_fallback(name, params)
-    verdict = judge_recipe(name, params)
+    verdict, queries = judge_recipe(name, params)
     logger.info("%s: %s (%s)", name, verdict.verdict, verdict.reason)
-    queries = read_json(QUALITY_METRICS / f"{name}.json", "run `dvc repro`")["data"]["queries"]
     if queries < FEW_QUERIES:
         logger.warning(
             "%d queries are few; give %d or more for a firm verdict", queries, FEW_QUERIES

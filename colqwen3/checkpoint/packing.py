@@ -77,14 +77,26 @@ def restore_codes(
     return codes.flatten(1).to(torch.int8), gap
 
 
+def dense_weight(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Return the weight that codes stand for, float32 of their shape [out_features, in_features].
+
+    Parameters
+    ----------
+    codes
+        Whole numbers [out_features, in_features].
+    scales
+        Floats [out_features, groups].
+    """
+    return (codes.float().reshape(*scales.shape, -1) * scales.float().unsqueeze(-1)).flatten(1)
+
+
 def relative_error(weight: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> float:
     """Return the error of rounding relative to the weight, both as Frobenius norms."""
     wrong = whole = 0.0
     for start in range(0, len(weight), ROWS):
         part = weight[start : start + ROWS].float()
-        scale = scales[start : start + ROWS].float().unsqueeze(-1)
-        dense = codes[start : start + ROWS].float().reshape(*scale.shape[:2], -1) * scale
-        wrong += float(torch.linalg.vector_norm(dense.flatten(1).sub_(part))) ** 2
+        dense = dense_weight(codes[start : start + ROWS], scales[start : start + ROWS])
+        wrong += float(torch.linalg.vector_norm(dense.sub_(part))) ** 2
         whole += float(torch.linalg.vector_norm(part)) ** 2
     return float((wrong / max(whole, 1e-24)) ** 0.5)
 

@@ -112,8 +112,7 @@ class Params(Section):
             raise ValueError(
                 f"release.{name}.format: gguf takes 3, 4 or 8 bits, not {recipe.bits}: {TWO_BITS}"
             )
-        vision_too = isinstance(recipe, RtnRecipe) and recipe.linears == "all"
-        if options.format == "auto_gptq" and vision_too:
+        if options.format == "auto_gptq" and recipe.vision_too:
             raise ValueError(
                 f"release.{name}.format: auto_gptq cannot hold a recipe with linears: all, because "
                 "that format names one list of blocks and the vision tower is a second one"

@@ -28,7 +28,7 @@ from colqwen3.system.files import digest_files, read_json, write_json
 from colqwen3.system.resume import surroundings
 from stages.pipeline.stage import code_digest
 from stages.quantization.linears import Filled, Job, Linears, round_linears, tune_linears
-from stages.quantization.recipes import AnyRecipe, RtnRecipe
+from stages.quantization.recipes import AnyRecipe, RtnRecipe, check_group_size
 
 LIBRARIES = ("auto-round", "torch", "transformers", "safetensors", "numpy")
 FIX = "run `dvc repro -f`"
@@ -43,14 +43,9 @@ def planned_linears(name: str, recipe: AnyRecipe, manifest: dict[str, Any]) -> L
         If the recipe's group size does not divide the inputs of one of them.
     """
     linears: Linears = manifest["linears"]
-    if isinstance(recipe, RtnRecipe) and recipe.linears == "all":
+    if recipe.vision_too:
         linears = {key: list(shape) for key, shape in all_linears(manifest["config"]).items()}
-    for linear, (_, in_features) in linears.items():
-        if in_features % recipe.group_size:
-            raise UserError(
-                f"params.yaml: recipes.{name}.group_size is {recipe.group_size}, which does not "
-                f"divide the {in_features} inputs of {linear}; choose a smaller one"
-            )
+    check_group_size(name, recipe, linears)
     return linears
 
 
@@ -104,13 +99,12 @@ def write_configs(source: Path, target: Path, recipe: AnyRecipe) -> None:
     are not copied and ``auto_map``, which names them, is dropped: nothing in the result runs code
     from the source.
     """
-    vision_too = isinstance(recipe, RtnRecipe) and recipe.linears == "all"
     config = read_json(source / "config.json", FIX)
     config["quantization_config"] = {
         "quant_method": "auto-round",
         "packing_format": "auto_round:auto_gptq",
         "data_type": "int",
-        "block_name_to_quantize": f"{BLOCKS},{VISION}" if vision_too else BLOCKS,
+        "block_name_to_quantize": f"{BLOCKS},{VISION}" if recipe.vision_too else BLOCKS,
         "autoround_version": version("auto-round"),
         **recipe.model_dump(include={"bits", "group_size", "sym", "iters", "lr", "seed"}),
     }

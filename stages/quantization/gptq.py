@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from colqwen3.checkpoint.packing import SMALLEST_SCALE, round_to_nearest
+from colqwen3.checkpoint.packing import SMALLEST_SCALE, dense_weight, round_to_nearest
 from colqwen3.system.errors import NonFiniteWeightsError
 from stages.quantization.activations import Hidden, Sample, layer_outputs
 from stages.quantization.recipes import GptqRecipe
@@ -51,8 +51,7 @@ def run_gptq(
             raise NonFiniteWeightsError(f"quantize: {name} is given NaN or infinite inputs")
         module: Any = layer.get_submodule(name)
         codes, scales = quantize_weight(module.weight, hessian, recipe.bits, recipe.group_size)
-        groups = codes.float().view(*scales.shape, -1) * scales.float().unsqueeze(-1)
-        module.weight.copy_(groups.flatten(1))
+        module.weight.copy_(dense_weight(codes, scales))
         module.scale = scales
     return before, list(layer_outputs(layer, inputs, given, device))
 

@@ -1,9 +1,11 @@
 """The recipes of params.yaml: how the weights of a checkpoint are made."""
 
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from colqwen3.system.errors import UserError
 from stages.pipeline.params import Integer, Section, Seed
 
 STEP_SIZE_LIMIT = 0.1
@@ -16,6 +18,11 @@ class WeightFormat(Section):
     bits: Annotated[Literal[2, 3, 4, 8], Integer]
     group_size: Annotated[Literal[32, 64, 128], Integer]
     sym: bool
+
+    @property
+    def vision_too(self) -> bool:
+        """Whether the linears of the vision tower are quantized beside those of the language model."""
+        return False
 
     @field_validator("sym")
     @classmethod
@@ -34,6 +41,11 @@ class RtnRecipe(WeightFormat):
     method: Literal["rtn"]
     calibration: Literal["none"]  # spelled out in the file, because dvc.yaml makes a path of it
     linears: Literal["text", "all"] = "text"
+
+    @property
+    def vision_too(self) -> bool:
+        """Whether the linears of the vision tower are quantized beside those of the language model."""
+        return self.linears == "all"
 
 
 class AutoRoundRecipe(WeightFormat):
@@ -78,3 +90,26 @@ TunedRecipe = AutoRoundRecipe | GptqRecipe
 AnyRecipe = RtnRecipe | TunedRecipe
 Recipe = Annotated[AnyRecipe, Field(discriminator="method")]
 """A recipe as params.yaml holds it; `method` tells which."""
+
+
+def check_group_size(name: str, recipe: WeightFormat, linears: Mapping[str, Sequence[int]]) -> None:
+    """Check that the recipe called `name` has a group size that fits the linears to quantize.
+
+    Parameters
+    ----------
+    name, recipe
+        Of params.yaml.
+    linears
+        Name -> [out_features, in_features].
+
+    Raises
+    ------
+    UserError
+        Naming the first linear whose inputs it does not divide.
+    """
+    for linear, (_, in_features) in linears.items():
+        if in_features % recipe.group_size:
+            raise UserError(
+                f"params.yaml: recipes.{name}.group_size is {recipe.group_size}, which does not "
+                f"divide the {in_features} inputs of {linear}; choose a smaller one"
+            )

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from colqwen3.checkpoint.packing import round_to_nearest
+from colqwen3.checkpoint.packing import dense_weight, round_to_nearest
 from colqwen3.system.errors import NonFiniteWeightsError, UserError
 from colqwen3.system.files import digest_file
 from colqwen3.system.progress import Progress
@@ -148,8 +148,7 @@ def round_layer(layer: nn.Module, recipe: TunedRecipe) -> dict[str, torch.Tensor
     for name, module in layer.named_modules():
         if isinstance(module, nn.Linear):
             codes, scale = round_to_nearest(module.weight, recipe.bits, recipe.group_size)
-            groups = codes.float().view(*scale.shape, -1) * scale.float().unsqueeze(-1)
-            module.weight.copy_(groups.flatten(1))
+            module.weight.copy_(dense_weight(codes, scale))
             scales[name] = scale
     return scales
 
