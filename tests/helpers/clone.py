@@ -1,11 +1,13 @@
 """A copy of the repository in which the pipeline runs, and what its results are."""
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -145,3 +147,15 @@ def processes_of(clone: Path) -> list[int]:
         except OSError:
             continue  # it has ended, or is another user's
     return actual
+
+
+def left_behind(clone: Path, seconds: float = 60) -> list[str]:
+    """Give the processes of a killed run time to end; return the commands that still run."""
+    until = time.monotonic() + seconds
+    while (running := processes_of(clone)) and time.monotonic() < until:
+        time.sleep(0.2)
+    commands = []
+    for process in running:
+        with contextlib.suppress(OSError):  # it ended just now
+            commands.append(Path(f"/proc/{process}/cmdline").read_bytes().replace(b"\0", b" "))
+    return [command.decode() for command in commands]

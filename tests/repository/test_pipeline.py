@@ -17,7 +17,7 @@ from tests.helpers.clone import (
     copy_tree,
     differences,
     dvc,
-    processes_of,
+    left_behind,
     results,
     small_dataset,
     start_dvc,
@@ -116,7 +116,7 @@ def test_two_runs_and_a_killed_one_end_well(clone: Path) -> None:
     lock.release()
     third = dvc(clone, "repro")
     assert third.returncode == 0, third.stderr
-    assert not processes_of(clone)
+    assert not left_behind(clone)
     assert results(clone) == before
 
 
