@@ -20,7 +20,8 @@ def inspect_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
     The manifest lists files, components, the linears to quantize and the config. The metrics
     count tensors, parameters and bytes, and give the bytes of the weights that each bits and
-    group size would leave (key ``w<bits>g<group size>``; absent where it does not divide), also as
+    group size would leave (key ``w<bits>g<group size>``; absent where it does not divide), what
+    quantizing token embeddings and parts of the vision tower would save of them, and the bytes as
     GGUF files.
 
     Raises
@@ -46,6 +47,7 @@ def inspect_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             "parameters": sum(math.prod(shape) for shape in linears.values()),
         },
         "expected_bytes": expected_bytes(tensors, linears),
+        "expected_savings": expected_savings(tensors, config),
         "expected_gguf_bytes": expected_gguf_bytes(config),
     }
     manifest = {
@@ -192,3 +194,35 @@ def expected_bytes(
         for group_size in layout.GROUP_SIZES
         if all(in_features % group_size == 0 for _, in_features in linears.values())
     }
+
+
+def expected_savings(
+    tensors: dict[str, TensorInfo], config: dict[str, Any]
+) -> dict[str, dict[str, dict[str, int]]]:
+    """Return the bytes that quantizing more than the language model takes off `expected_bytes`.
+
+    Returns
+    -------
+    dict
+        ``g<group size>`` -> ``token_embeddings`` or ``vision_<part>`` -> bits -> bytes, for what the
+        group size divides.
+    """
+    parts: dict[str, dict[str, layout.Shape]] = {
+        "token_embeddings": {layout.EMBEDDINGS: layout.embeddings_shape(config)}
+    }
+    for name, shape in layout.vision_linears(config).items():
+        parts.setdefault(f"vision_{layout.vision_part(name)}", {})[name] = shape
+    savings: dict[str, dict[str, dict[str, int]]] = {}
+    for group_size in layout.GROUP_SIZES:
+        for part, modules in parts.items():
+            if any(shape[1] % group_size for shape in modules.values()):
+                continue
+            table = part == "token_embeddings"
+            after = layout.quantized_table_bytes if table else layout.quantized_bytes
+            before = sum(tensors[f"{name}.weight"].nbytes for name in modules)
+            savings.setdefault(f"g{group_size}", {})[part] = {
+                str(bits): before
+                - sum(after(shape, bits, group_size) for shape in modules.values())
+                for bits in (layout.EMBEDDINGS_BITS if table else layout.VISION_BITS)
+            }
+    return savings

@@ -8,7 +8,6 @@ import logging
 import re
 from pathlib import Path
 
-from colqwen3.checkpoint import layout
 from colqwen3.inspection import read_config
 from colqwen3.system.errors import UserError, run
 from colqwen3.system.files import expand_user, path_is, write_json
@@ -18,7 +17,7 @@ from stages.checking.params import Params
 from stages.pipeline.params import load_params
 from stages.pipeline.paths import CHECKED
 from stages.pipeline.stage import claim, stage_parser
-from stages.quantization.recipes import check_group_size
+from stages.quantization.allocation import uniform
 
 logger = logging.getLogger(__name__)
 
@@ -59,10 +58,9 @@ def check_model(params: Params) -> None:
     config = read_config(folder)
     for name, recipe in params.recipes.items():
         try:
-            linears = layout.all_linears(config) if recipe.vision_too else layout.linears(config)
+            uniform(name, recipe, config)
         except (KeyError, TypeError, AttributeError, ValueError):
             return  # `inspect` names what is wrong with the config
-        check_group_size(name, recipe, linears)
 
 
 def misleading_names(params: Params) -> list[str]:

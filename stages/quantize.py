@@ -1,4 +1,4 @@
-"""Stage `quantize@<recipe>`: the linears of the language model in 2 to 8 bits, all else untouched."""
+"""Stage `quantize@<recipe>`: the allocated weights in 2 to 8 bits, all else untouched."""
 
 import logging
 import re
@@ -16,16 +16,16 @@ from colqwen3.system.files import publish_folder, write_json
 from colqwen3.system.resume import Scratch, work_key
 from stages.pipeline.manifest import find_inspected_model, read_manifest
 from stages.pipeline.params import ComputeParams, ModelParams, Sections, choose_recipe, load_params
-from stages.pipeline.paths import CALIBRATION, CHECKPOINTS, QUANTIZED, SCRATCH
+from stages.pipeline.paths import ALLOCATION, CALIBRATION, CHECKPOINTS, QUANTIZED, SCRATCH
 from stages.pipeline.stage import claim, parse_recipe
 from stages.quantization.activations import SamplesLostError
+from stages.quantization.allocation import describe_bits, read_allocation, uniform
 from stages.quantization.checkpoint import (
     check_checkpoint,
     count_bytes,
     determinants,
     layer_order,
     make_checkpoint,
-    planned_linears,
 )
 from stages.quantization.linears import Job
 from stages.quantization.recipes import Recipe
@@ -93,16 +93,19 @@ def quantize(
         are not finite.
     """
     recipe = params.recipes[ran]
-    linears = planned_linears(ran, recipe, manifest)
+    if ran == name:
+        allocation = read_allocation(ALLOCATION / f"{name}.json")
+    else:
+        allocation = uniform(ran, recipe, manifest["config"])
     device = choose_device(params.compute.device)
     calibration = CALIBRATION / recipe.calibration
     origins, samples = read_samples(calibration)
-    inputs = determinants(recipe, manifest, calibration, device)
+    inputs = determinants(recipe, allocation, manifest, calibration, device)
     # a failed recipe keeps its work: once fixed, it continues there
     work = SCRATCH / (name if ran == name else f"{name}.fallback")
     with Scratch(work, work_key(inputs)) as scratch:
         try:
-            job = Job(Checkpoint.read(source), linears, recipe, samples, device, scratch)
+            job = Job(Checkpoint.read(source), allocation, recipe, samples, device, scratch)
             partial, filled = make_checkpoint(job)
         except Exception as error:
             if not is_reason_for_fallback(error):
@@ -118,7 +121,14 @@ def quantize(
             },
             "libraries": inputs["versions"],
             "bytes": count_bytes(partial),
-            "linears": {"planned": len(linears), "quantized": len(errors)},
+            "linears": {
+                "planned": len(allocation.linears),
+                "quantized": len(errors.keys() & allocation.linears),
+            },
+            "bits": {
+                "token_embeddings": allocation.token_embeddings,
+                **describe_bits(allocation),
+            },
             "calibration": {
                 "set": recipe.calibration,
                 "sha256": inputs["calibration"],
@@ -153,7 +163,7 @@ def main() -> None:
     manifest = read_manifest()
     source = find_inspected_model(params.model, manifest)
     if fallback:  # a mistake in it shows now, not after hours
-        planned_linears(fallback, choose_recipe(params.recipes, fallback), manifest)
+        uniform(fallback, choose_recipe(params.recipes, fallback), manifest["config"])
     make_deterministic()
     try:
         quantize(name, name, params, manifest, source)

@@ -60,6 +60,7 @@ from stages.publishing.card import (
     describe_calibration,
     describe_fallback,
     describe_method,
+    describe_weights,
     licence_of,
     read_source_card,
     write_card,
@@ -156,7 +157,8 @@ def describe_provenance(
         "params": shown_params(shown),
         "format": params.release.get(name, ReleaseOptions()).format,
         "verdict": {key: verdict[key] for key in ("verdict", "reason")},
-        "layers": layer_table(CHECKPOINTS / name, config["quantization_config"]["bits"]),
+        "bits": config["quantization_config"]["bits"],
+        "layers": layer_table(CHECKPOINTS / name, config),
         "libraries": quantized["libraries"],
         "pipeline": pipeline_commit(),
     }
@@ -166,6 +168,7 @@ def card_facts(
     provenance: dict[str, Any],
     metrics: dict[str, Any],
     model: dict[str, Any],
+    weight_bits: dict[str, Any],
     licences: list[str],
 ) -> dict[str, Any]:
     """Return the variables of the card's template; figures come from `metrics`."""
@@ -174,7 +177,7 @@ def card_facts(
     libraries = {"auto-round", "torch", "transformers"} & provenance["libraries"].keys()
     dataset, source = params["evaluate"]["dataset"], Path(provenance["source"]["repo"])
     on_hub = provenance["source"]["on_hub"]
-    vision_too = values.get("linears") == "all"
+    quantized, unquantized = describe_weights(weight_bits)
     return {
         "recipe": recipe["name"],
         "metrics": metrics,
@@ -184,7 +187,7 @@ def card_facts(
         "on_hub": on_hub,
         "revision": provenance["source"]["revision"],
         "parameters": f"{model['total']['parameters']:,}",
-        "bits": values["bits"],
+        "bits": provenance["bits"],
         "group_size": values["group_size"],
         "layers": len(provenance["layers"]),
         "format": provenance["format"],
@@ -193,8 +196,8 @@ def card_facts(
         "verdict": provenance["verdict"]["verdict"],
         "verdict_reason": provenance["verdict"]["reason"],
         "failed": provenance["verdict"]["verdict"] == WORSE,
-        "quantized_part": "language model and vision tower" if vision_too else "language model",
-        "visual_too": vision_too,
+        "quantized": quantized,
+        "unquantized": unquantized,
         "method": describe_method(values),
         "calibration": describe_calibration(provenance["calibration"]),
         "libraries": ", ".join(
@@ -226,7 +229,7 @@ def main() -> None:
             MODEL_METRICS,
         )
     )
-    if not {"recipe", "libraries"} <= quantized.keys():
+    if not {"recipe", "libraries", "bits"} <= quantized.keys():
         raise UserError(
             f"{QUANTIZE_METRICS / name}.json: does not say how the checkpoint came about; "
             f"run `dvc repro quantize@{name}`"
@@ -250,7 +253,7 @@ def main() -> None:
         ship_sentence_transformers(partial)
     licences = copy_licences(source, partial)
     provenance = describe_provenance(name, params, quantized, source_card, verdict)
-    facts = card_facts(provenance, metrics, model, licences)
+    facts = card_facts(provenance, metrics, model, quantized["bits"], licences)
     facts["gguf_bytes"] = f"{sum(path.stat().st_size for path in partial.glob('*.gguf')):,}"
     write_card(partial, source_card, facts)
     if verdict["verdict"] == WORSE:

@@ -25,6 +25,10 @@ DTYPE_BYTES = {
 }  # fmt: skip
 
 
+Spec = tuple[str, tuple[int, ...]]
+"""Dtype as safetensors names it, and shape."""
+
+
 @dataclass(frozen=True)
 class TensorInfo:
     """One entry of a safetensors header; its data start at byte `start` of `file`."""

@@ -14,7 +14,13 @@ ARCHITECTURE = "ColQwen3"
 BLOCKS = "vlm.model.language_model.layers"
 """The module list whose linears are quantized."""
 VISION = "vlm.model.visual"
-"""The vision tower, whose linears an experiment quantizes too."""
+"""The vision tower, of whose linears a recipe may quantize parts."""
+VISION_PARTS = ("attention", "mlp", "mergers")
+"""What `vision_part` tells apart; the patch embedding is no linear and stays 16-bit."""
+EMBEDDINGS = "vlm.model.language_model.embed_tokens"
+"""The token embeddings: a table of which a forward reads some rows."""
+EMBEDDINGS_KEY = "quantized_token_embeddings"
+"""Key of config.json that a checkpoint with quantized token embeddings has: bits and group size."""
 LEGACY_KEY_MAPPING = {
     r"^model\.language_model\.": "vlm.model.language_model.",
     r"^model\.visual\.": "vlm.model.visual.",
@@ -30,6 +36,8 @@ Shape = tuple[int, ...]
 
 BITS, GROUP_SIZES = (2, 3, 4, 8), (32, 64, 128)
 """The weight formats that recipes may ask for."""
+EMBEDDINGS_BITS, VISION_BITS = (8, 4), (8, 4)
+"""The same for token embeddings and for parts of the vision tower, beside 16."""
 
 MAX_SIZE, MAX_LAYERS = 2**31, 1000  # far beyond any model, yet quick to list
 PACKED = 32  # AutoRound skips a linear whose sizes are not multiples of this
@@ -103,17 +111,34 @@ def linears(config: Mapping[str, Any]) -> dict[str, Shape]:
     }
 
 
-def all_linears(config: Mapping[str, Any]) -> dict[str, Shape]:
-    """Return the linears of language model and vision tower, as `linears` does.
-
-    The projection is not among them: the model reads the dtype of its weight.
-    """
-    shapes = linears(config)
+def vision_linears(config: Mapping[str, Any]) -> dict[str, Shape]:
+    """Return the linears of the vision tower, as `linears` does."""
+    shapes: dict[str, Shape] = {}
     for name, shape in _vision(config["vision_config"]).items():
         module = name.removesuffix(".weight")
         if module != name and len(shape) == 2 and not module.endswith(".pos_embed"):
             shapes[module] = (shape[0], shape[1])
     return shapes
+
+
+def vision_part(linear: str) -> str:
+    """Return which of `VISION_PARTS` a linear of the vision tower belongs to."""
+    if ".attn." in linear:
+        return "attention"
+    return "mlp" if ".mlp." in linear else "mergers"
+
+
+def all_linears(config: Mapping[str, Any]) -> dict[str, Shape]:
+    """Return the linears of language model and vision tower, as `linears` does.
+
+    The projection is not among them: the model reads the dtype of its weight.
+    """
+    return {**linears(config), **vision_linears(config)}
+
+
+def embeddings_shape(config: Mapping[str, Any]) -> Shape:
+    """Return the shape of the token embeddings, [tokens of the vocabulary, hidden]."""
+    return _size(config["text_config"], "vocab_size"), _size(config["text_config"], "hidden_size")
 
 
 def tensors(config: Mapping[str, Any]) -> dict[str, Shape]:
@@ -206,3 +231,9 @@ def quantized_bytes(shape: Shape, bits: int, group_size: int) -> int:
         out_features * bits / 32
     )
     return 4 * words + 2 * groups * out_features
+
+
+def quantized_table_bytes(shape: Shape, bits: int, group_size: int) -> int:
+    """Return the bytes of token embeddings in 8 or 4 bits: packed rows, a float16 scale a group."""
+    rows, width = shape
+    return rows * (width * bits // 8 + 2 * (width // group_size))

@@ -132,6 +132,31 @@ def pack(codes: torch.Tensor, scales: torch.Tensor, bits: int) -> dict[str, torc
     }
 
 
+def pack_table(codes: torch.Tensor, scales: torch.Tensor, bits: int) -> dict[str, torch.Tensor]:
+    """Pack the codes of a table of token embeddings, so that a row can be read alone.
+
+    A code is stored plus ``2 ** (bits - 1)``, lowest bits first, as compressed-tensors packs weights.
+
+    Parameters
+    ----------
+    codes
+        Int8 [rows, width] from ``-2 ** (bits - 1)``.
+    scales
+        Float16 [rows, groups].
+    bits
+        Bits of one weight, 4 or 8.
+
+    Returns
+    -------
+    dict
+        ``weight_packed`` int32 [rows, width * bits / 32] and ``weight_scale`` float16 [rows, groups].
+    """
+    return {
+        "weight_packed": _pack_rows(codes.view(torch.uint8) + 2 ** (bits - 1), bits),
+        "weight_scale": scales,
+    }
+
+
 def _pack_rows(values: torch.Tensor, bits: int) -> torch.Tensor:
     """Pack uint8 rows of values below ``2 ** bits`` into int32 words."""
     if bits not in IN_BYTE:  # values straddle bytes, but eight of them fill `bits` bytes

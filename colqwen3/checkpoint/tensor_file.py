@@ -14,7 +14,7 @@ from types import TracebackType
 
 import torch
 
-from colqwen3.checkpoint.headers import DTYPE_BYTES, TensorInfo
+from colqwen3.checkpoint.headers import DTYPE_BYTES, Spec, TensorInfo
 from colqwen3.system.errors import UserError
 
 DTYPES = {
@@ -28,9 +28,6 @@ DTYPES = {
 ORDER = ("I64", "F32", "I32", "BF16", "F16")
 CHUNK = 16 << 20
 FORMAT = {"format": "pt"}  # transformers expects it in a checkpoint
-
-Spec = tuple[str, tuple[int, ...]]
-"""Dtype as safetensors names it, and shape."""
 
 
 def read_tensor(folder: Path, tensor: TensorInfo) -> torch.Tensor:
@@ -47,6 +44,21 @@ def read_tensor(folder: Path, tensor: TensorInfo) -> torch.Tensor:
         if file.readinto(buffer) != tensor.nbytes:
             raise UserError(f"{folder / tensor.file}: is truncated; fetch it again")
     return torch.frombuffer(buffer, dtype=DTYPES[tensor.dtype]).view(tensor.shape)
+
+
+def read_rows(folder: Path, tensor: TensorInfo, first: int, count: int) -> torch.Tensor:
+    """Read `count` rows of one tensor of a model folder, from row `first`.
+
+    Raises
+    ------
+    UserError
+        If the file ends before they do.
+    """
+    row = tensor.nbytes // tensor.shape[0]
+    shape = (count, *tensor.shape[1:])
+    start = tensor.start + first * row
+    part = TensorInfo(tensor.dtype, shape, count * row, tensor.file, start)
+    return read_tensor(folder, part)
 
 
 def read_chunks(folder: Path, tensor: TensorInfo) -> Iterator[bytes]:
@@ -145,6 +157,21 @@ class TensorFile:
             self._data + start, tensor.cpu().contiguous().view(torch.uint8).numpy().data.cast("B")
         )
 
+    def write_rows(self, name: str, first: int, rows: torch.Tensor) -> None:
+        """Write some rows of one tensor, from row `first`.
+
+        Raises
+        ------
+        ValueError
+            If their dtype or shape does not fit the spec.
+        """
+        start, nbytes, (dtype, shape) = self._places[name]
+        fits = first + len(rows) <= shape[0] and tuple(rows.shape[1:]) == shape[1:]
+        if rows.dtype != DTYPES[dtype] or not fits:
+            raise ValueError(f"{name}: {rows.dtype} {list(rows.shape)} does not fit its spec")
+        place = self._data + start + first * (nbytes // shape[0])
+        self._write(place, rows.contiguous().view(torch.uint8).numpy().data.cast("B"))
+
     def _write(self, place: int, data: memoryview | bytes) -> None:
         """Write at a place, without moving any file position: threads may write at once."""
         rest = memoryview(data)
@@ -174,6 +201,11 @@ class TensorFile:
         """Return the bytes of one tensor in the file."""
         start, nbytes, _ = self._places[name]
         return os.pread(self._file.fileno(), nbytes, self._data + start)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Return one tensor in the file."""
+        dtype, shape = self._places[name][2]
+        return torch.frombuffer(bytearray(self.read(name)), dtype=DTYPES[dtype]).view(shape)
 
 
 class StoredTensors(Mapping[str, torch.Tensor]):

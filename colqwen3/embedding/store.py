@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from colqwen3.checkpoint.headers import read_header
-from colqwen3.checkpoint.tensor_file import Spec, StoredTensors, TensorFile
+from colqwen3.checkpoint.headers import Spec, read_header
+from colqwen3.checkpoint.tensor_file import StoredTensors, TensorFile
 from colqwen3.system.errors import UserError, disk_is_full
 
 KINDS = {"queries": "query", "pages": "page"}

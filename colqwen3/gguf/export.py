@@ -14,12 +14,17 @@ from typing import IO, Any
 import torch
 
 from colqwen3.checkpoint.headers import Checkpoint
-from colqwen3.checkpoint.layout import all_linears, tensors
+from colqwen3.checkpoint.layout import EMBEDDINGS, all_linears, tensors
 from colqwen3.checkpoint.packing import PACKED_TENSORS
-from colqwen3.checkpoint.tensor_file import DTYPES, read_chunks, read_tensor
+from colqwen3.checkpoint.quantization import (
+    PACKED_TABLE,
+    check_packing,
+    embeddings_bits,
+    linear_bits,
+)
+from colqwen3.checkpoint.tensor_file import DTYPES, read_chunks, read_rows, read_tensor
 from colqwen3.gguf.blocks import to_blocks, unpack_codes
 from colqwen3.gguf.layout import (
-    BLOCK_TYPES,
     TEXT,
     TWO_BITS,
     VISION_FILE,
@@ -30,7 +35,8 @@ from colqwen3.gguf.layout import (
     tensor_bytes,
 )
 from colqwen3.gguf.tokenizer import MODEL, SPLITTING, Vocabulary, read_vocabulary
-from colqwen3.model.loading import check_packing, quantization_config
+from colqwen3.model.loading import quantization_config
+from colqwen3.model.modeling_colqwen3 import dequantize_rows
 from colqwen3.system.disk import check_space
 from colqwen3.system.errors import UserError
 from colqwen3.system.files import read_json
@@ -42,6 +48,8 @@ DENSE = {"float16": "F16", "float32": "F32"}
 """Names on the command line -> types of GGUF."""
 TORCH = {"F16": torch.float16, "F32": torch.float32}
 RUNNER = Path(__file__).with_name("run_gguf.py")
+TABLE_ROWS = 4096
+"""Rows of quantized token embeddings in memory at a time."""
 HEADERS = 64 << 20
 """More than metadata and vocabulary of a model take on disk."""
 MIN_PIXELS = 4096
@@ -88,7 +96,8 @@ class Model:
 
     checkpoint: Checkpoint
     config: dict[str, Any]
-    bits: int | None
+    packed: dict[str, int]
+    """Bits of each quantized module."""
     files: dict[str, list[GgufTensor]]
 
 
@@ -108,15 +117,11 @@ def read_model(source: Path, dense: str) -> Model:
         Naming the file and the key.
     """
     quantization, config = quantization_config(source), read_json(source / "config.json", FIX)
-    bits = None
     if quantization is not None:
         try:
             check_packing(quantization)
         except ValueError as error:
             raise UserError(f"{source / 'config.json'}: {error}") from None
-        bits = int(quantization["bits"])
-        if bits not in BLOCK_TYPES:
-            raise UserError(f"{source}: has {bits}-bit weights; {TWO_BITS}")
     try:
         expected, problem = tensors(config), find_unsupported(config)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -127,25 +132,42 @@ def read_model(source: Path, dense: str) -> Model:
     if problem:
         raise UserError(f"{source / 'config.json'}: {problem}; it cannot be written as GGUF")
     checkpoint = Checkpoint.read(source)
-    packed = [name for name in all_linears(config) if f"{name}.qweight" in checkpoint.tensors]
-    if packed and bits is None:
-        raise UserError(f"{source / 'config.json'}: lacks quantization_config; {FIX}")
+    packed = _packed_modules(source, config, checkpoint)
+    if 2 in packed.values():
+        raise UserError(f"{source}: has 2-bit weights; {TWO_BITS}")
     for name, shape in expected.items():
-        _check_tensor(checkpoint, name, shape, packed, bits)
-    if bits == 3:
+        _check_tensor(checkpoint, name, shape, packed)
+    if 3 in packed.values():
         logger.warning(
             "3-bit weights are written exactly, but as Q4_0: no smaller than those of 4 bits"
         )
-    return Model(checkpoint, config, bits, gguf_files(config, packed, bits, dense))
+    return Model(checkpoint, config, packed, gguf_files(config, packed, dense))
+
+
+def _packed_modules(source: Path, config: dict[str, Any], checkpoint: Checkpoint) -> dict[str, int]:
+    """Return the bits of each quantized module of a checkpoint."""
+    quantization = config.get("quantization_config")
+    linears = [name for name in all_linears(config) if f"{name}.qweight" in checkpoint.tensors]
+    if linears and quantization is None:
+        raise UserError(f"{source / 'config.json'}: lacks quantization_config; {FIX}")
+    packed = {name: linear_bits(quantization or {}, name) for name in linears}
+    try:
+        bits = embeddings_bits(config, checkpoint.tensors)
+    except ValueError as error:
+        raise UserError(f"{source / 'config.json'}: {error}; {FIX}") from None
+    return {**packed, **({EMBEDDINGS: bits} if bits < 16 else {})}
 
 
 def _check_tensor(
-    checkpoint: Checkpoint, name: str, shape: tuple[int, ...], packed: list[str], bits: int | None
+    checkpoint: Checkpoint, name: str, shape: tuple[int, ...], packed: dict[str, int]
 ) -> None:
     """Reject a tensor that is missing or of another shape or type than the config says."""
     module = name.removesuffix(".weight")
     expected: dict[str, tuple[int, ...]] = {name: shape}
-    if module in packed and bits is not None:
+    if module == EMBEDDINGS and module in packed:
+        return  # `embeddings_bits` has looked at it
+    if module in packed:
+        bits = packed[module]
         scales = checkpoint.tensors.get(f"{module}.scales")
         groups = scales.shape[0] if scales is not None else 1
         expected = {
@@ -221,9 +243,13 @@ def _convert(tensor: GgufTensor, model: Model) -> Iterator[torch.Tensor]:
     UserError
         If the type of the GGUF tensor cannot hold a weight.
     """
-    checkpoint, bits = model.checkpoint, model.bits
+    checkpoint = model.checkpoint
     module = tensor.source.removesuffix(".weight")
-    if tensor.kind not in TORCH and bits is not None:
+    if tensor.kind not in TORCH and module == EMBEDDINGS:
+        yield from _convert_table(tensor, model)
+        return
+    if tensor.kind not in TORCH:
+        bits = model.packed[module]
         parts = {
             part: read_tensor(checkpoint.folder, checkpoint.tensors[f"{module}.{part}"])
             for part in PACKED_TENSORS
@@ -253,6 +279,21 @@ def _convert(tensor: GgufTensor, model: Model) -> Iterator[torch.Tensor]:
                 f"{checkpoint.folder / stored.file}: {tensor.source} {problem}; {remedy}"
             )
         yield converted
+
+
+def _convert_table(tensor: GgufTensor, model: Model) -> Iterator[torch.Tensor]:
+    """Yield quantized token embeddings as blocks, some rows at a time."""
+    folder, bits = model.checkpoint.folder, model.packed[EMBEDDINGS]
+    packed, scale = (model.checkpoint.tensors[f"{EMBEDDINGS}.{part}"] for part in PACKED_TABLE)
+    for first in range(0, packed.shape[0], TABLE_ROWS):
+        count = min(TABLE_ROWS, packed.shape[0] - first)
+        scales = read_rows(folder, scale, first, count)
+        if not bool(scales.isfinite().all()):
+            raise UserError(f"{folder}: {EMBEDDINGS} has a scale that is NaN or infinite; {FIX}")
+        steps = dequantize_rows(
+            read_rows(folder, packed, first, count), torch.ones_like(scales), bits
+        )
+        yield to_blocks(steps.to(torch.int8), scales.T, tensor.kind)
 
 
 def _write_file(path: Path, model: Model, write_metadata: Any) -> None:

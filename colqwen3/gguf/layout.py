@@ -7,11 +7,20 @@ of llama.cpp's ``convert_hf_to_gguf.py``.
 """
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from colqwen3.checkpoint.layout import BLOCKS, VISION, Shape, all_linears, linears, tensors
+from colqwen3.checkpoint.layout import (
+    BLOCKS,
+    EMBEDDINGS,
+    VISION,
+    Shape,
+    embeddings_shape,
+    linears,
+    tensors,
+    vision_linears,
+)
 
 TEXT, VISION_FILE = "text.gguf", "mmproj.gguf"
 PROJECTION = "colqwen3.proj"
@@ -80,7 +89,7 @@ class GgufTensor:
 
 
 def gguf_files(
-    config: Mapping[str, Any], packed: Collection[str], bits: int | None, dense: str = "F16"
+    config: Mapping[str, Any], packed: Mapping[str, int], dense: str = "F16"
 ) -> dict[str, list[GgufTensor]]:
     """Return the tensors of each GGUF file, in order.
 
@@ -89,9 +98,7 @@ def gguf_files(
     config
         The model's config.json.
     packed
-        Module names of the quantized linears.
-    bits
-        Their bits: 3, 4 or 8; None for an original.
+        Module name of each quantized linear, and of quantized token embeddings -> bits: 3, 4 or 8.
     dense
         Type of the matrices that are not packed, ``F16`` or ``F32``. Vectors, position embeddings
         and the projection are always ``F32``.
@@ -101,7 +108,6 @@ def gguf_files(
     dict
         File name -> tensors.
     """
-    block = BLOCK_TYPES[bits] if bits is not None else dense
     files: dict[str, list[GgufTensor]] = {TEXT: [], VISION_FILE: []}
     for source, shape in tensors(config).items():
         module, _, part = source.rpartition(".")
@@ -111,7 +117,7 @@ def gguf_files(
             for frame, suffix in enumerate(("weight", "weight.1")):
                 files[file].append(GgufTensor(f"{name}.{suffix}", source, dense, flat, frame))
             continue
-        kind = block if module in packed else dense
+        kind = BLOCK_TYPES[packed[module]] if module in packed else dense
         if len(shape) == 1 or name in ("v.position_embd", PROJECTION):
             kind = "F32"
         files[file].append(GgufTensor(f"{name}.{part}", source, kind, shape))
@@ -154,22 +160,25 @@ def tensor_bytes(files: Mapping[str, list[GgufTensor]]) -> int:
 
 
 def expected_gguf_bytes(config: Mapping[str, Any]) -> dict[str, int]:
-    """Return the bytes of the tensors of both files for every recipe that fits, and for ``f16``.
+    """Return the bytes of the tensors of both files for every width that fits, and for ``f16``.
 
-    Keys are ``f16``, ``w<bits>``, and ``w<bits>-all`` for recipes with ``linears: all``; a group's
-    scale is repeated in each block, so that the group size changes nothing. Empty for a model that
-    llama.cpp cannot run.
+    Keys are ``f16``, ``w<bits>``, and ``w<bits>-8`` with token embeddings and the vision tower in 8
+    bits; a group's scale is repeated in each block, so that the group size changes nothing. Empty
+    for a model that llama.cpp cannot run.
     """
     if find_unsupported(config):
         return {}
-    choices: dict[str, tuple[Collection[str], int | None]] = {"f16": ((), None)}
+    choices: dict[str, dict[str, int]] = {"f16": {}}
+    others = {**vision_linears(config), EMBEDDINGS: embeddings_shape(config)}
     for bits in BLOCK_TYPES:
-        for key, packed in ((f"w{bits}", linears(config)), (f"w{bits}-all", all_linears(config))):
-            if all(in_features % BLOCK == 0 for _, in_features in packed.values()):
-                choices[key] = (packed, bits)
+        text = dict.fromkeys(linears(config), bits)
+        choices[f"w{bits}"] = text
+        choices[f"w{bits}-8"] = {**text, **dict.fromkeys(others, 8)}
+    shapes = {**linears(config), **others}
     return {
-        key: tensor_bytes(gguf_files(config, packed, bits))
-        for key, (packed, bits) in choices.items()
+        key: tensor_bytes(gguf_files(config, packed))
+        for key, packed in choices.items()
+        if all(shapes[name][1] % BLOCK == 0 for name in packed)
     }
 
 

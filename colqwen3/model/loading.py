@@ -13,16 +13,21 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoModel, AutoProcessor
 
 from colqwen3.checkpoint.headers import Checkpoint, read_headers, weight_files
-from colqwen3.checkpoint.layout import MODEL_TYPE
-from colqwen3.checkpoint.packing import dequantize
+from colqwen3.checkpoint.layout import EMBEDDINGS_KEY, MODEL_TYPE, published_name
+from colqwen3.checkpoint.packing import ROWS, dequantize
+from colqwen3.checkpoint.quantization import (
+    check_bits,
+    check_packing,
+    embeddings_bits,
+    linear_bits,
+)
 from colqwen3.checkpoint.tensor_file import DTYPES
 from colqwen3.model import ColQwen3, ColQwen3Config, ColQwen3Processor
+from colqwen3.model.modeling_colqwen3 import dequantize_rows
 from colqwen3.system.errors import NonFiniteWeightsError, UserError, first_line
 from colqwen3.system.files import read_json
 
 logger = logging.getLogger(__name__)
-
-PACKING_FORMAT = "auto_round:auto_gptq"  # what quantization here writes
 
 
 def quantization_config(folder: Path) -> dict[str, Any] | None:
@@ -117,17 +122,37 @@ def source_dtype(source: Checkpoint) -> torch.dtype:
 def _dense_from_packed(folder: Path, quantization: dict[str, Any], dtype: torch.dtype) -> Any:
     """Build the model of an ``auto_round`` checkpoint with its weights dequantized."""
     raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    state = dict(dense_tensors(folder, raw, dtype))
     del raw["quantization_config"]
-    check_packing(quantization)
-    state = dict(dense_tensors(folder, quantization["bits"], dtype))
+    raw.pop(EMBEDDINGS_KEY, None)
     config = ColQwen3Config.from_dict(raw)
     return ColQwen3.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
 
 
 def dense_tensors(
-    folder: Path, bits: int, dtype: torch.dtype
+    folder: Path, config: dict[str, Any], dtype: torch.dtype
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield every tensor of a quantized folder by its unquantized name, packed ones as `dtype`."""
+    """Yield every tensor of a quantized folder by its unquantized name, packed ones as `dtype`.
+
+    Parameters
+    ----------
+    folder
+        The folder.
+    config
+        Its config.json.
+    dtype
+        Of packed tensors once dequantized.
+
+    Raises
+    ------
+    ValueError
+        If a packing is another than quantization here writes, or config.json says other bits of a
+        linear than its tensors have.
+    """
+    quantization = config["quantization_config"]
+    check_packing(quantization)
+    stored = read_headers(folder)
+    check_bits(quantization, stored)
     for path in weight_files(folder):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - the file is not a dictionary
@@ -136,9 +161,17 @@ def dense_tensors(
                     zeros, scales = (
                         file.get_tensor(f"{module}.{part}") for part in ("qzeros", "scales")
                     )
+                    bits = linear_bits(quantization, published_name(module))
                     dense = dequantize(file.get_tensor(name), zeros, scales, bits)
                     yield f"{module}.weight", dense.to(dtype)
-                elif kind not in ("qzeros", "scales"):
+                elif kind == "weight_packed":
+                    scales = file.get_tensor(f"{module}.weight_scale")
+                    bits = embeddings_bits(config, stored)
+                    yield (
+                        f"{module}.weight",
+                        dequantize_table(file.get_tensor(name), scales, bits, dtype),
+                    )
+                elif kind not in ("qzeros", "scales", "weight_scale"):
                     yield name, file.get_tensor(name)
 
 
@@ -147,22 +180,16 @@ def _warn_of_trust(folder: Path, trust_remote_code: bool) -> None:
         logger.warning("trust_remote_code is set: Python files of %s may run", folder)
 
 
-def check_packing(quantization: dict[str, Any]) -> None:
-    """Reject packings that would be read wrongly, such as zero points not stored minus one.
-
-    Raises
-    ------
-    ValueError
-        Naming the key of ``quantization_config``.
-    """
-    readable = {"quant_method": "auto-round", "packing_format": PACKING_FORMAT}
-    for key, value in readable.items():
-        if quantization.get(key) != value:
-            raise ValueError(
-                f"quantization_config.{key} is {quantization.get(key)!r}, only {value!r} can be read"
-            )
-    if quantization.get("bits") not in (2, 3, 4, 8):
-        raise ValueError("quantization_config.bits is not 2, 3, 4 or 8")
+def dequantize_table(
+    packed: torch.Tensor, scales: torch.Tensor, bits: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """Return packed token embeddings as a dense table [rows, width] of `dtype`."""
+    width = packed.shape[1] * 32 // bits
+    table = torch.empty(len(packed), width, dtype=dtype)
+    for start in range(0, len(packed), ROWS):
+        part = slice(start, start + ROWS)
+        table[part] = dequantize_rows(packed[part], scales[part], bits)
+    return table
 
 
 class NonFiniteError(ValueError):

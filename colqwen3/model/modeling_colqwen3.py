@@ -51,6 +51,70 @@ def _is_auto_round(config: Any) -> bool:
     return quantization.get("quant_method") in ("auto-round", "intel/auto-round")
 
 
+def dequantize_rows(packed: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:
+    """Return rows of a packed table as float32.
+
+    Parameters
+    ----------
+    packed
+        Int32 [..., width * bits / 32]: codes plus ``2 ** (bits - 1)``, lowest bits first.
+    scales
+        Float [..., groups].
+    bits
+        Bits of one weight; they divide 32.
+
+    Returns
+    -------
+    torch.Tensor
+        [..., width].
+    """
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=packed.device)
+    codes = (packed.unsqueeze(-1) >> shifts) & (2**bits - 1)
+    groups = (codes - 2 ** (bits - 1)).flatten(-2).unflatten(-1, (scales.shape[-1], -1))
+    rows: torch.Tensor = groups.float() * scales.float().unsqueeze(-1)
+    return rows.flatten(-2)
+
+
+class QuantizedEmbedding(nn.Module):
+    """Token embeddings in 4 or 8 bits, of which a forward dequantizes the rows that it reads.
+
+    Parameters
+    ----------
+    rows, width
+        Of the table.
+    bits
+        Bits of one weight, 4 or 8.
+    group_size
+        Weights of a row that share one scale.
+    """
+
+    weight_packed: torch.Tensor
+    weight_scale: torch.Tensor
+
+    def __init__(self, rows: int, width: int, bits: int, group_size: int) -> None:
+        super().__init__()
+        if bits not in (4, 8) or group_size < 1 or width % group_size:
+            raise ValueError(f"token embeddings in {bits} bits, groups of {group_size}")
+        self.bits, self.dtype = bits, torch.get_default_dtype()
+        packed = torch.empty(rows, width * bits // 32, dtype=torch.int32)
+        self.register_buffer("weight_packed", packed)
+        self.register_buffer("weight_scale", torch.empty(rows, width // group_size))
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
+        """Move the table; a cast only changes the dtype of what it returns."""
+        scales = self.weight_scale
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        if not scales.is_meta:
+            self.weight_scale = scales.to(self.weight_packed.device)
+        return self
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Return the embeddings [..., width] of token ids [...]."""
+        rows = self.weight_packed[input_ids], self.weight_scale[input_ids]
+        return dequantize_rows(*rows, self.bits).to(self.dtype)
+
+
 class Backbone(nn.Module):
     """Holds the Qwen3-VL model under the published name ``vlm.model``, without its unused head."""
 
@@ -66,11 +130,18 @@ class ColQwen3(Qwen3VLPreTrainedModel):  # type: ignore[misc]
     config: ColQwen3Config
     base_model_prefix = ""
     _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [UNUSED_KEYS]
+    # float16 scales that transformers would squeeze through bfloat16
+    _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["embed_tokens.weight_scale"]
 
     def __init__(self, config: ColQwen3Config) -> None:
         super().__init__(config)
         self.vlm = Backbone(config)
         self.embedding_proj_layer = nn.Linear(config.text_config.hidden_size, config.embed_dim)
+        if (quantized := getattr(config, "quantized_token_embeddings", None)) is not None:
+            text = config.text_config
+            self.set_input_embeddings(
+                QuantizedEmbedding(text.vocab_size, text.hidden_size, **quantized)
+            )
         self.post_init()
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:

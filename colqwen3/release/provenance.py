@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from colqwen3.checkpoint.headers import read_header, read_headers
+from colqwen3.checkpoint.quantization import embeddings_bits, linear_bits
 from colqwen3.system.files import digest_file, dump_json, expand_user
 
 METADATA = "quantization_metadata.json"
@@ -66,16 +67,31 @@ def describe_files(folder: Path) -> dict[str, Any]:
     return {"files": files, "tensors": tensors}
 
 
-def layer_table(checkpoint: Path, bits: int) -> list[dict[str, Any]]:
-    """Return name, bits and group size of every quantized linear, read from the stored tensors."""
+def layer_table(checkpoint: Path, config: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return name, bits and group size of every quantized module, read from the stored tensors.
+
+    Parameters
+    ----------
+    checkpoint
+        Its folder.
+    config
+        Its config.json.
+    """
     stored = read_headers(checkpoint)
     table = []
     for name, tensor in sorted(stored.items()):
         module, _, part = name.rpartition(".")
         if part == "qweight":
+            bits = linear_bits(config["quantization_config"], module)
             in_features = tensor.shape[0] * 32 // bits
             groups = stored[f"{module}.scales"].shape[0]
-            table.append({"name": module, "bits": bits, "group_size": in_features // groups})
+        elif part == "weight_packed":
+            bits = embeddings_bits(config, stored)
+            in_features = tensor.shape[1] * 32 // bits
+            groups = stored[f"{module}.weight_scale"].shape[1]
+        else:
+            continue
+        table.append({"name": module, "bits": bits, "group_size": in_features // groups})
     return table
 
 

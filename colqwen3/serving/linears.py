@@ -3,7 +3,7 @@
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -11,12 +11,16 @@ import torch
 from torch.nn import functional
 
 from colqwen3.checkpoint.packing import dequantize
+from colqwen3.model.modeling_colqwen3 import dequantize_rows
 from colqwen3.system.errors import first_line
 
 logger = logging.getLogger(__name__)
 
 Linear = Callable[[torch.Tensor], torch.Tensor]
 """[tokens, in_features] -> [tokens, out_features]."""
+Embeddings = Callable[[torch.Tensor], torch.Tensor]
+"""Token ids [...] -> vectors [..., hidden]."""
+BYTE = 8
 Parts = Mapping[str, torch.Tensor]
 """``qweight``, ``qzeros`` and ``scales`` of a packed linear, as `colqwen3.checkpoint.packing.pack` returns them."""
 
@@ -29,6 +33,42 @@ MAXIMUM_ERROR = 0.02
 def dense(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
     """Return the linear of a dense weight [out_features, in_features]."""
     return lambda x: functional.linear(x, weight, bias)
+
+
+def side_by_side(linears: Sequence[Linear]) -> Linear:
+    """Return linears of one input as one, outputs in a row."""
+    return lambda x: torch.cat([linear(x) for linear in linears], -1)
+
+
+def dequantized_on_use(parts: Parts, bias: torch.Tensor, dtype: torch.dtype) -> Linear:
+    """Return an 8-bit linear that keeps its codes, and dequantizes them in every call.
+
+    That costs some percent of the time of a page, whose linears have thousands of tokens, and
+    halves the memory. The values are those of `dequantize`, cast to `dtype`.
+    """
+    scales = parts["scales"].T.contiguous()
+    weight = dequantize(**parts, bits=BYTE)
+    # symmetric: weight / scale is a whole number from -128
+    groups = weight.view(*scales.shape, -1)
+    codes = (groups / scales.float().unsqueeze(-1)).round().to(torch.int8)
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        dense_weight = (codes.float() * scales.float().unsqueeze(-1)).flatten(1).to(dtype)
+        return functional.linear(x, dense_weight, bias)
+
+    return call
+
+
+def dense_embeddings(table: torch.Tensor) -> Embeddings:
+    """Return the lookup in a table [tokens of the vocabulary, hidden]."""
+    return lambda ids: functional.embedding(ids, table)
+
+
+def packed_embeddings(
+    packed: torch.Tensor, scales: torch.Tensor, bits: int, dtype: torch.dtype
+) -> Embeddings:
+    """Return the lookup in a packed table, see `dequantize_rows`, whose rows become `dtype`."""
+    return lambda ids: dequantize_rows(packed[ids], scales[ids], bits).to(dtype)
 
 
 def humming(parts: Parts, bits: int, group_size: int, dtype: torch.dtype) -> Linear:

@@ -7,10 +7,10 @@ from typing import get_args
 import torch
 from torch.nn import functional
 
+from colqwen3.checkpoint.quantization import check_packing
 from colqwen3.model.configuration_colqwen3 import ColQwen3Config
 from colqwen3.model.loading import (
     as_user_error,
-    check_packing,
     load_processor,
     quantization_config,
 )
@@ -72,10 +72,11 @@ def load_runtime(
     processor = load_processor(folder, max_num_visual_tokens, trust_remote_code)
     with as_user_error(folder):
         with torch.device("cpu"):
-            config = ColQwen3Config.from_dict(read_json(folder / "config.json", "fetch it again"))
+            raw = read_json(folder / "config.json", "fetch it again")
+            config = ColQwen3Config.from_dict(raw)
             if quantization is not None:
                 check_packing(quantization)
-            weights = Weights(folder, place, chosen, quantization)
+            weights = Weights(folder, place, chosen, raw)
             runtime = Runtime(config, processor, weights, place, chosen)
         runtime.use(mode)  # outside of torch.device, which compiled code would be bound to
     return runtime

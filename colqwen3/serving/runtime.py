@@ -24,7 +24,7 @@ from colqwen3.serving.decoder import Decoder
 from colqwen3.serving.fused import PLAIN, Operations, choose_operations
 from colqwen3.serving.recording import RecentlyUsed, Recording, Work, agree, record
 from colqwen3.serving.vision import Grid, Places, Tower
-from colqwen3.serving.weights import TEXT, Weights, build_decoder, build_tower
+from colqwen3.serving.weights import Weights, build_decoder, build_tower
 from colqwen3.system.errors import first_line
 
 logger = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ class Runtime:
         self._config, self._processor = config, processor
         self._decoder: Decoder = build_decoder(weights, config)
         self._tower: Tower = build_tower(weights, config)
-        self._embeddings = weights.tensor(f"{TEXT}.embed_tokens.weight")
+        self._embeddings = weights.embeddings()
         self._recorded_queries: RecentlyUsed[Recording] = RecentlyUsed(RECORDED_QUERIES)
         self._recorded_pages: RecentlyUsed[Recording | None] = RecentlyUsed(RECORDED_PAGES)
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
@@ -217,7 +217,7 @@ class Runtime:
         batch, tokens = ids.shape
         cos, sin = cos.repeat(batch, 1), sin.repeat(batch, 1)
         with _attention(tokens):
-            hidden = functional.embedding(ids, self._embeddings)
+            hidden = self._embeddings(ids)
             return self._decoder.run(hidden, cos, sin, self._operations)
 
     def _record(self, work: Work, inputs: torch.Tensor, tensors: object) -> Recording | None:
@@ -299,7 +299,7 @@ class Runtime:
     def _pages(self, batch: PageBatch, pixels: torch.Tensor) -> torch.Tensor:
         with _attention(batch.ids.shape[1]):
             tokens, features = self._tower.run(pixels, batch.places, self._operations)
-            hidden = functional.embedding(batch.ids, self._embeddings)
+            hidden = self._embeddings(batch.ids)
             hidden.view(-1, hidden.shape[-1]).index_copy_(0, batch.visual, tokens)
             return self._decoder.run(
                 hidden, batch.cos, batch.sin, self._operations, (batch.visual, features)

@@ -8,12 +8,30 @@ import torch
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionRotaryEmbedding
 
 from colqwen3.checkpoint.headers import Checkpoint
-from colqwen3.checkpoint.layout import BLOCKS
+from colqwen3.checkpoint.layout import BLOCKS, EMBEDDINGS
 from colqwen3.checkpoint.packing import PACKED_TENSORS, dequantize
+from colqwen3.checkpoint.quantization import (
+    PACKED_TABLE,
+    check_bits,
+    embeddings_bits,
+    linear_bits,
+)
 from colqwen3.checkpoint.tensor_file import read_tensor
 from colqwen3.model.configuration_colqwen3 import ColQwen3Config
 from colqwen3.serving.decoder import Decoder, DecoderLayer
-from colqwen3.serving.linears import KERNELS, Linear, Parts, choose_kernel, dense
+from colqwen3.serving.linears import (
+    BYTE,
+    KERNELS,
+    Embeddings,
+    Linear,
+    Parts,
+    choose_kernel,
+    dense,
+    dense_embeddings,
+    dequantized_on_use,
+    packed_embeddings,
+    side_by_side,
+)
 from colqwen3.serving.vision import Merger, Norm, Tower, VisionBlock
 from colqwen3.system.errors import UserError
 from colqwen3.system.progress import track
@@ -31,13 +49,14 @@ class Weights:
         Original or quantized.
     device, dtype
         Where to, and as what.
-    quantization
-        The ``quantization_config``; None for an original.
+    config
+        Its config.json.
 
     Attributes
     ----------
     kernel
-        What computes the quantized linears, one of `KERNELS`; ``dense`` for an original.
+        What computes the quantized linears of the first decoder layer, one of `KERNELS`; ``dense``
+        for an original. Linears of other bits have a kernel of their own.
     """
 
     def __init__(
@@ -45,20 +64,33 @@ class Weights:
         folder: Path,
         device: torch.device,
         dtype: torch.dtype,
-        quantization: dict[str, Any] | None,
+        config: dict[str, Any],
     ) -> None:
         self._folder, self._device, self._dtype = folder, device, dtype
-        self._quantization = quantization
+        self._quantization = config.get("quantization_config")
         self._stored = Checkpoint.read(folder).tensors
+        self._embeddings_bits = embeddings_bits(config, self._stored)
+        self._kernels: dict[int, str] = {}  # bits -> name
         self.kernel = "dense"
-        if quantization is not None:
-            first = self._packed([f"{BLOCKS}.0.self_attn.o_proj"])
-            self.kernel = choose_kernel(first, *self._format, dtype)
+        if self._quantization is not None:
+            check_bits(self._quantization, self._stored)
+            first = [f"{BLOCKS}.0.self_attn.o_proj"]
+            self.kernel = self._kernel(self._bits(first[0]), self._packed(first))
 
     @property
-    def _format(self) -> tuple[int, int]:
+    def _group_size(self) -> int:
         assert self._quantization is not None
-        return self._quantization["bits"], self._quantization["group_size"]
+        return int(self._quantization["group_size"])
+
+    def _bits(self, linear: str) -> int:
+        assert self._quantization is not None
+        return linear_bits(self._quantization, linear)
+
+    def _kernel(self, bits: int, parts: Parts) -> str:
+        """Return the kernel for linears of so many bits, tried with the linear `parts`."""
+        if bits not in self._kernels:
+            self._kernels[bits] = choose_kernel(parts, bits, self._group_size, self._dtype)
+        return self._kernels[bits]
 
     def _read(self, name: str) -> torch.Tensor:
         """Return one tensor as it is stored.
@@ -83,20 +115,34 @@ class Weights:
         """Return weight and bias of a layer norm."""
         return Norm(self.tensor(f"{name}.weight"), self.tensor(f"{name}.bias"))
 
+    def embeddings(self) -> Embeddings:
+        """Return the token embeddings; quantized ones stay packed."""
+        if self._embeddings_bits == 16:
+            return dense_embeddings(self.tensor(f"{EMBEDDINGS}.weight"))
+        packed, scales = (self._read(f"{EMBEDDINGS}.{part}") for part in PACKED_TABLE)
+        return packed_embeddings(packed, scales, self._embeddings_bits, self._dtype)
+
     def linear(self, name: str) -> Linear:
-        """Return a linear with a bias, which is dense: only an experiment quantizes such."""
-        if f"{name}.qweight" in self._stored:
-            packed = self._packed([name])
-            weight = dequantize(**packed, bits=self._format[0]).to(self._dtype)
-        else:
+        """Return a linear with a bias; one in 8 bits stays so in memory."""
+        if f"{name}.qweight" not in self._stored:
             weight = self.tensor(f"{name}.weight").flatten(1)
+        else:
+            bits, packed = self._bits(name), self._packed([name])
+            if bits == BYTE:
+                return dequantized_on_use(packed, self.tensor(f"{name}.bias"), self._dtype)
+            weight = dequantize(**packed, bits=bits).to(self._dtype)
         return dense(weight, self.tensor(f"{name}.bias"))
 
     def merged(self, *names: str) -> Linear:
         """Return linears of the decoder that read the same input as one, outputs in a row."""
         if f"{names[0]}.weight" in self._stored:
             return dense(torch.cat([self.tensor(f"{name}.weight") for name in names]))
-        return KERNELS[self.kernel](self._packed(names), *self._format, self._dtype)
+        widths = {self._bits(name) for name in names}
+        if len(widths) > 1:  # no recipe makes this, another program may
+            return side_by_side([self.merged(name) for name in names])
+        (bits,), parts = widths, self._packed(names)
+        kernel = KERNELS[self._kernel(bits, parts)]
+        return kernel(parts, bits, self._group_size, self._dtype)
 
     def _packed(self, names: Sequence[str]) -> Parts:
         return {

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 
 from colqwen3.checkpoint import layout
+from colqwen3.checkpoint.headers import Spec
 from colqwen3.checkpoint.packing import pack
-from colqwen3.checkpoint.tensor_file import Spec, TensorFile
+from colqwen3.checkpoint.tensor_file import TensorFile
 from colqwen3.gguf.layout import expected_gguf_bytes
 from colqwen3.system.errors import UserError, run
 from colqwen3.system.files import read_json, write_json

@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping
 
 from pydantic import Field, field_validator, model_validator
 
-from colqwen3.gguf.layout import BLOCK_TYPES, TWO_BITS
+from colqwen3.gguf.layout import TWO_BITS
 from stages.calibration.sets import NO_SAMPLES, CalibrationParams
 from stages.evaluation.limits import GateParams
 from stages.pipeline.params import (
@@ -102,18 +102,17 @@ class Params(Section):
 
     def _check_format(self, name: str, options: ReleaseOptions) -> None:
         """Reject a format that cannot hold the recipe's weights."""
-        recipe = self.recipes[name]
-        if options.format == "llm_compressor" and recipe.bits not in (4, 8):
+        recipe, where = self.recipes[name], f"release.{name}.format: {options.format}"
+        widths = recipe.widths
+        if options.format == "llm_compressor" and (odd := widths - {4, 8}):
             raise ValueError(
-                f"release.{name}.format: llm_compressor takes 4 or 8 bits, not {recipe.bits}: the "
-                "kernels that read its packed weights support no others"
+                f"{where} takes 4 or 8 bits, not {min(odd)}: the kernels that read its packed weights "
+                "support no others"
             )
-        if options.format == "gguf" and recipe.bits not in BLOCK_TYPES:
-            raise ValueError(
-                f"release.{name}.format: gguf takes 3, 4 or 8 bits, not {recipe.bits}: {TWO_BITS}"
-            )
+        if options.format == "gguf" and 2 in widths:
+            raise ValueError(f"{where} takes 3, 4 or 8 bits, not 2: {TWO_BITS}")
         if options.format == "auto_gptq" and recipe.vision_too:
             raise ValueError(
-                f"release.{name}.format: auto_gptq cannot hold a recipe with linears: all, because "
-                "that format names one list of blocks and the vision tower is a second one"
+                f"{where} cannot hold a recipe that quantizes the vision tower, because that format "
+                "names one list of blocks and the vision tower is a second one"
             )

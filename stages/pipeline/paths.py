@@ -5,6 +5,7 @@ from pathlib import Path
 CHECKED = Path("artifacts/checked.json")
 MANIFEST = Path("artifacts/manifest.json")
 CALIBRATION = Path("artifacts/calibration")  # one folder per set of samples
+ALLOCATION = Path("artifacts/allocation")  # bits of every weight, one file per recipe
 CHECKPOINTS = Path("artifacts/checkpoints")  # one folder per recipe
 QUANTIZED = Path("artifacts/quantize")  # how each checkpoint was made, one file per recipe
 SCRATCH = Path(

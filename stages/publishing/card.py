@@ -63,6 +63,49 @@ def read_source_card(source: Path) -> dict[str, Any]:
     return data
 
 
+PARTS = {
+    "language_model": "the linears of its language model",
+    "vision_attention": "the attention of its vision tower",
+    "vision_mlp": "the MLPs of its vision tower",
+    "vision_mergers": "its mergers",
+    "token_embeddings": "its token embeddings",
+}
+"""Parts of a model as metrics/quantize/<recipe>.json names them."""
+
+
+def describe_weights(bits: Mapping[str, Any]) -> tuple[str, str]:
+    """Return in words what a checkpoint holds in how many bits, and what stays as it was.
+
+    Parameters
+    ----------
+    bits
+        Of metrics/quantize/<recipe>.json: part -> bits -> number of linears; a plain number for the
+        token embeddings.
+    """
+    quantized: dict[str, list[str]] = {}
+    unquantized = []
+    for part, words in PARTS.items():
+        value = bits.get(part, 16)
+        counts = {str(value): 1} if isinstance(value, int) else value
+        if counts.keys() == {"16"}:
+            unquantized.append(words.removeprefix("the ").removeprefix("its "))
+            continue
+        total = sum(counts.values())
+        shares = [
+            f"{width} bits" if len(counts) == 1 else f"{width} ({count} of {total})"
+            for width, count in sorted(counts.items())
+        ]
+        said = ", ".join(shares) + (" bits" if len(counts) > 1 else "")
+        quantized.setdefault(said, []).append(words)
+    parts = [f"{_join(words)} in {said}" for said, words in quantized.items()]
+    kept = _join([*unquantized, "projection"])
+    return "; ".join(parts), kept[0].upper() + kept[1:]
+
+
+def _join(words: list[str]) -> str:
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
 def card_data(source_card: Mapping[str, Any], facts: Mapping[str, Any]) -> ModelCardData:
     """Return the metadata block of the card.
 

@@ -4,15 +4,18 @@
 compressed-tensors. Codes and scales stay the same numbers; only their layout and names change.
 """
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from colqwen3.checkpoint.headers import SINGLE, TensorInfo, read_headers
+from colqwen3.checkpoint.headers import SINGLE, Spec, TensorInfo, read_headers
 from colqwen3.checkpoint.layout import BLOCKS, VISION
 from colqwen3.checkpoint.packing import PACKED_TENSORS
-from colqwen3.checkpoint.tensor_file import Spec, TensorFile, read_tensor
+from colqwen3.checkpoint.quantization import linear_bits
+from colqwen3.checkpoint.tensor_file import TensorFile, read_tensor
 from colqwen3.system.files import read_json, write_json
 
 FIX = "run `dvc repro -f quantize`"
@@ -42,12 +45,13 @@ def export_weights(checkpoint: Path, folder: Path, kind: str) -> None:
     linears = [name.removesuffix(".qweight") for name in stored if name.endswith(".qweight")]
     convert = _to_gptq if kind == GPTQ else _to_compressed
     describe = _describe_gptq if kind == GPTQ else _describe_compressed
-    config["quantization_config"] = describe(quantization, sorted(linears), stored)
+    bits = {linear: linear_bits(quantization, linear) for linear in sorted(linears)}
+    config["quantization_config"] = describe(quantization, bits, stored)
 
     converted = {
         f"{linear}.{part}": spec
         for linear in linears
-        for part, spec in _specs(kind, linear, stored, quantization["bits"]).items()
+        for part, spec in _specs(kind, linear, stored, bits[linear]).items()
     }
     packed = {f"{linear}.{part}" for linear in linears for part in PACKED_TENSORS}
     unchanged = {name: tensor for name, tensor in stored.items() if name not in packed}
@@ -62,7 +66,7 @@ def export_weights(checkpoint: Path, folder: Path, kind: str) -> None:
             parts = {
                 part: read_tensor(checkpoint, stored[f"{linear}.{part}"]) for part in PACKED_TENSORS
             }
-            for part, value in convert(parts, quantization["bits"]).items():
+            for part, value in convert(parts, bits[linear]).items():
                 file.write(f"{linear}.{part}", value)
     write_json(folder / "config.json", config)
     if kind == GPTQ:
@@ -108,7 +112,7 @@ def _to_compressed(parts: dict[str, torch.Tensor], bits: int) -> dict[str, torch
 
 
 def _describe_gptq(
-    quantization: dict[str, Any], linears: list[str], stored: dict[str, TensorInfo]
+    quantization: dict[str, Any], linears: Mapping[str, int], stored: dict[str, TensorInfo]
 ) -> dict[str, Any]:
     """Return the ``quantization_config`` that transformers, optimum and gptqmodel read."""
     inside = sorted({name.removeprefix(f"{BLOCKS}.").split(".", 1)[1] for name in linears})
@@ -129,36 +133,41 @@ def _describe_gptq(
 
 
 def _describe_compressed(
-    quantization: dict[str, Any], linears: list[str], stored: dict[str, TensorInfo]
+    quantization: dict[str, Any], linears: Mapping[str, int], stored: dict[str, TensorInfo]
 ) -> dict[str, Any]:
-    """Return the ``quantization_config`` that compressed-tensors reads."""
-    weights = {
-        "num_bits": quantization["bits"],
-        "type": "int",
-        "symmetric": True,
-        "strategy": "group",
-        "group_size": quantization["group_size"],
-        "dynamic": False,
-    }
-    parts = r"language_model.*layers\..*_proj"
-    if any(name.startswith(VISION) for name in linears):
-        parts = rf"({parts}|visual\..*(qkv|attn\.proj|linear_fc[12]))"
+    """Return the ``quantization_config`` that compressed-tensors reads, a group of it for each width."""
     dense = sorted(
         name.removesuffix(".weight")
         for name, tensor in stored.items()
         if name.endswith(".weight") and len(tensor.shape) == 2
     )
+    groups: dict[str, Any] = {}
+    for bits in sorted(set(linears.values())):
+        groups[f"group_{len(groups)}"] = {
+            "targets": _targets([name for name in linears if linears[name] == bits], linears),
+            "weights": {
+                "num_bits": bits,
+                "type": "int",
+                "symmetric": True,
+                "strategy": "group",
+                "group_size": quantization["group_size"],
+                "dynamic": False,
+            },
+            "input_activations": None,
+            "output_activations": None,
+        }
     return {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "quantization_status": "compressed",
-        "config_groups": {
-            "group_0": {
-                "targets": [rf"re:.*{parts}$"],
-                "weights": weights,
-                "input_activations": None,
-                "output_activations": None,
-            }
-        },
+        "config_groups": groups,
         "ignore": dense,
     }
+
+
+def _targets(names: list[str], linears: Mapping[str, int]) -> list[str]:
+    """Return regular expressions for the names of linears, one for all where they are all there are."""
+    if len(set(linears.values())) == 1 and not any(name.startswith(VISION) for name in names):
+        return [r"re:.*language_model.*layers\..*_proj$"]
+    # other engines name the modules without the first part
+    return [rf"re:.*{re.escape(name.removeprefix('vlm.model.'))}$" for name in names]

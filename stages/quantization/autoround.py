@@ -4,7 +4,8 @@ Cheng et al., "Optimize Weight Rounding via Signed Gradient Descent", arXiv:2309
 """
 
 import logging
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -68,6 +69,7 @@ def run_autoround(
     hidden: Hidden,
     quantized: Hidden | None,
     recipe: AutoRoundRecipe,
+    bits: Mapping[str, int],
     device: torch.device,
 ) -> tuple[Hidden | None, Hidden | None]:
     """Quantize one decoder layer in place with AutoRound; see `tune_layer`.
@@ -95,11 +97,15 @@ def run_autoround(
             # "best" would compare sums over different samples: a step that drew short ones wins
             "not_use_best_mse": True,
         }
+    most, _ = Counter(bits.values()).most_common(1)[0]
+    own = {f"layers.0.{name}": {"bits": width} for name, width in bits.items() if width != most}
+    if own:
+        options["layer_config"] = own
     rounder = AutoRound(
         Holder(layer),
         tokenizer="",  # only there to be looked at
         scheme="W4A16",
-        bits=recipe.bits,
+        bits=most,
         group_size=recipe.group_size,
         sym=recipe.sym,
         nsamples=len(hidden),

@@ -4,8 +4,9 @@ No method ever holds the model: plain rounding streams linear by linear, AutoRou
 decoder layer by decoder layer. Every byte outside the planned linears is copied from the source.
 """
 
-import math
 import shutil
+from collections import Counter
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,56 +14,25 @@ from typing import Any
 import torch
 
 from colqwen3.checkpoint.headers import (
-    DTYPE_BYTES,
     INDEX,
     SINGLE,
-    Checkpoint,
+    Spec,
     read_headers,
     weight_files,
 )
-from colqwen3.checkpoint.layout import BLOCKS, VISION, all_linears, component, published_name
-from colqwen3.checkpoint.tensor_file import Spec, TensorFile, same_bytes
+from colqwen3.checkpoint.layout import BLOCKS, EMBEDDINGS_KEY, component, published_name
+from colqwen3.checkpoint.tensor_file import TensorFile, same_bytes
 from colqwen3.system.disk import check_space
 from colqwen3.system.errors import UserError
 from colqwen3.system.files import digest_files, read_json, write_json
 from colqwen3.system.resume import surroundings
 from stages.pipeline.stage import code_digest
-from stages.quantization.linears import Filled, Job, Linears, round_linears, tune_linears
-from stages.quantization.recipes import AnyRecipe, RtnRecipe, check_group_size
+from stages.quantization.allocation import SIXTEEN, Allocation, bytes_of, planned_tensors
+from stages.quantization.linears import Filled, Job, fill
+from stages.quantization.recipes import AnyRecipe
 
 LIBRARIES = ("auto-round", "torch", "transformers", "safetensors", "numpy")
 FIX = "run `dvc repro -f`"
-
-
-def planned_linears(name: str, recipe: AnyRecipe, manifest: dict[str, Any]) -> Linears:
-    """Return the linears that a recipe quantizes.
-
-    Raises
-    ------
-    UserError
-        If the recipe's group size does not divide the inputs of one of them.
-    """
-    linears: Linears = manifest["linears"]
-    if recipe.vision_too:
-        linears = {key: list(shape) for key, shape in all_linears(manifest["config"]).items()}
-    check_group_size(name, recipe, linears)
-    return linears
-
-
-def plan(source: Checkpoint, linears: Linears, recipe: AnyRecipe) -> dict[str, Spec]:
-    """Return dtype and shape of every tensor of the checkpoint to make."""
-    specs: dict[str, Spec] = {}
-    for name, tensor in source.tensors.items():
-        module = name.removesuffix(".weight")
-        if module not in linears:
-            specs[name] = (tensor.dtype, tensor.shape)
-            continue
-        out_features, in_features = linears[module]
-        groups, words = in_features // recipe.group_size, recipe.bits / 32
-        specs[f"{module}.qweight"] = ("I32", (round(in_features * words), out_features))
-        specs[f"{module}.qzeros"] = ("I32", (groups, round(out_features * words)))
-        specs[f"{module}.scales"] = ("F16", (groups, out_features))
-    return specs
 
 
 def make_checkpoint(job: Job) -> tuple[Path, Filled]:
@@ -76,38 +46,54 @@ def make_checkpoint(job: Job) -> tuple[Path, Filled]:
         If the disk has no room for it.
     """
     source, scratch = job.source, job.scratch
-    specs = plan(source, job.linears, job.recipe)
+    specs = planned_tensors(source.tensors, job.allocation, job.recipe.group_size)
     tokens = sum(sample["input_ids"].numel() for sample in job.samples)
     needed = maximum_bytes(specs, read_json(source.folder / "config.json", FIX), tokens)
     check_space(scratch.folder, max(0, needed - scratch.bytes()), "the checkpoint")
     folder = scratch.folder / "checkpoint"
     folder.mkdir(exist_ok=True)
-    fill = round_linears if isinstance(job.recipe, RtnRecipe) else tune_linears
     with TensorFile(folder / SINGLE, specs) as file:
         filled = fill(job, file)
         for name, tensor in source.tensors.items():
-            if name.removesuffix(".weight") not in job.linears:
+            if name.removesuffix(".weight") not in job.allocation.modules:
                 file.copy(name, source.folder, tensor)
-    write_configs(source.folder, folder, job.recipe)
+    write_configs(source.folder, folder, job.recipe, job.allocation)
     return folder, filled
 
 
-def write_configs(source: Path, target: Path, recipe: AnyRecipe) -> None:
+def write_configs(source: Path, target: Path, recipe: AnyRecipe, allocation: Allocation) -> None:
     """Write config.json with its ``quantization_config``; copy tokenizer and processor files.
+
+    ``bits`` there are those of most linears of the language model; ``extra_config`` gives, as
+    AutoRound does, those of every other quantized linear.
 
     All else in config.json is the source's own, so that published field names stay. Python files
     are not copied and ``auto_map``, which names them, is dropped: nothing in the result runs code
     from the source.
     """
     config = read_json(source / "config.json", FIX)
+    inside = Counter(bits for name, bits in allocation.linears.items() if name.startswith(BLOCKS))
+    most = max(inside, key=lambda bits: (inside[bits], bits))
+    own = {
+        name: {"bits": bits, "group_size": recipe.group_size, "sym": recipe.sym, "data_type": "int"}
+        for name, bits in allocation.linears.items()
+        if bits != most or not name.startswith(f"{BLOCKS}.")
+    }
     config["quantization_config"] = {
         "quant_method": "auto-round",
         "packing_format": "auto_round:auto_gptq",
         "data_type": "int",
-        "block_name_to_quantize": f"{BLOCKS},{VISION}" if recipe.vision_too else BLOCKS,
+        "block_name_to_quantize": BLOCKS,
         "autoround_version": version("auto-round"),
-        **recipe.model_dump(include={"bits", "group_size", "sym", "iters", "lr", "seed"}),
+        "bits": most,
+        **recipe.model_dump(include={"group_size", "sym", "iters", "lr", "seed"}),
+        **({"extra_config": own} if own else {}),
     }
+    if allocation.token_embeddings < SIXTEEN:
+        config[EMBEDDINGS_KEY] = {
+            "bits": allocation.token_embeddings,
+            "group_size": recipe.group_size,
+        }
     config.pop("auto_map", None)
     write_json(target / "config.json", config)
     for path in sorted(source.iterdir()):
@@ -128,7 +114,7 @@ def check_checkpoint(folder: Path, job: Job) -> None:
         Naming the first tensor that is not as planned, or not the source's own byte for byte.
     """
     source, stored = job.source, read_headers(folder)
-    planned = plan(source, job.linears, job.recipe)
+    planned = planned_tensors(source.tensors, job.allocation, job.recipe.group_size)
     for name in sorted(planned.keys() ^ stored.keys()):
         problem = "is missing" if name in planned else "was not planned"
         raise UserError(f"{folder}: {name} {problem}; {FIX}")
@@ -164,17 +150,23 @@ def maximum_bytes(specs: dict[str, Spec], config: dict[str, Any], tokens: int) -
         the first layer with the deepstack features, and those of two layers' chain, each in full
         precision and quantized.
     """
-    weights = sum(math.prod(shape) * DTYPE_BYTES[dtype] for dtype, shape in specs.values())
     states = 1 + len(config["vision_config"]["deepstack_visual_indexes"]) + 4
-    return int(weights) + 4 * tokens * states * int(config["text_config"]["hidden_size"])
+    return bytes_of(specs.values()) + 4 * tokens * states * int(
+        config["text_config"]["hidden_size"]
+    )
 
 
 def determinants(
-    recipe: AnyRecipe, manifest: dict[str, Any], calibration: Path, device: torch.device
+    recipe: AnyRecipe,
+    allocation: Allocation,
+    manifest: dict[str, Any],
+    calibration: Path,
+    device: torch.device,
 ) -> dict[str, Any]:
     """Return everything that determines the checkpoint, to the last bit, as a JSON value."""
     return {
         "recipe": recipe.model_dump(),
+        "allocation": asdict(allocation),
         "source": manifest["files"],
         "calibration": digest_files(calibration, calibration.iterdir()),
         **surroundings(code_digest("quantize"), device, LIBRARIES),

@@ -4,7 +4,7 @@ Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-tr
 arXiv:2210.17323. Columns are taken in their order, without sorting by activation.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ def run_gptq(
     hidden: Hidden,
     quantized: Hidden | None,
     recipe: GptqRecipe,
+    bits: Mapping[str, int],
     device: torch.device,
 ) -> tuple[Hidden, Hidden]:
     """Quantize one decoder layer in place with GPTQ; parameters as of `tuning.tune_layer`.
@@ -50,7 +51,7 @@ def run_gptq(
         if not hessian.isfinite().all():
             raise NonFiniteWeightsError(f"quantize: {name} is given NaN or infinite inputs")
         module: Any = layer.get_submodule(name)
-        codes, scales = quantize_weight(module.weight, hessian, recipe.bits, recipe.group_size)
+        codes, scales = quantize_weight(module.weight, hessian, bits[name], recipe.group_size)
         module.weight.copy_(dense_weight(codes, scales))
         module.scale = scales
     return before, list(layer_outputs(layer, inputs, given, device))

@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -10,29 +10,33 @@ from typing import Any
 import torch
 
 from colqwen3.checkpoint.headers import Checkpoint
-from colqwen3.checkpoint.layout import BLOCKS
+from colqwen3.checkpoint.layout import BLOCKS, EMBEDDINGS
 from colqwen3.checkpoint.packing import (
     PACKED_TENSORS,
+    dense_weight,
+    dequantize,
     pack,
+    pack_table,
     relative_error,
     restore_codes,
     round_to_nearest,
 )
-from colqwen3.checkpoint.tensor_file import TensorFile, read_tensor
+from colqwen3.checkpoint.quantization import PACKED_TABLE
+from colqwen3.checkpoint.tensor_file import TensorFile, read_rows, read_tensor
 from colqwen3.system.errors import NonFiniteWeightsError, UserError
 from colqwen3.system.progress import Progress
 from colqwen3.system.resume import Scratch
 from stages.quantization.activations import Sample
+from stages.quantization.allocation import SIXTEEN, Allocation
 from stages.quantization.recipes import AnyRecipe, RtnRecipe
 from stages.quantization.tuning import Outcome, check_quantized, tune_layers
 
 logger = logging.getLogger(__name__)
 
+TABLE_ROWS = 4096
+"""Rows of the token embeddings in memory at a time."""
 MAX_GAP = 0.4
 """Steps that a 16-bit weight may be away from a whole code after tuning; half a step is no code."""
-
-Linears = dict[str, list[int]]
-"""Name -> [out_features, in_features]."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +47,8 @@ class Job:
     ----------
     source
         The original model.
-    linears
-        The linears to quantize.
+    allocation
+        What to quantize, and to how many bits.
     recipe
         How.
     samples
@@ -56,7 +60,7 @@ class Job:
     """
 
     source: Checkpoint
-    linears: Linears
+    allocation: Allocation
     recipe: AnyRecipe
     samples: Sequence[Sample]
     device: torch.device
@@ -83,8 +87,8 @@ class Filled:
     outcomes: list[Outcome]
 
 
-def round_linears(job: Job, file: TensorFile) -> Filled:
-    """Round the planned linears to nearest, and fill them into `file`.
+def round_linears(job: Job, file: TensorFile, linears: Sequence[str]) -> dict[str, float]:
+    """Round linears to nearest, and fill them into `file`; return the error of each weight.
 
     As many linears are in memory as torch may use threads, one thread each: that is faster than
     several threads on one linear, most of all on a busy machine.
@@ -94,33 +98,86 @@ def round_linears(job: Job, file: TensorFile) -> Filled:
     NonFiniteWeightsError
         If a weight is NaN, infinite or too large for a float16 scale.
     """
-    recipe = job.recipe
 
     def work(name: str) -> float:
         weight = job.weight(name)
-        codes, scales = round_to_nearest(weight, recipe.bits, recipe.group_size)
+        bits = job.allocation.linears[name]
+        codes, scales = round_to_nearest(weight, bits, job.recipe.group_size)
         if not scales.isfinite().all():
             raise NonFiniteWeightsError(
                 f"{job.source.folder}: {name}.weight holds NaN, infinite or huge weights; "
                 "fetch the model again"
             )
-        write_packed(file, name, pack(codes, scales, recipe.bits))
+        write_packed(file, name, pack(codes, scales, bits))
         return relative_error(weight, codes, scales)
 
     threads = torch.get_num_threads()
     with (
         ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool,
-        Progress("linears", len(job.linears)) as progress,
+        Progress("linears", len(linears)) as progress,
     ):
         errors = {}
         try:
-            for name, error in zip(job.linears, pool.map(work, job.linears), strict=True):
+            for name, error in zip(linears, pool.map(work, linears), strict=True):
                 errors[name] = error
                 progress.advance()
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    return Filled(errors, [])
+    return errors
+
+
+def round_embeddings(job: Job, file: TensorFile) -> dict[str, float]:
+    """Round the token embeddings to nearest, some rows at a time, and fill them into `file`.
+
+    Returns
+    -------
+    dict
+        Relative error of the table by its name; empty if it is not quantized.
+
+    Raises
+    ------
+    NonFiniteWeightsError
+        If a weight is NaN, infinite or too large for a float16 scale.
+    """
+    bits, wrong, whole = job.allocation.token_embeddings, 0.0, 0.0
+    if bits == SIXTEEN:
+        return {}
+    stored = job.source.tensors[f"{EMBEDDINGS}.weight"]
+    rows = stored.shape[0]
+    with Progress("token embeddings", rows) as progress:
+        for start in range(0, rows, TABLE_ROWS):
+            part = read_rows(job.source.folder, stored, start, min(TABLE_ROWS, rows - start))
+            codes, scales = round_to_nearest(part, bits, job.recipe.group_size)
+            if not scales.isfinite().all():
+                raise NonFiniteWeightsError(
+                    f"{job.source.folder}: {EMBEDDINGS}.weight holds NaN, infinite or huge weights; "
+                    "fetch the model again"
+                )
+            for name, tensor in pack_table(codes, scales, bits).items():
+                file.write_rows(f"{EMBEDDINGS}.{name}", start, tensor)
+            wrong += float((dense_weight(codes, scales) - part.float()).square().sum())
+            whole += float(part.float().square().sum())
+            progress.advance(len(part))
+    return {EMBEDDINGS: (wrong / max(whole, 1e-24)) ** 0.5}
+
+
+def fill(job: Job, file: TensorFile) -> Filled:
+    """Fill all quantized weights of `file`; what is outside the decoder layers is rounded first.
+
+    Raises
+    ------
+    UserError
+        If a weight is not finite, a sample is lost, or another set of linears was quantized than
+        planned.
+    """
+    if isinstance(job.recipe, RtnRecipe):
+        errors = round_linears(job, file, list(job.allocation.linears))
+        return Filled({**errors, **round_embeddings(job, file)}, [])
+    errors = round_linears(job, file, job.allocation.vision) if job.allocation.vision else {}
+    errors |= round_embeddings(job, file)
+    tuned = tune_linears(job, file)
+    return Filled({**tuned.weight_errors, **errors}, tuned.outcomes)
 
 
 def pack_layer(
@@ -147,15 +204,18 @@ def pack_layer(
         weight = module.weight.detach().to(job.device)
         if not (weight.isfinite().all() and scales.isfinite().all()):
             raise NonFiniteWeightsError(f"quantize: {name} came back from tuning with NaN or Inf")
-        codes, gap = restore_codes(weight, scales, job.recipe.bits)
+        bits = job.allocation.linears[name]
+        codes, gap = restore_codes(weight, scales, bits)
         if not gap < MAX_GAP:
             raise UserError(f"quantize: {name} came back from tuning without whole codes")
         original = job.weight(name).to(job.device)
-        yield name, pack(codes, scales, job.recipe.bits), relative_error(original, codes, scales)
+        yield name, pack(codes, scales, bits), relative_error(original, codes, scales)
 
 
 def tune_linears(job: Job, file: TensorFile) -> Filled:
-    """Fill the planned linears of `file` layer by layer, continuing where the scratch stands.
+    """Fill the linears of the decoder layers one layer at a time, continuing where the scratch stands.
+
+    What comes before them must be in `file` already: the layers are tuned on what it gives.
 
     Raises
     ------
@@ -187,14 +247,29 @@ def tune_linears(job: Job, file: TensorFile) -> Filled:
             attend_within_samples(layer)
         return layer
 
-    layers = split_by_layer(job.linears)
+    def quantize_front(model: Any) -> None:
+        for name in job.allocation.modules:
+            if name.startswith(f"{BLOCKS}."):
+                continue
+            weight = model.get_submodule(name).weight
+            weight.data.copy_(read_dense(file, name, job.allocation.modules[name]))
+
+    layers = split_by_layer(job.allocation.linears)
+    front_too = bool(job.allocation.vision) or job.allocation.token_embeddings < SIXTEEN
     for index, step in enumerate(scratch.steps):
         if layer_digest(file, layers[index]) != step["sha256"]:
             scratch.forget(f"layer {index} in it is damaged")
             break
     if scratch.steps:
         logger.info("continuing after layer %d of %d", len(scratch.steps), len(layers))
-    tuned = tune_layers(job.samples, recipe, job.device, scratch, front, load, len(layers))
+    widths = [
+        {name.removeprefix(f"{BLOCKS}.{index}."): job.allocation.linears[name] for name in names}
+        for index, names in enumerate(layers)
+    ]
+    tuned = tune_layers(
+        job.samples, recipe, job.device, scratch, front, load, widths,
+        quantize_front if front_too else None,
+    )  # fmt: skip
     for index, layer, files, outcome in tuned:
         names = layers[index]
         prefix = f"{BLOCKS}.{index}."
@@ -212,10 +287,12 @@ def tune_linears(job: Job, file: TensorFile) -> Filled:
     )
 
 
-def split_by_layer(linears: Linears) -> list[list[str]]:
+def split_by_layer(linears: Iterable[str]) -> list[list[str]]:
     """Return the names of the planned linears of each decoder layer."""
     layers: dict[int, list[str]] = {}
     for name in linears:
+        if not name.startswith(f"{BLOCKS}."):
+            continue
         index = name.removeprefix(f"{BLOCKS}.").partition(".")[0]
         layers.setdefault(int(index), []).append(name)
     return [layers[index] for index in sorted(layers)]
@@ -225,6 +302,17 @@ def write_packed(file: TensorFile, name: str, packed: dict[str, torch.Tensor]) -
     """Write the packed tensors of one linear."""
     for part, tensor in packed.items():
         file.write(f"{name}.{part}", tensor)
+
+
+def read_dense(file: TensorFile, name: str, bits: int) -> torch.Tensor:
+    """Return the weight [rows, width] of a module that `file` holds packed, as float32."""
+    from colqwen3.model.loading import dequantize_table
+
+    if name == EMBEDDINGS:
+        packed, scales = (file.tensor(f"{name}.{part}") for part in PACKED_TABLE)
+        return dequantize_table(packed, scales, bits, torch.float32)
+    parts = {part: file.tensor(f"{name}.{part}") for part in PACKED_TENSORS}
+    return dequantize(**parts, bits=bits)
 
 
 def layer_digest(file: TensorFile, names: Sequence[str]) -> str:

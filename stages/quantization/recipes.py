@@ -3,8 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from colqwen3.checkpoint.layout import VISION_PARTS
 from colqwen3.system.errors import UserError
 from stages.pipeline.params import Integer, Section, Seed
 
@@ -12,17 +13,41 @@ STEP_SIZE_LIMIT = 0.1
 """In units of a code. On the demo model, 10 steps of 0.1 made a layer worse than rounding, 5 of 0.2 all."""
 
 
+def _for_each_part(value: object) -> object:
+    return dict.fromkeys(VISION_PARTS, value) if type(value) is int else value
+
+
+class VisionBits(Section):
+    """Bits of the linears of the vision tower by part; 16 leaves a part as it is."""
+
+    attention: Literal[16, 8, 4] = 16
+    mlp: Literal[16, 8, 4] = 16
+    mergers: Literal[16, 8, 4] = 16
+
+
 class WeightFormat(Section):
-    """How the quantized linears are stored."""
+    """How the quantized weights are stored."""
 
     bits: Annotated[Literal[2, 3, 4, 8], Integer]
     group_size: Annotated[Literal[32, 64, 128], Integer]
     sym: bool
+    token_embeddings: Literal[16, 8, 4] = 16
+    vision: Annotated[VisionBits, BeforeValidator(_for_each_part)] = VisionBits()
 
     @property
     def vision_too(self) -> bool:
-        """Whether the linears of the vision tower are quantized beside those of the language model."""
-        return False
+        """Whether linears of the vision tower are quantized beside those of the language model."""
+        return min(self.vision_bits.values()) < 16
+
+    @property
+    def vision_bits(self) -> dict[str, int]:
+        """Bits of each part of the vision tower."""
+        return self.vision.model_dump()
+
+    @property
+    def widths(self) -> set[int]:
+        """Bits that linears of this recipe may have."""
+        return {self.bits, *self.vision_bits.values()} - {16}
 
     @field_validator("sym")
     @classmethod
@@ -40,12 +65,6 @@ class RtnRecipe(WeightFormat):
 
     method: Literal["rtn"]
     calibration: Literal["none"]  # spelled out in the file, because dvc.yaml makes a path of it
-    linears: Literal["text", "all"] = "text"
-
-    @property
-    def vision_too(self) -> bool:
-        """Whether the linears of the vision tower are quantized beside those of the language model."""
-        return self.linears == "all"
 
 
 class AutoRoundRecipe(WeightFormat):

@@ -11,7 +11,7 @@ import copy
 import gc
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,9 +40,15 @@ from stages.quantization.sample_packs import pack_samples
 logger = logging.getLogger(__name__)
 
 INPUTS = "inputs.safetensors"
+QUANTIZED_INPUTS = "quantized-inputs.safetensors"
+FRONT = (INPUTS, QUANTIZED_INPUTS)
 CHAIN = "chain-{:05d}.safetensors"
 NOT_FINITE = 1e9
 """Recorded in place of an error that is NaN or Inf, which JSON does not have."""
+
+
+Bits = Mapping[str, int]
+"""Name of a linear within a layer -> its bits."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,7 @@ def tune_layer(
     hidden: Hidden,
     quantized: Hidden | None,
     recipe: TunedRecipe,
+    bits: Bits,
     device: torch.device,
 ) -> tuple[Hidden, Hidden | None, Outcome]:
     """Quantize one decoder layer in place: tuned by the recipe, or rounded where that is better.
@@ -90,10 +97,12 @@ def tune_layer(
     hidden
         Input of the layer in the full-precision model.
     quantized
-        Input of the layer once those before it are quantized; None for the first, and without
-        tuning.
+        Input of the layer once what comes before it is quantized; None for the first if nothing
+        does, and without tuning.
     recipe
         How to tune.
+    bits
+        Bits of each linear by its name in the layer.
     device
         Where.
 
@@ -114,12 +123,12 @@ def tune_layer(
     before: Hidden | None
     after: Hidden | None
     if isinstance(recipe, GptqRecipe):
-        before, after = run_gptq(layer, inputs, hidden, quantized, recipe, device)
+        before, after = run_gptq(layer, inputs, hidden, quantized, recipe, bits, device)
     else:
-        before, after = run_autoround(layer, inputs, hidden, quantized, recipe, device)
+        before, after = run_autoround(layer, inputs, hidden, quantized, recipe, bits, device)
     if before is None:  # without tuning, AutoRound needs no data at 8 bits
         before = list(layer_outputs(rounded, inputs, hidden, device))
-    scales = round_layer(rounded.to(device), recipe)
+    scales = round_layer(rounded.to(device), bits, recipe.group_size)
     given = hidden if quantized is None else quantized
     tuned_error, rounded_error = (
         output_error(layer_outputs(way, inputs, given, device), before) for way in (layer, rounded)
@@ -142,14 +151,14 @@ def tune_layer(
 
 
 @torch.no_grad()
-def round_layer(layer: nn.Module, recipe: TunedRecipe) -> dict[str, torch.Tensor]:
+def round_layer(layer: nn.Module, bits: Bits, group_size: int) -> dict[str, torch.Tensor]:
     """Round the linears of a layer to nearest in place; return their scales [out_features, groups]."""
     scales = {}
-    for name, module in layer.named_modules():
-        if isinstance(module, nn.Linear):
-            codes, scale = round_to_nearest(module.weight, recipe.bits, recipe.group_size)
-            module.weight.copy_(dense_weight(codes, scale))
-            scales[name] = scale
+    for name, width in bits.items():
+        module: Any = layer.get_submodule(name)
+        codes, scale = round_to_nearest(module.weight, width, group_size)
+        module.weight.copy_(dense_weight(codes, scale))
+        scales[name] = scale
     return scales
 
 
@@ -160,7 +169,8 @@ def tune_layers(
     scratch: Scratch,
     load_front: Callable[[], Any],
     load_layer: Callable[[Any, int], nn.Module],
-    count: int,
+    widths: Sequence[Bits],
+    quantize_front: Callable[[Any], None] | None = None,
 ) -> Iterator[tuple[int, nn.Module, dict[str, str], Outcome]]:
     """Tune the decoder layers from the first that `scratch` does not know as done.
 
@@ -178,8 +188,11 @@ def tune_layers(
         Gives the model up to its first decoder layer, ``vlm.model.language_model.layers[0]``.
     load_layer
         Gives a decoder layer by the front and its number.
-    count
-        How many decoder layers there are.
+    widths
+        Bits of the linears of each decoder layer, by their names in it.
+    quantize_front
+        Gives the front, in place, the weights that it has in the quantized model; None if they are
+        the original's.
 
     Yields
     ------
@@ -195,12 +208,22 @@ def tune_layers(
     front = load_front()
     path = scratch.folder / INPUTS
     if INPUTS not in scratch.files:
-        captured = capture_inputs(front, front.vlm.model.language_model.layers[0], samples)
-        if recipe.batch_size > 1:
-            captured = pack_samples(captured, recipe.batch_size)
-        write_states(path, captured)
-        scratch.record({INPUTS: digest_file(path)})
+        write_states(path, capture(front, samples, recipe.batch_size))
+        kept = {INPUTS: digest_file(path)}
+        if quantize_front is not None:
+            quantize_front(front)
+            quantized_path = scratch.folder / QUANTIZED_INPUTS
+            write_states(quantized_path, capture(front, samples, recipe.batch_size))
+            kept[QUANTIZED_INPUTS] = digest_file(quantized_path)
+        scratch.record(kept)
+    kept = {name: scratch.files[name] for name in FRONT if name in scratch.files}
     inputs = read_states(path)
+    shifts = None
+    if quantize_front is not None:
+        given = read_states(scratch.folder / QUANTIZED_INPUTS)
+        if "deepstack" in inputs[0]:
+            pairs = zip(given, inputs, strict=True)
+            shifts = [item["deepstack"] - full["deepstack"] for item, full in pairs]
     front = front.to("meta")  # only its classes and config are needed from here
     # AutoRound collects garbage many times a layer; what is loaded by now need not be looked at
     gc.freeze()
@@ -212,12 +235,16 @@ def tune_layers(
         quantized = [s["quantized"] for s in states] if "quantized" in states[0] else None
     else:
         hidden, quantized = [sample["hidden_states"] for sample in inputs], None
-    with Progress("decoder layers", count, start) as progress:
-        for index in range(start, count):
+        if quantize_front is not None:
+            quantized = [sample["hidden_states"] for sample in given]
+    with Progress("decoder layers", len(widths), start) as progress:
+        for index in range(start, len(widths)):
             layer = load_layer(front, index)
             hidden, quantized, outcome = tune_layer(
-                layer, inputs, hidden, quantized, recipe, device
+                layer, inputs, hidden, quantized, recipe, widths[index], device
             )
+            if shifts is not None and quantized is not None:
+                quantized = add_shifts(quantized, shifts, index)
             if not outcome.tuning_won:
                 logger.warning(
                     "layer %d: tuning made the output worse than rounding (error %.4g against %.4g); "
@@ -228,9 +255,37 @@ def tune_layers(
             for item, state in zip(states, quantized or (), strict=quantized is not None):
                 item["quantized"] = state
             write_states(chain, states)
-            files = {INPUTS: scratch.files[INPUTS], chain.name: digest_file(chain)}
+            files = {**kept, chain.name: digest_file(chain)}
             yield index, layer, files, outcome
             progress.advance()
+
+
+def capture(front: Any, samples: Sequence[Sample], batch_size: int) -> list[Sample]:
+    """Return what the first decoder layer is given for each sample, or each pack of `batch_size`."""
+    captured = capture_inputs(front, front.vlm.model.language_model.layers[0], samples)
+    return pack_samples(captured, batch_size) if batch_size > 1 else captured
+
+
+def add_shifts(quantized: Hidden, shifts: Sequence[torch.Tensor], index: int) -> Hidden:
+    """Add what the quantized front changes in the deepstack features that layer `index` adds.
+
+    Both ways of a layer are given the features of the full-precision front, since they cancel out
+    of the error of its output; the next layer's input in the quantized model has the other ones.
+
+    Parameters
+    ----------
+    quantized
+        Outputs [1, tokens, hidden] of the quantized layer.
+    shifts
+        Differences [1, layers, tokens, hidden] of the dense features.
+    index
+        Number of the layer.
+    """
+    if index >= shifts[0].shape[1]:
+        return quantized
+    return [
+        state + shift[:, index].to(state) for state, shift in zip(quantized, shifts, strict=True)
+    ]
 
 
 def check_quantized(layer: nn.Module, index: int, planned: set[str]) -> None:

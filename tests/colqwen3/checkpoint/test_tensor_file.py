@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from colqwen3.checkpoint.headers import read_headers
-from colqwen3.checkpoint.tensor_file import DTYPES, Spec, TensorFile, read_tensor, same_bytes
+from colqwen3.checkpoint.headers import Spec, read_headers
+from colqwen3.checkpoint.tensor_file import DTYPES, TensorFile, read_tensor, same_bytes
 from colqwen3.system.errors import UserError
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
