@@ -2,12 +2,13 @@
 
 from colqwen3.checkpoint.headers import Checkpoint
 from colqwen3.system.errors import run
-from colqwen3.system.files import fresh_folder, publish_folder, write_json
+from colqwen3.system.files import fresh_folder, publish_folder, read_json, write_json
 from stages.pipeline.manifest import find_inspected_model, read_manifest
 from stages.pipeline.params import ModelParams, Sections, load_params
-from stages.pipeline.paths import ALLOCATION, SCRATCH
+from stages.pipeline.paths import ALLOCATION, SCRATCH, SENSITIVITY
 from stages.pipeline.stage import claim, stage_parser
 from stages.quantization.allocation import describe, planned_tensors, uniform
+from stages.quantization.budget import allocate
 from stages.quantization.recipes import Recipe
 
 
@@ -25,9 +26,15 @@ def main() -> None:
     claim("allocate")
     manifest = read_manifest()
     source = Checkpoint.read(find_inspected_model(params.model, manifest))
+    needed = any(recipe.has_budget for recipe in params.recipes.values())
+    sensitivity = read_json(SENSITIVITY, "run `dvc repro sensitivity`") if needed else {}
     partial = fresh_folder(SCRATCH / ALLOCATION.name)
     for name, recipe in params.recipes.items():
-        allocation = uniform(name, recipe, manifest["config"])
+        allocation = (
+            allocate(name, recipe, manifest["config"], source.tensors, sensitivity)
+            if recipe.has_budget
+            else uniform(name, recipe, manifest["config"])
+        )
         tensors = planned_tensors(source.tensors, allocation, recipe.group_size)
         write_json(partial / f"{name}.json", describe(allocation, tensors))
     publish_folder(partial, ALLOCATION)

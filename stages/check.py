@@ -17,7 +17,7 @@ from stages.checking.params import Params
 from stages.pipeline.params import load_params
 from stages.pipeline.paths import CHECKED
 from stages.pipeline.stage import claim, stage_parser
-from stages.quantization.allocation import uniform
+from stages.quantization.budget import check_fit
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ def check_model(params: Params) -> None:
     config = read_config(folder)
     for name, recipe in params.recipes.items():
         try:
-            uniform(name, recipe, config)
+            check_fit(name, recipe, config)
         except (KeyError, TypeError, AttributeError, ValueError):
             return  # `inspect` names what is wrong with the config
 

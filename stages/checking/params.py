@@ -19,6 +19,7 @@ from stages.pipeline.params import (
     suggest,
 )
 from stages.publishing.options import ReleaseOptions
+from stages.quantization.options import SensitivityParams
 from stages.quantization.recipes import AnyRecipe, Recipe, RtnRecipe
 
 RESERVED_NAMES = {"original"}  # artifacts/embeddings/original.safetensors
@@ -55,6 +56,7 @@ class Params(Section):
     model: ModelParams
     calibration: CalibrationParams
     recipes: dict[str, Recipe]
+    sensitivity: SensitivityParams
     fallbacks: dict[str, str] = Field(default_factory=dict)
     release: dict[str, ReleaseOptions] = Field(default_factory=dict)
     embed: EmbedParams
@@ -73,6 +75,7 @@ class Params(Section):
     @model_validator(mode="after")
     def _sections_agree(self) -> "Params":
         check_sets(self.recipes, self.calibration.sets, "recipes", "calibration.sets")
+        self._check_budgets()
         for section, names in (("fallbacks", self.fallbacks), ("release", self.release)):
             for name in names:
                 if name not in self.recipes:
@@ -86,6 +89,28 @@ class Params(Section):
             self._check_format(name, options)
         return self
 
+    def _check_budgets(self) -> None:
+        """Reject a budget whose sensitivity is not measured, or on a set that does not exist."""
+        named, sets = self.sensitivity.calibration, self.calibration.sets
+        if named != NO_SAMPLES and named not in sets:
+            raise ValueError(
+                f"sensitivity.calibration: {quote(named)} is not a set of calibration.sets"
+                f"{suggest(named, sets)} (known: {NO_SAMPLES}, {', '.join(sets)})"
+            )
+        for name, recipe in self.recipes.items():
+            if not recipe.has_budget:
+                continue
+            if named == NO_SAMPLES:
+                raise ValueError(
+                    f"recipes.{name} has a budget, but the sensitivity is not measured; set "
+                    "sensitivity.calibration to a set of calibration.sets"
+                )
+            if recipe.group_size != self.sensitivity.group_size:
+                raise ValueError(
+                    f"recipes.{name}.group_size is {recipe.group_size}, but the sensitivity is "
+                    f"measured with {self.sensitivity.group_size}; set both to one size"
+                )
+
     def _check_fallback(self, name: str, fallback: str) -> None:
         """Reject a fallback that does not exist, or needs more than the recipe's stage has."""
         other = self.recipes.get(fallback)
@@ -93,6 +118,10 @@ class Params(Section):
             known = ", ".join(key for key in self.recipes if key != name) or "none"
             raise ValueError(
                 f"fallbacks.{name}: {quote(fallback)} is not another recipe (known: {known})"
+            )
+        if other.has_budget:
+            raise ValueError(
+                f"fallbacks.{name}: {fallback} has a budget; name a recipe of one width for all linears"
             )
         if other.calibration not in (NO_SAMPLES, self.recipes[name].calibration):
             raise ValueError(
@@ -103,7 +132,7 @@ class Params(Section):
     def _check_format(self, name: str, options: ReleaseOptions) -> None:
         """Reject a format that cannot hold the recipe's weights."""
         recipe, where = self.recipes[name], f"release.{name}.format: {options.format}"
-        widths = recipe.widths
+        widths = recipe.possible_widths
         if options.format == "llm_compressor" and (odd := widths - {4, 8}):
             raise ValueError(
                 f"{where} takes 4 or 8 bits, not {min(odd)}: the kernels that read its packed weights "

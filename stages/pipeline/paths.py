@@ -5,6 +5,7 @@ from pathlib import Path
 CHECKED = Path("artifacts/checked.json")
 MANIFEST = Path("artifacts/manifest.json")
 CALIBRATION = Path("artifacts/calibration")  # one folder per set of samples
+SENSITIVITY = Path("artifacts/sensitivity.json")  # loss of each part quantized alone
 ALLOCATION = Path("artifacts/allocation")  # bits of every weight, one file per recipe
 CHECKPOINTS = Path("artifacts/checkpoints")  # one folder per recipe
 QUANTIZED = Path("artifacts/quantize")  # how each checkpoint was made, one file per recipe
@@ -27,6 +28,7 @@ SUMMARIES = METRICS / "summary"
 QUERY_METRICS = METRICS / "queries"
 PLOTS = METRICS / "plots"
 NDCG_PLOT = PLOTS / "ndcg.json"
+SENSITIVITY_PLOT = PLOTS / "sensitivity.json"
 LOSS_PLOT = PLOTS / "loss.json"
 RANK_PLOT = PLOTS / "ranks.json"
 REFERENCE = METRICS / "reference"  # the authors' results; only stages.tools.reference writes there

@@ -69,11 +69,11 @@ def uniform(name: str, recipe: AnyRecipe, config: Mapping[str, Any]) -> Allocati
     UserError
         If the recipe's group size does not divide the inputs of a linear.
     """
-    bits: dict[str, int] = dict.fromkeys(linears(config), recipe.bits)
+    bits: dict[str, int] = dict.fromkeys(linears(config), int(recipe.bits or 0))
     for linear in vision_linears(config):
         if (width := recipe.vision_bits[vision_part(linear)]) < SIXTEEN:
             bits[linear] = width
-    allocation = Allocation(bits, recipe.token_embeddings)
+    allocation = Allocation(bits, recipe.token_embeddings or SIXTEEN)
     check_group_size(name, recipe, shapes_of(allocation, config))
     return allocation
 

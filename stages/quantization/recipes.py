@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from colqwen3.checkpoint.layout import VISION_PARTS
+from colqwen3.checkpoint.layout import BITS, VISION_PARTS
 from colqwen3.system.errors import UserError
 from stages.pipeline.params import Integer, Section, Seed
 
@@ -17,37 +17,66 @@ def _for_each_part(value: object) -> object:
     return dict.fromkeys(VISION_PARTS, value) if type(value) is int else value
 
 
-class VisionBits(Section):
-    """Bits of the linears of the vision tower by part; 16 leaves a part as it is."""
+def _width(value: object) -> object:
+    if value is None or (type(value) is int and value in BITS):
+        return value
+    if type(value) is float and min(BITS) < value < max(BITS) and not value.is_integer():
+        return value
+    raise ValueError("must be 2, 3, 4 or 8, or an average between them such as 3.5")
 
-    attention: Literal[16, 8, 4] = 16
-    mlp: Literal[16, 8, 4] = 16
-    mergers: Literal[16, 8, 4] = 16
+
+class VisionBits(Section):
+    """Bits of the linears of the vision tower by part; 16 leaves a part as it is.
+
+    Without a value, a part is left as it is, unless a budget of bytes is free to choose.
+    """
+
+    attention: Literal[16, 8, 4] | None = None
+    mlp: Literal[16, 8, 4] | None = None
+    mergers: Literal[16, 8, 4] | None = None
 
 
 class WeightFormat(Section):
-    """How the quantized weights are stored."""
+    """How the quantized weights are stored: one width, or a budget that widths are chosen for."""
 
-    bits: Annotated[Literal[2, 3, 4, 8], Integer]
+    bits: Annotated[int | float | None, BeforeValidator(_width)] = None
+    bytes: Annotated[int | float, Field(ge=1)] | None = None
+    widths: tuple[Literal[2, 3, 4, 8], ...] = Field(
+        default=(2, 3, 4, 8), min_length=1, strict=False
+    )
     group_size: Annotated[Literal[32, 64, 128], Integer]
     sym: bool
-    token_embeddings: Literal[16, 8, 4] = 16
+    token_embeddings: Literal[16, 8, 4] | None = None
     vision: Annotated[VisionBits, BeforeValidator(_for_each_part)] = VisionBits()
 
     @property
+    def has_budget(self) -> bool:
+        """Whether the widths of the linears are chosen, within bytes or an average of bits."""
+        return self.bytes is not None or isinstance(self.bits, float)
+
+    @property
     def vision_too(self) -> bool:
-        """Whether linears of the vision tower are quantized beside those of the language model."""
-        return min(self.vision_bits.values()) < 16
+        """Whether linears of the vision tower are or may be quantized beside the language model's."""
+        return self.bytes is not None or min(self.vision_bits.values()) < 16
 
     @property
     def vision_bits(self) -> dict[str, int]:
-        """Bits of each part of the vision tower."""
-        return self.vision.model_dump()
+        """Bits of each part of the vision tower where no budget chooses them."""
+        return {part: bits or 16 for part, bits in self.vision.model_dump().items()}
 
     @property
-    def widths(self) -> set[int]:
+    def possible_widths(self) -> set[int]:
         """Bits that linears of this recipe may have."""
-        return {self.bits, *self.vision_bits.values()} - {16}
+        text = set(self.widths) if self.has_budget else {int(self.bits or 0)}
+        return (text | set(self.vision_bits.values())) - {16}
+
+    @model_validator(mode="after")
+    def _one_size(self) -> "WeightFormat":
+        if (self.bits is None) == (self.bytes is None):
+            raise ValueError("needs one of bits and bytes: a width, or a budget")
+        if not self.has_budget and self.widths != BITS:
+            raise ValueError("widths are for a budget: bytes, or an average of bits such as 3.5")
+        return self
 
     @field_validator("sym")
     @classmethod
