@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from stages.evaluation.summary import quantize_metrics
+from tests.helpers.allocation import write_allocations
 from tests.helpers.metrics import WITHIN_THE_LIMITS, quality, write_json
 
 RECIPE = "rtn-w4g128"
@@ -46,6 +47,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     samples = folder / "artifacts/calibration/none"
     samples.mkdir(parents=True)
     (samples / "index.json").write_text('{"samples": []}')
+    write_allocations(folder, folder / "demo/model", RECIPE)
     run_stages(folder, ["inspect_model"], ["quantize", RECIPE])
     record = json.loads((folder / f"artifacts/quantize/{RECIPE}.json").read_text())
     # evaluation itself takes minutes; its figures are invented

@@ -16,6 +16,7 @@ from ruamel.yaml import YAML
 from safetensors.torch import load_file, save_file
 
 from colqwen3.embedding.store import read_embeddings
+from tests.helpers.allocation import write_allocations
 from tests.helpers.command import Done, fork_stage, run_stage
 from tests.helpers.work import RECIPES, make_work, results, write_params, write_queries
 
@@ -42,6 +43,7 @@ LIGHT = (CHECK, INSPECT, GATE)  # need no torch: as fast in a process of their o
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working folder in which every stage up to the gate has run on small, sound input."""
     folder = make_work(tmp_path_factory.mktemp("whole") / "work")
+    write_allocations(folder, folder / "model", "rtn", "tuned")
     for words in (INSPECT, CALIBRATE, ROUND, EMBED, EMBED_RTN, EVALUATE):
         done = fork_stage(folder, words)
         assert done.code == 0, done.err
@@ -390,6 +392,12 @@ CASES = {
     "a sample cut off": Case(
         cut("artifacts/calibration/some/sample-00001.safetensors"), TUNE, "calibration/some",
         "-f calibrate`",
+    ),
+    "allocation cut off": Case(
+        cut("artifacts/allocation/rtn.json"), ROUND, "allocation/rtn.json", "-f allocate`"
+    ),
+    "allocation without linears": Case(
+        text("artifacts/allocation/rtn.json", "{}"), ROUND, "allocation/rtn.json", "-f allocate`"
     ),
     "checkpoint cut off": Case(
         cut("artifacts/checkpoints/rtn/model.safetensors"), EMBED_RTN, "rtn/model.safetensors",

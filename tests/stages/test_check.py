@@ -89,7 +89,7 @@ def test_what_is_wrong_is_one_line_and_nothing_is_written(
 def test_a_group_size_that_does_not_divide_is_found_before_quantizing(
     work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("colqwen3.checkpoint.layout.linears", lambda _: {"m": (32, 192)})
+    monkeypatch.setattr("stages.quantization.allocation.linears", lambda _: {"m": (32, 192)})
     with pytest.raises(UserError, match=r"recipes\.rtn\.group_size is 128.*192 inputs of m"):
         check.main()
 

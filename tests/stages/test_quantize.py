@@ -26,18 +26,15 @@ from colqwen3.system.resume import Scratch
 from stages import quantize
 from stages.pipeline.paths import MANIFEST as MANIFEST_FILE
 from stages.pipeline.paths import QUANTIZED
-from stages.quantization import checkpoint, gptq
+from stages.quantization import gptq, linears
 from stages.quantization.activations import Sample, SamplesLostError
-from stages.quantization.checkpoint import (
-    check_checkpoint,
-    count_bytes,
-    make_checkpoint,
-    planned_linears,
-)
+from stages.quantization.allocation import uniform
+from stages.quantization.checkpoint import check_checkpoint, count_bytes, make_checkpoint
 from stages.quantization.linears import Filled, Job, round_linears
 from stages.quantization.recipes import AnyRecipe, AutoRoundRecipe, GptqRecipe, RtnRecipe
 from stages.quantization.tuning import check_quantized
 from tests.golden.variants import Variant, write_variant
+from tests.helpers.allocation import write_allocations
 from tests.helpers.packed import load_packed
 
 GOLDEN = Path("tests/golden/model")
@@ -77,9 +74,10 @@ def job(
     used: list[Sample],
     scratch: Scratch,
     source: Path = GOLDEN,
-    linears: dict[str, list[int]] = LINEARS,
 ) -> Job:
-    return Job(Checkpoint.read(source), linears, recipe, used, CPU, scratch)
+    config = json.loads((source / "config.json").read_text())
+    allocation = uniform("r", recipe, config)
+    return Job(Checkpoint.read(source), allocation, recipe, used, CPU, scratch)
 
 
 def run_quantize(
@@ -259,7 +257,6 @@ def test_huge_and_nan_weights_are_refused(tmp_path: Path) -> None:
         changed = {**tensors, name: tensors[name].clone()}
         changed[name][3, 5] = value
         save_file(changed, source / DEMO_SHARD.name, metadata={"format": "pt"})
-        linears = inspect_folder(source)[0]["linears"]
         for recipe, used in ((RTN, []), (TUNED, samples()[:1])):
             if value == 1e10 and recipe is TUNED:
                 continue  # finite: AutoRound tunes what it is given
@@ -267,7 +264,7 @@ def test_huge_and_nan_weights_are_refused(tmp_path: Path) -> None:
                 Scratch(tmp_path / "scratch", "key") as scratch,
                 pytest.raises(NonFiniteWeightsError, match="holds NaN"),
             ):
-                make_checkpoint(job(recipe, used, scratch, source, linears))
+                make_checkpoint(job(recipe, used, scratch, source))
 
 
 @pytest.mark.parametrize(
@@ -304,14 +301,6 @@ def test_quantized_linears_must_be_the_planned_ones() -> None:
         check_quantized(block, 4, {"a", "b", "c"})
     with pytest.raises(UserError, match="b of layer 0 was quantized but not planned"):
         check_quantized(block, 0, {"a"})
-
-
-def test_group_size_must_divide() -> None:
-    manifest = {"linears": {"m": [32, 192]}}
-    narrow = RTN.model_copy(update={"group_size": 64})
-    assert planned_linears("r", narrow, manifest) == manifest["linears"]
-    with pytest.raises(UserError, match=r"recipes\.r\.group_size is 128.*192 inputs of m"):
-        planned_linears("r", RTN, manifest)
 
 
 def test_relative_errors_are_frobenius_norms(
@@ -392,7 +381,7 @@ FALLBACK = {"method": "rtn", "calibration": "none", "bits": 4, "group_size": 32,
 
 @pytest.fixture
 def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, Any]], None]:
-    """The stage of a recipe called ``primary``, on the golden model or, with all linears, the demo's."""
+    """The stage of a recipe called ``primary``, on the golden model or, with its vision tower too, the demo's."""
     yaml = YAML(typ="safe", pure=True)
     params = yaml.load(Path("params.yaml").read_text())
     golden, demo = str(GOLDEN.resolve()), str(Path("demo/model").resolve())
@@ -402,13 +391,14 @@ def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str
     monkeypatch.setattr(sys, "argv", ["quantize", "primary"])
 
     def run_stage(recipe: dict[str, Any]) -> None:
-        params["model"]["source"] = demo if recipe.get("linears") else golden
+        params["model"]["source"] = demo if recipe.get("vision") else golden
         write_json(MANIFEST_FILE, inspect_folder(Path(params["model"]["source"]))[0])
         recipe = dict(recipe)
         params["fallbacks"] = {"primary": recipe.pop("fallback")} if "fallback" in recipe else {}
         params["recipes"] = {"primary": recipe, "plain": FALLBACK}
         with Path("params.yaml").open("w") as file:
             yaml.dump(params, file)
+        write_allocations(tmp_path, Path(params["model"]["source"]), "primary")
         run(quantize.main)
 
     return run_stage
@@ -433,10 +423,10 @@ def test_a_fallback_runs_only_after_a_failure_and_is_told_of(
     work = round_linears
 
     def once(*args: Any) -> Filled:
-        monkeypatch.setattr(checkpoint, "round_linears", work)
+        monkeypatch.setattr(linears, "round_linears", work)
         raise torch.OutOfMemoryError("no memory on /home/someone/models/it: 3 GB wanted\nmore")
 
-    monkeypatch.setattr(checkpoint, "round_linears", once)
+    monkeypatch.setattr(linears, "round_linears", once)
     stage(primary)
     made = json.loads((QUANTIZED / "primary.json").read_text())["recipe"]
     assert (made["ran"], made["instead_of"]) == ("plain", "primary")
@@ -463,7 +453,7 @@ def test_nothing_falls_back_unasked_or_for_another_reason(
     fallback: dict[str, str],
     reason: Exception,
 ) -> None:
-    monkeypatch.setattr(checkpoint, "round_linears", fail(reason))
+    monkeypatch.setattr(linears, "round_linears", fail(reason))
     with pytest.raises(SystemExit):
         stage({**FALLBACK, **fallback})
     assert not (QUANTIZED / "primary.json").exists()
@@ -473,7 +463,7 @@ def test_nothing_falls_back_unasked_or_for_another_reason(
 def test_all_linears_are_those_of_the_model_but_the_projection(
     stage: Callable[[dict[str, Any]], None],
 ) -> None:
-    stage({**FALLBACK, "linears": "all"})
+    stage({**FALLBACK, "vision": 4})
     made = load_file("artifacts/checkpoints/primary/model.safetensors")
     quantized = {name[: -len(".qweight")] for name in made if name.endswith(".qweight")}
     # both loaders read it: auto-round's kernels, and dense weights
@@ -503,10 +493,10 @@ def test_named_causes_start_the_fallback(
     work = round_linears
 
     def once(*args: Any) -> Filled:
-        monkeypatch.setattr(checkpoint, "round_linears", work)
+        monkeypatch.setattr(linears, "round_linears", work)
         raise reason
 
-    monkeypatch.setattr(checkpoint, "round_linears", once)
+    monkeypatch.setattr(linears, "round_linears", once)
     stage({**FALLBACK, "group_size": 64, "fallback": "plain"})
     assert json.loads((QUANTIZED / "primary.json").read_text())["recipe"]["ran"] == "plain"
 
@@ -514,7 +504,7 @@ def test_named_causes_start_the_fallback(
 def test_a_defect_of_our_own_is_shown_and_not_hidden_by_a_fallback(
     stage: Callable[[dict[str, Any]], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoint, "round_linears", fail(TypeError("a defect")))
+    monkeypatch.setattr(linears, "round_linears", fail(TypeError("a defect")))
     with pytest.raises(TypeError, match="a defect"):
         stage({**FALLBACK, "fallback": "plain"})
     assert not Path("artifacts/checkpoints/primary").exists()

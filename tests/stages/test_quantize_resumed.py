@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
+from tests.helpers.allocation import write_allocations
+
 ROOT = Path.cwd()
 
 
@@ -45,6 +47,7 @@ def folder(tmp_path: Path) -> Path:
     yaml.dump(params, tmp_path / "params.yaml")
     for module in ("inspect_model", "calibrate"):
         finish(stage(tmp_path, module))
+    write_allocations(tmp_path, ROOT / "demo/model", "calm", "killed")
     return tmp_path
 
 

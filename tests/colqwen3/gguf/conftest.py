@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
-from colqwen3.checkpoint.layout import all_linears, linears, tensors
+from colqwen3.checkpoint.layout import tensors
 from colqwen3.gguf.export import export_gguf
+from stages.quantization.allocation import uniform
 from stages.quantization.recipes import RtnRecipe
-from tests.helpers.rounded import rounded
+from tests.helpers.rounded import allocated
 
 DEMO = Path("demo/model")
 RECIPES: dict[str, dict[str, Any]] = {
@@ -22,7 +23,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "w4g128": {"bits": 4, "group_size": 128},
     "w3g64": {"bits": 3, "group_size": 64},
     "w8g128": {"bits": 8, "group_size": 128},
-    "w4g32-all": {"bits": 4, "group_size": 32, "linears": "all"},
+    "w4g32-8": {"bits": 4, "group_size": 32, "token_embeddings": 8, "vision": 8},
+    "w8g64-4": {"bits": 8, "group_size": 64, "token_embeddings": 4, "vision": {"mlp": 4}},
 }
 Maker = Callable[[str], Path]
 
@@ -62,8 +64,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Maker:
             return folder
         recipe = RtnRecipe(method="rtn", calibration="none", sym=True, **RECIPES[name])
         config = json.loads((DEMO / "config.json").read_text())
-        chosen = all_linears(config) if recipe.linears == "all" else linears(config)
-        return rounded(DEMO, folder, *chosen, recipe=recipe)
+        return allocated(DEMO, folder, uniform(name, recipe, config), recipe)
 
     return make
 

@@ -101,7 +101,8 @@ def embedder(exported: Exporter) -> Callable[..., Any]:
         ("w4g128", "float16", ROUNDED),
         ("w8g128", "float16", ROUNDED),
         ("w3g64", "float16", ROUNDED),
-        ("w4g32-all", "float16", ROUNDED),
+        ("w4g32-8", "float16", ROUNDED),
+        ("w8g64-4", "float16", ROUNDED),
     ],
 )
 def test_every_token_is_that_of_torch(

@@ -23,7 +23,7 @@ def model() -> ColQwen3:
 @pytest.fixture(scope="module")
 def decoder() -> Decoder:
     config = ColQwen3Config.from_dict(read_json(GOLDEN / "config.json", ""))
-    return build_decoder(Weights(GOLDEN, CPU, F32, None), config)
+    return build_decoder(Weights(GOLDEN, CPU, F32, {}), config)
 
 
 def run(

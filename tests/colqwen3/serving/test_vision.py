@@ -18,7 +18,7 @@ GRIDS = [(1, 4, 6), (1, 4, 6), (1, 8, 2), (1, 4, 6), (1, 12, 10)]
 def test_tower_equals_transformers() -> None:
     visual = load_model(GOLDEN, F32, CPU).vlm.model.visual
     config = ColQwen3Config.from_dict(read_json(GOLDEN / "config.json", ""))
-    tower = build_tower(Weights(GOLDEN, CPU, F32, None), config)
+    tower = build_tower(Weights(GOLDEN, CPU, F32, {}), config)
     generator = torch.Generator().manual_seed(0)
     patches = sum(rows * columns for _, rows, columns in GRIDS)
     pixels = torch.randn(patches, visual.patch_embed.proj.weight[0].numel(), generator=generator)

@@ -21,7 +21,7 @@ def stored() -> dict[str, torch.Tensor]:
 def test_merged_linears_give_their_outputs_in_a_row() -> None:
     names = [f"{ATTENTION}.{part}_proj" for part in "qkv"]
     x, tensors = torch.randn(3, 128), stored()
-    actual = Weights(GOLDEN, CPU, F32, None).merged(*names)(x)
+    actual = Weights(GOLDEN, CPU, F32, {}).merged(*names)(x)
     expected = torch.cat([x @ tensors[f"{name}.weight"].float().T for name in names], 1)
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
 
@@ -33,7 +33,7 @@ def test_legacy_names_are_found(tmp_path: Path) -> None:
     legacy = {name.removeprefix("vlm."): value for name, value in stored().items()}
     legacy["lm_head.weight"] = torch.zeros(2, 2)
     save_file(legacy, folder / "model.safetensors")
-    weights = Weights(folder, CPU, F32, None)
+    weights = Weights(folder, CPU, F32, {})
     name = "vlm.model.language_model.norm.weight"
     assert torch.equal(weights.tensor(name), stored()[name].float())
     with pytest.raises(UserError, match=r"lacks the tensor vlm\.lm_head\.weight"):

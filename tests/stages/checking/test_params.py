@@ -505,7 +505,13 @@ MISSPELT = [
     ("  max_bytes:", "  max_byte:", "gate.max_byte", "max_bytes"),
     ("compute:", "computer:", "computer", "compute"),
     ("   queries: 3", "   querys: 3", "calibration.sets.some.querys", "queries"),
-    ("    method: rtn", "    method: rtn\n    linear: all", "recipes.plain.linear", "linears"),
+    ("    method: rtn", "    method: rtn\n    visoin: 8", "recipes.plain.visoin", "vision"),
+    (
+        "    bits: 3",
+        "    bits: 3\n    vision: {mergrs: 8}",
+        "recipes.plain.vision.mergrs",
+        "mergers",
+    ),
 ]
 FOREIGN = [
     ("    method: rtn", "    method: rtn\n    iters: 50", "recipes.plain.iters", "remove it"),
@@ -576,17 +582,17 @@ def test_impossible_formats_and_fallbacks_are_refused(
 def test_gguf_takes_every_number_of_bits_but_two(tmp_path: Path) -> None:
     line = "release: {plain: {format: gguf}}\n"
     for bits in (3, 4, 8):
-        for linears in ("text", "all"):
-            text = edit("    bits: 3\n", f"    bits: {bits}\n    linears: {linears}\n")
+        for vision in (16, 8, 4):
+            text = edit("    bits: 3\n", f"    bits: {bits}\n    vision: {vision}\n")
             assert load(tmp_path, text + line).release["plain"].format == "gguf"
     said = refusal(tmp_path, edit("    bits: 3\n", "    bits: 2\n") + line)
     assert "release.plain.format: gguf takes 3, 4 or 8 bits, not 2: llama.cpp's only type" in said
 
 
 def test_a_format_of_one_list_of_blocks_cannot_hold_the_vision_tower(tmp_path: Path) -> None:
-    text = edit("    bits: 3\n", "    bits: 3\n    linears: all\n")
+    text = edit("    bits: 3\n", "    bits: 3\n    vision: {mergers: 8}\n")
     said = refusal(tmp_path, text + "release: {plain: {format: auto_gptq}}\n")
-    assert "auto_gptq cannot hold a recipe with linears: all" in said
+    assert "auto_gptq cannot hold a recipe that quantizes the vision tower" in said
 
 
 def test_formats_and_fallbacks_arrive(tmp_path: Path) -> None:

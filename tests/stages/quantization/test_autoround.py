@@ -21,6 +21,7 @@ RECIPE = AutoRoundRecipe(
     lr=0.01,
     seed=1,
 )
+BITS = {"linear": 4}
 
 
 class Layer(nn.Module):
@@ -115,7 +116,9 @@ def test_outputs_are_the_layers_own_before_and_after(count: int, iters: int) -> 
 
     wanted = run(hidden)
     recipe = RECIPE.model_copy(update={"iters": iters})
-    before, after, _ = tune_layer(model.layer, inputs, list(hidden), list(shifted), recipe, CPU)
+    before, after, _ = tune_layer(
+        model.layer, inputs, list(hidden), list(shifted), recipe, BITS, CPU
+    )
     assert all(torch.equal(a, b) for a, b in zip(before, wanted, strict=True))
     quantized = run(shifted)  # the layer is changed now
     if iters:
@@ -137,7 +140,7 @@ def test_equal_seeds_give_equal_weights() -> None:
         hidden = [item["hidden_states"] for item in inputs]
         recipe = RECIPE.model_copy(update={"seed": seed, "iters": 20, "lr": 0.01})
         torch.manual_seed(len(made))  # what ran before must not matter
-        tune_layer(model.layer, inputs, hidden, None, recipe, CPU)
+        tune_layer(model.layer, inputs, hidden, None, recipe, BITS, CPU)
         made.append(model.layer.linear.weight.detach().clone())
     assert torch.equal(made[0], made[1])
     assert not torch.equal(made[0], made[2])
@@ -148,7 +151,8 @@ def tune(**changes: Any) -> tuple[Layer, Any]:
     inputs = capture_inputs(model, model.layer, used)
     hidden = [item["hidden_states"] for item in inputs]
     recipe = RECIPE.model_copy(update={"iters": 8, "lr": 0.02, **changes})
-    _, after, outcome = tune_layer(model.layer, inputs, hidden, hidden, recipe, CPU)
+    bits = {"linear": recipe.bits}
+    _, after, outcome = tune_layer(model.layer, inputs, hidden, hidden, recipe, bits, CPU)
     return model.layer, (after, outcome, inputs, hidden)
 
 
@@ -191,7 +195,7 @@ def test_errors_of_both_ways_are_those_computed_by_hand() -> None:
     layer, (after, outcome, inputs, hidden) = tune()
     original = Model().layer
     rounded = Model().layer
-    scales = round_layer(rounded, RECIPE)
+    scales = round_layer(rounded, BITS, 32)
     step = scales["linear"].float().repeat_interleave(32, dim=1)
     assert ((rounded.linear.weight - original.linear.weight).abs() <= step.abs() * 1.001).all()
 
@@ -213,7 +217,7 @@ def test_errors_of_both_ways_are_those_computed_by_hand() -> None:
 def test_a_layer_that_loses_is_rounded_and_so_are_its_outputs() -> None:
     layer, (after, outcome, inputs, hidden) = tune(lr=0.95)
     rounded = Model().layer
-    round_layer(rounded, RECIPE)
+    round_layer(rounded, BITS, 32)
     assert not outcome.tuning_won
     assert torch.equal(layer.linear.weight, rounded.linear.weight)
     cos, sin = inputs[3]["position_embeddings.0"], inputs[3]["position_embeddings.1"]

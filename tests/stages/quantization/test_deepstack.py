@@ -14,6 +14,7 @@ from colqwen3.model.loading import load_model, load_processor
 from colqwen3.system.resume import Scratch
 from stages.quantization import layers
 from stages.quantization.activations import Sample
+from stages.quantization.allocation import uniform
 from stages.quantization.checkpoint import make_checkpoint
 from stages.quantization.deepstack import fold_deepstack
 from stages.quantization.linears import Job
@@ -93,9 +94,9 @@ def tuned_on(
         return block
 
     monkeypatch.setattr(layers, "load_layer", load_watched)
-    linears = inspect_folder(GOLDEN)[0]["linears"]
+    allocation = uniform("r", recipe, inspect_folder(GOLDEN)[0]["config"])
     with Scratch(folder, "key") as scratch:
-        make_checkpoint(Job(Checkpoint.read(GOLDEN), linears, recipe, used, CPU, scratch))
+        make_checkpoint(Job(Checkpoint.read(GOLDEN), allocation, recipe, used, CPU, scratch))
     return seen
 
 

@@ -187,6 +187,9 @@ def test_inputs_that_are_always_0_do_no_harm() -> None:
     assert nothing.abs().max() > 0
 
 
+BITS = {"first": 4, "second": 4}
+
+
 class Layer(nn.Module):
     """Two linears, the second on what the first gives, and a bias."""
 
@@ -222,7 +225,7 @@ def test_the_layers_outputs_are_those_before_and_after() -> None:
     layer, (inputs, states) = Layer(), given()
     original = copy.deepcopy(layer)
     shifted = [state + 0.01 for state in states]
-    before, after = run_gptq(layer, inputs, states, shifted, recipe(), CPU)
+    before, after = run_gptq(layer, inputs, states, shifted, recipe(), BITS, CPU)
     for found, expected in (
         (before, layer_outputs(original, inputs, states, CPU)),
         (after, layer_outputs(layer, inputs, shifted, CPU)),
@@ -241,8 +244,10 @@ def test_the_layers_outputs_are_those_before_and_after() -> None:
 def test_it_beats_rounding_on_the_layers_outputs(bits: int) -> None:
     layer, (inputs, states) = Layer(), given()
     rounded = copy.deepcopy(layer)
-    before, _, outcome = tune_layer(layer, inputs, states, None, recipe(bits), CPU)
-    round_layer(rounded, recipe(bits))
+    before, _, outcome = tune_layer(
+        layer, inputs, states, None, recipe(bits), dict.fromkeys(BITS, bits), CPU
+    )
+    round_layer(rounded, dict.fromkeys(BITS, bits), 32)
     expected = output_error(layer_outputs(rounded, inputs, states, CPU), before)
     assert outcome.rounded == pytest.approx(expected)
     assert outcome.tuned < 0.8 * outcome.rounded
@@ -251,10 +256,10 @@ def test_it_beats_rounding_on_the_layers_outputs(bits: int) -> None:
 def test_a_layer_that_loses_is_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, (inputs, states) = Layer(), given()
     rounded = copy.deepcopy(layer)
-    scales = round_layer(rounded, recipe())
+    scales = round_layer(rounded, BITS, 32)
     real = quantize_weight
     monkeypatch.setattr(gptq, "quantize_weight", lambda w, h, b, g: real(-w, h, b, g))
-    _, after, outcome = tune_layer(layer, inputs, states, None, recipe(), CPU)
+    _, after, outcome = tune_layer(layer, inputs, states, None, recipe(), BITS, CPU)
     assert not outcome.tuning_won
     assert torch.equal(layer.first.weight, rounded.first.weight)
     second: Any = layer.second
@@ -268,4 +273,4 @@ def test_inputs_that_are_not_finite_are_named() -> None:
     layer, (inputs, states) = Layer(), given()
     states[2][0, 0, 0] = torch.inf
     with pytest.raises(NonFiniteWeightsError, match="first is given NaN or infinite inputs"):
-        run_gptq(layer, inputs, states, None, recipe(), CPU)
+        run_gptq(layer, inputs, states, None, recipe(), BITS, CPU)

@@ -1,7 +1,7 @@
 """The order of layers and the digest of what was filled in; test_quantize.py does the rest."""
 
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ LAYERS = "vlm.model.language_model.layers"
 
 def test_layers_are_in_the_order_of_their_numbers() -> None:
     names = [f"{LAYERS}.{index}.mlp.{part}" for index in (10, 2, 0) for part in ("up", "down")]
-    actual = split_by_layer({name: [1, 1] for name in names})
+    actual = split_by_layer(["vlm.model.visual.merger.linear_fc1", *names])
     assert actual == [names[4:], names[2:4], names[:2]]
 
 
@@ -41,8 +41,8 @@ class FakeJob:
 
     device = torch.device("cpu")
 
-    class recipe:
-        bits = 4
+    class allocation:
+        linears: ClassVar = {"prefix.linear": 4}
 
     def weight(self, _: str) -> torch.Tensor:
         return torch.ones(32, 32)
