@@ -34,6 +34,7 @@ def make_work(folder: Path) -> Path:
         dataset="data", sets={"some": {"queries": 1, "pages": 1, "passages": 0}}
     )
     params["recipes"] = RECIPES
+    params["sensitivity"]["calibration"] = "none"
     params["evaluate"]["dataset"] = "data"
     params["gate"] = dict.fromkeys(params["gate"])
     params |= {"release": {}, "fallbacks": {}}

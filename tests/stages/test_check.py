@@ -1,5 +1,6 @@
 """Everything that the check stage notices before another stage touches a result."""
 
+import json
 import logging
 import os
 import shutil
@@ -86,11 +87,22 @@ def test_what_is_wrong_is_one_line_and_nothing_is_written(
     assert not (work / "artifacts/checked.json").exists()
 
 
-def test_a_group_size_that_does_not_divide_is_found_before_quantizing(
-    work: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("stages.quantization.allocation.linears", lambda _: {"m": (32, 192)})
-    with pytest.raises(UserError, match=r"recipes\.rtn\.group_size is 128.*192 inputs of m"):
+def test_a_group_size_that_does_not_divide_is_found_before_quantizing(work: Path) -> None:
+    path = work / "model/config.json"
+    config = json.loads(path.read_text())
+    config["text_config"]["intermediate_size"] = 192
+    path.write_text(json.dumps(config))
+    with pytest.raises(
+        UserError, match=r"recipes\.rtn\.group_size is 128.*192 inputs of vlm.*down"
+    ):
+        check.main()
+
+
+def test_a_group_size_that_does_not_fit_the_vision_tower_is_found_too(work: Path) -> None:
+    change(work, lambda _, values: values["recipes"]["rtn"].update(vision={"mlp": 8}))
+    with pytest.raises(
+        UserError, match=r"rtn\.group_size is 128.* 36 inputs of .*visual.*linear_fc1"
+    ):
         check.main()
 
 

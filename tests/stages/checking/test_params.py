@@ -64,6 +64,11 @@ recipes:
     bits: 3
     group_size: 32
     sym: True
+sensitivity:
+  calibration: other
+  pages: 7
+  queries: 9
+  group_size: 64
 embed:
   dtype: float32
   queries_per_batch: 16
@@ -85,7 +90,7 @@ gate:
 compute:
   device: auto
 """
-RECIPES = GOOD[GOOD.index("recipes:") : GOOD.index("embed:")]
+RECIPES = GOOD[GOOD.index("recipes:") : GOOD.index("sensitivity:")]
 TAKEN = ("original",)
 PLAIN = RECIPES[RECIPES.index("  plain:") :]
 
@@ -133,6 +138,7 @@ def test_commented_examples_become_recipes_when_uncommented(tmp_path: Path) -> N
     start, end = lines.index("recipes:"), next(i for i, s in enumerate(lines) if s == "embed:")
     examples = [re.sub(r"^  # ", "  ", line) for line in lines[start:end]]
     text = "\n".join(lines[:start] + examples + lines[end:]) + "\n"
+    text = re.sub(r"(sensitivity:\n  calibration:) none", r"\1 mixed", text)  # what a budget needs
     added = load(tmp_path, text).recipes
     assert len(added) > len(load_params(Params, SHIPPED).recipes)
     assert {3, 2} <= {recipe.bits for recipe in added.values()}
@@ -216,7 +222,7 @@ def test_a_set_may_have_its_own_seed(tmp_path: Path) -> None:
 
 def test_plain_rounding_needs_no_set(tmp_path: Path) -> None:
     text = GOOD.replace(GOOD[GOOD.index("  sets:") : GOOD.index("recipes:")], "  sets: {}\n")
-    text = text.replace(RECIPES, "recipes:\n" + PLAIN)
+    text = text.replace(RECIPES, "recipes:\n" + PLAIN).replace(": other", ": none")
     assert load(tmp_path, text).calibration.sets == {}
 
 
@@ -282,7 +288,7 @@ BAD = [
     ("  source: some/model\n", "", "model.source: ", "is missing"),
     ("  revision: null\n", "", "model.revision: ", "is missing"),
     ("  max_bytes: null\n", "", "gate.max_bytes: ", "is missing"),
-    ("    bits: 4\n", "", "recipes.tuned.bits: ", "is missing"),
+    ("    bits: 4\n", "", "recipes.tuned: ", "needs one of bits and bytes"),
     ("    iters: 50\n", "", "recipes.tuned.iters: ", "is missing"),
     ("    seed: 7\n", "", "recipes.tuned.seed: ", "is missing"),
     ("compute:\n  device: auto\n", "", "compute: ", "is missing"),
@@ -310,8 +316,8 @@ BAD = [
     ("compute:\n  device: auto", "compute: auto", "compute: ", "'auto'"),
     ("compute:\n  device: auto", "compute:", "compute: ", "None"),
     # wrong values
-    ("bits: 4", "bits: 5", "recipes.tuned.bits: ", "2, 3, 4 or 8 (it is 5)"),
-    ("bits: 4", "bits: 16", "recipes.tuned.bits: ", "2, 3, 4 or 8 (it is 16)"),
+    ("bits: 4", "bits: 5", "recipes.tuned.bits: ", "average between them such as 3.5 (it is 5)"),
+    ("bits: 4", "bits: 16", "recipes.tuned.bits: ", "2, 3, 4 or 8, or an average"),
     ("size: 128", "size: 100", "recipes.tuned.group_size: ", "32, 64 or 128 (it is 100)"),
     ("size: 128", "size: -1", "recipes.tuned.group_size: ", "32, 64 or 128 (it is -1)"),
     ("sym: true", "sym: false", "recipes.tuned.sym: ", "asymmetric checkpoints cannot be loaded"),
@@ -416,7 +422,7 @@ def test_one_line_names_file_and_key(
         (b"- model\n- recipes\n", "the file: "),
         (b"model\n", "the file: "),
         (b"5", "the file: "),
-        (b"{}", "model: is missing; add it (and 7 more)"),
+        (b"{}", "model: is missing; add it (and 8 more)"),
         (b"\xff\xfe\x00", "is not valid YAML "),
         (b"\x89PNG\r\n\x1a\n", "is not valid YAML "),
         (b"!!python/object/apply:os.system ['touch canary']\n", "is not valid YAML "),
