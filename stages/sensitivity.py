@@ -97,9 +97,9 @@ def measure_all(params: Params) -> dict[str, Any]:
 
 
 def bars(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the rows of the plot: part, bits, and the loss of pages and queries."""
+    """Return the rows of the plot: part, bits, loss of pages and queries, and ``bar``, a label."""
     return [
-        {"part": f"{part}, {bits} bits", "pages": loss["pages"], "queries": loss["queries"]}
+        {"part": part, "bits": int(bits), "bar": f"{part}, {bits} bits", **loss}
         for part, item in result.get("items", {}).items()
         for bits, loss in item["loss"].items()
     ]

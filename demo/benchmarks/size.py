@@ -47,7 +47,8 @@ SPEED = {
 CAP_GIB = 11.25  # what a card of 12 GiB leaves to torch beside the driver's own
 LOW_LAYERS = 4
 RTN, AUTOROUND = "rtn-w4g128", "w4g128"
-FORMAT = "w4g128"
+SMALL: Mapping[str, Any] = {"token_embeddings": 8, "vision": {"attention": 8, "mergers": 8}}
+NOTHING: Mapping[str, Any] = {}
 
 Result = dict[str, Any]
 
@@ -198,6 +199,8 @@ def prepare_run(
     weights = {"bits": 4, "group_size": 128, "sym": True}
     params["recipes"] = {name: {**weights, **recipe}}
     params |= {"fallbacks": {}, "release": {}}
+    if {"queries", "pages"} <= samples.keys():
+        params["sensitivity"] |= {"calibration": "measured", **samples}
     params["embed"] |= {"dtype": "bfloat16", "queries_per_batch": 16}
     params["evaluate"]["dataset"] = str(evaluation.absolute())
     params["benchmark"] |= SPEED
@@ -205,6 +208,7 @@ def prepare_run(
     with (folder / "params.yaml").open("w", encoding="utf-8") as file:
         yaml.dump(params, file)
     bench.call(f"{name}-inspect", "-m", "stages.inspect_model", folder=folder)
+    bench.call(f"{name}-allocate", "-m", "stages.allocate", folder=folder)
     # the same samples are made once
     key = "-".join(f"{part}{value}" for part, value in sorted(samples.items()))
     output, ready = folder / "artifacts/calibration", bench.work / f"samples-{key or 'none'}"
@@ -220,8 +224,8 @@ def quantize(bench: Bench, name: str, folder: Path) -> Result:
     """Run stage ``quantize`` in a working folder; add bytes, made and predicted."""
     result = bench.stage(name, folder, "stages.quantize", name)
     output = read_json(folder / f"artifacts/quantize/{name}.json", "run it again")
-    model = read_json(folder / "metrics/model.json", "run it again")
-    files, expected = output["bytes"]["files"], model["expected_bytes"][FORMAT]
+    foretold = read_json(folder / f"artifacts/allocation/{name}.json", "run it again")
+    files, expected = output["bytes"]["files"], foretold["bytes"]
     return {
         **result,
         "files_bytes": files,
@@ -284,6 +288,29 @@ def step_rtn(bench: Bench) -> Result:
     folder = prepare_run(bench, RTN, {"method": "rtn", "calibration": "none"}, {})
     warm(bench)
     return quantize(bench, RTN, folder)
+
+
+def rounded(bench: Bench, name: str, parts: Mapping[str, Any]) -> Result:
+    """Round to nearest, token embeddings and parts of the vision tower too."""
+    recipe = {"method": "rtn", "calibration": "none", **parts}
+    folder = prepare_run(bench, name, recipe, {})
+    warm(bench)
+    result = quantize(bench, name, folder)
+    shutil.rmtree(bench.checkpoint(name))  # disk
+    return result
+
+
+def step_tune_small(bench: Bench) -> Result:
+    """AutoRound with 8-bit token embeddings, vision attention and mergers."""
+    return tune(bench, "tune-small", 50, MIXED, parts=SMALL)
+
+
+def step_sensitivity(bench: Bench) -> Result:
+    """Measure the sensitivity of all parts by streaming."""
+    recipe = {"method": "rtn", "calibration": "none"}
+    samples = {"queries": 8, "pages": 2}
+    folder = prepare_run(bench, "sensitivity", recipe, samples)
+    return bench.stage("sensitivity", folder, "stages.sensitivity")
 
 
 def step_rtn_library(bench: Bench) -> Result:
@@ -396,6 +423,7 @@ def tune(
     iters: int,
     samples: Mapping[str, int],
     batch: int = 8,
+    parts: Mapping[str, Any] = NOTHING,
 ) -> Result:
     """AutoRound through the stage, eight samples a step, with its arithmetic operations.
 
@@ -403,7 +431,7 @@ def tune(
     """
     recipe = {
         "method": "autoround", "calibration": "measured", "iters": iters, "seed": 42,
-        "batch_size": batch, "gradient_accumulate_steps": 8 // batch,
+        "batch_size": batch, "gradient_accumulate_steps": 8 // batch, **parts,
     }  # fmt: skip
     folder = prepare_run(bench, name, recipe, samples)
     result = quantize(bench, name, folder)
@@ -445,6 +473,9 @@ STEPS: dict[str, dict[str, Callable[[Bench], Result]]] = {
         "inspect": step_inspect,
         "floor": step_floor,
         "rtn": step_rtn,
+        "rtn-small": lambda bench: rounded(bench, "rtn-small", SMALL),
+        "rtn-8": lambda bench: rounded(bench, "rtn-8", {"token_embeddings": 8, "vision": 8}),
+        "rtn-8-e4": lambda bench: rounded(bench, "rtn-8-e4", {"token_embeddings": 4, "vision": 8}),
         "rtn-library": step_rtn_library,
         "rtn-equal": step_rtn_equal,
         "embed": step_embed,
@@ -460,6 +491,8 @@ STEPS: dict[str, dict[str, Callable[[Bench], Result]]] = {
         "rtn": step_rtn,
         "tune-0": lambda bench: tune(bench, "tune-0", 0, MIXED),
         "gptq": step_gptq,
+        "tune-small": step_tune_small,
+        "sensitivity": step_sensitivity,
         "tune-50": lambda bench: tune(bench, "tune-50", 50, MIXED),
         "tune-200": lambda bench: tune(bench, "tune-200", 200, MIXED),
         "tune-200-text": lambda bench: tune(bench, "tune-200-text", 200, {"passages": SAMPLES}),

@@ -99,6 +99,9 @@ def run_autoround(
         }
     most, _ = Counter(bits.values()).most_common(1)[0]
     own = {f"layers.0.{name}": {"bits": width} for name, width in bits.items() if width != most}
+    for name, module in layer.named_modules():
+        if isinstance(module, nn.Linear) and name not in bits:
+            own[f"layers.0.{name}"] = {"bits": 16}
     if own:
         options["layer_config"] = own
     rounder = AutoRound(

@@ -26,7 +26,7 @@ from colqwen3.checkpoint.layout import (
 )
 from colqwen3.system.errors import UserError
 from stages.quantization.allocation import SIXTEEN, Allocation, bytes_of, planned_tensors
-from stages.quantization.recipes import AnyRecipe, RtnRecipe, check_group_size
+from stages.quantization.recipes import AnyRecipe, check_group_size
 
 MERGED = {
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -35,8 +35,6 @@ MERGED = {
     "down": ("mlp.down_proj",),
 }
 """Linears of a decoder layer that get one width, since kernels run them as one."""
-TUNED = {"pages": 0.15, "queries": 0.35}
-"""Loss of a tuned language model over that of a rounded one, about (docs/scale.md)."""
 HEADER_BYTES = 160
 """More than the header of a safetensors file says of one tensor."""
 
@@ -119,13 +117,12 @@ def choices_of(item: str, recipe: AnyRecipe) -> tuple[int, ...]:
 
 
 def normalised(
-    measured: Mapping[str, Any], items: Mapping[str, Sequence[str]], tuned: bool
+    measured: Mapping[str, Any], items: Mapping[str, Sequence[str]]
 ) -> dict[str, dict[int, float]]:
     """Return the loss of each item at each width: that of pages and that of queries, equally weighted.
 
     Each is divided by what the language model loses of it at 4 bits, so that neither drowns the
-    other. 16 bits lose nothing. The sensitivity is that of rounding; where the language model is
-    `tuned` it loses `TUNED` of that, while token embeddings and vision tower are only rounded.
+    other. 16 bits lose nothing.
     """
     kinds = ("pages", "queries")
     whole = {
@@ -136,12 +133,7 @@ def normalised(
         item: {
             SIXTEEN: 0.0,
             **{
-                int(bits): sum(
-                    max(0.0, loss[kind])
-                    * (TUNED[kind] if tuned and item.startswith("layers.") else 1)
-                    / max(whole[kind], 1e-12)
-                    for kind in kinds
-                )
+                int(bits): sum(max(0.0, loss[kind]) / max(whole[kind], 1e-12) for kind in kinds)
                 for bits, loss in measured[item]["loss"].items()
             },
         }
@@ -181,7 +173,7 @@ def allocate(
             f"params.yaml: recipes.{name} has a budget, for which the sensitivity of {min(missing)} "
             "was not measured; set sensitivity.calibration to a set of calibration.sets"
         )
-    losses = normalised(measured, items, not isinstance(recipe, RtnRecipe))
+    losses = normalised(measured, items)
     choices = {item: choices_of(item, recipe) for item in items}
 
     def price(item: str, bits: int) -> int:

@@ -4,7 +4,8 @@ Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-tr
 arXiv:2210.17323. Columns are taken in their order, without sorting by activation.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -48,6 +49,8 @@ def run_gptq(
     before = list(layer_outputs(layer, inputs, hidden, device))
     given = hidden if quantized is None else quantized
     for name, hessian in collect_hessians(layer, inputs, given, device).items():
+        if name not in bits:
+            continue
         if not hessian.isfinite().all():
             raise NonFiniteWeightsError(f"quantize: {name} is given NaN or infinite inputs")
         module: Any = layer.get_submodule(name)
@@ -73,6 +76,21 @@ def collect_hessians(
     dict
         Float64 [in_features, in_features] on `device`, by the linear's name, in order of the calls.
     """
+    with watch_hessians(layer) as hessians:
+        for _ in layer_outputs(layer, inputs, hidden, device):
+            pass
+    return hessians
+
+
+@contextmanager
+def watch_hessians(module: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
+    """Add up x x^T over all tokens x that each linear of a module is given within the context.
+
+    Yields
+    ------
+    dict
+        Filled as the linears run: float64 [in_features, in_features] by the linear's name.
+    """
     hessians: dict[str, torch.Tensor] = {}
 
     def watch(name: str, linear: nn.Module) -> Any:
@@ -84,17 +102,15 @@ def collect_hessians(
         return linear.register_forward_pre_hook(add)
 
     handles = [
-        watch(name, module)
-        for name, module in layer.named_modules()
-        if isinstance(module, nn.Linear)
+        watch(name, linear)
+        for name, linear in module.named_modules()
+        if isinstance(linear, nn.Linear)
     ]
     try:
-        for _ in layer_outputs(layer, inputs, hidden, device):
-            pass
+        yield hessians
     finally:
         for handle in handles:
             handle.remove()
-    return hessians
 
 
 def quantize_weight(

@@ -1,6 +1,7 @@
 """Fills the quantized linears of a checkpoint file, rounded to nearest or tuned layer by layer."""
 
 import hashlib
+import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,12 +25,19 @@ from colqwen3.checkpoint.packing import (
 from colqwen3.checkpoint.quantization import PACKED_TABLE
 from colqwen3.checkpoint.tensor_file import TensorFile, read_rows, read_tensor
 from colqwen3.system.errors import NonFiniteWeightsError, UserError
+from colqwen3.system.files import digest_file, write_json
 from colqwen3.system.progress import Progress
 from colqwen3.system.resume import Scratch
 from stages.quantization.activations import Sample
 from stages.quantization.allocation import SIXTEEN, Allocation
 from stages.quantization.recipes import AnyRecipe, RtnRecipe
-from stages.quantization.tuning import Outcome, check_quantized, tune_layers
+from stages.quantization.tuning import (
+    TOWER,
+    Outcome,
+    check_quantized,
+    tune_layers,
+    warn_of_rounding,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -174,14 +182,62 @@ def fill(job: Job, file: TensorFile) -> Filled:
     if isinstance(job.recipe, RtnRecipe):
         errors = round_linears(job, file, list(job.allocation.linears))
         return Filled({**errors, **round_embeddings(job, file)}, [])
-    errors = round_linears(job, file, job.allocation.vision) if job.allocation.vision else {}
-    errors |= round_embeddings(job, file)
+    front = tune_tower(job, file) if job.allocation.vision else Filled({}, [])
+    errors = round_embeddings(job, file)
     tuned = tune_linears(job, file)
-    return Filled({**tuned.weight_errors, **errors}, tuned.outcomes)
+    return Filled(
+        {**tuned.weight_errors, **front.weight_errors, **errors},
+        [*front.outcomes, *tuned.outcomes],
+    )
+
+
+def tune_tower(job: Job, file: TensorFile) -> Filled:
+    """Fill the linears of the vision tower, tuned; what an earlier run finished is not done again.
+
+    Raises
+    ------
+    UserError
+        If a sample is lost, or the calibration set has no pages.
+    """
+    from colqwen3.model.loading import source_dtype
+    from stages.quantization.layers import load_front
+    from stages.quantization.vision import tune_vision
+
+    recipe, vision, path = job.recipe, job.allocation.vision, job.scratch.folder / TOWER
+    assert not isinstance(recipe, RtnRecipe)
+    if TOWER in job.scratch.files:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if layer_digest(file, vision) == record["sha256"]:
+            return Filled(record["errors"], [Outcome(**outcome) for outcome in record["outcomes"]])
+        job.scratch.forget("the vision tower in it is damaged")
+    dtype = torch.float32 if job.device.type == "cpu" else source_dtype(job.source)
+    tower: Any = load_front(job.source, dtype, job.device).vlm.model.visual
+    widths = {name: job.allocation.linears[name] for name in vision}
+    errors, outcomes = {}, []
+    for done in tune_vision(tower, job.samples, recipe, widths, job.device):
+        names = [name for name in vision if name.startswith(f"{done.name}.")]
+        inside = {done.prefix + name.removeprefix(f"{done.name}.") for name in names}
+        check_quantized(done.layer, done.name, inside)
+        for name, packed, error in pack_layer(job, done.layer, f"{done.name}.", names, done.prefix):
+            write_packed(file, name, packed)
+            errors[name] = error
+        outcomes.append(done.outcome)
+        if not done.outcome.tuning_won:
+            warn_of_rounding(done.name, done.outcome)
+    write_json(
+        path,
+        {
+            "sha256": layer_digest(file, vision),
+            "errors": errors,
+            "outcomes": [asdict(outcome) for outcome in outcomes],
+        },
+    )
+    job.scratch.record({TOWER: digest_file(path)})
+    return Filled(errors, outcomes)
 
 
 def pack_layer(
-    job: Job, layer: torch.nn.Module, prefix: str, names: Sequence[str]
+    job: Job, layer: torch.nn.Module, prefix: str, names: Sequence[str], inside: str = ""
 ) -> Iterator[tuple[str, dict[str, torch.Tensor], float]]:
     """Pack the linears of a decoder layer that tuning has rounded, on the job's device.
 
@@ -198,7 +254,7 @@ def pack_layer(
         If tuning left weights that are not multiples of their scale.
     """
     for name in names:
-        module: Any = layer.get_submodule(name.removeprefix(prefix))
+        module: Any = layer.get_submodule(inside + name.removeprefix(prefix))
         scales = module.scale.detach().to(job.device, torch.float16)
         scales = scales.view(module.weight.shape[0], -1)
         weight = module.weight.detach().to(job.device)
@@ -273,7 +329,7 @@ def tune_linears(job: Job, file: TensorFile) -> Filled:
     for index, layer, files, outcome in tuned:
         names = layers[index]
         prefix = f"{BLOCKS}.{index}."
-        check_quantized(layer, index, {name.removeprefix(prefix) for name in names})
+        check_quantized(layer, f"layer {index}", {name.removeprefix(prefix) for name in names})
         errors = {}
         for name, packed, error in pack_layer(job, layer, prefix, names):
             write_packed(file, name, packed)

@@ -3,7 +3,10 @@
 Calibration samples run through the model one decoder layer at a time, all in one pack. Every part
 at every width is a variant with hidden states of its own: it begins where its part stands, and each
 later layer is loaded once and run on all variants. Memory holds the front of the model or one
-layer, whatever the model's size, and all variants' states. Weights are rounded to nearest.
+layer, whatever the model's size, and all variants' states.
+
+Linears are quantized by GPTQ, whose losses are close to those of tuning; rounding would tell
+otherwise, since what can be made up for differs from part to part. Token embeddings are rounded.
 """
 
 import logging
@@ -19,6 +22,7 @@ from colqwen3.checkpoint.packing import dense_weight, round_to_nearest
 from colqwen3.system.progress import Progress
 from stages.quantization.activations import Hidden, Sample, layer_outputs
 from stages.quantization.budget import items_of
+from stages.quantization.gptq import quantize_weight, watch_hessians
 from stages.quantization.tuning import capture
 
 logger = logging.getLogger(__name__)
@@ -55,14 +59,35 @@ def parts_of(config: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
 
 
 @contextmanager
-def quantized(module: Any, names: Sequence[str], bits: int, group_size: int) -> Iterator[None]:
-    """Round some weights of a module to nearest for the time of the context."""
+def quantized(
+    module: Any,
+    names: Sequence[str],
+    bits: int,
+    group_size: int,
+    hessians: Mapping[str, torch.Tensor],
+) -> Iterator[None]:
+    """Quantize some weights of a module for the time of the context.
+
+    Parameters
+    ----------
+    module
+        What holds them.
+    names
+        Of the linears, or of the token embeddings, within it.
+    bits, group_size
+        How.
+    hessians
+        Of the inputs of each linear, see `watch_hessians`; what has none is rounded to nearest.
+    """
     kept = {}
     try:
         for name in names:
             weight = module.get_submodule(name).weight
             kept[name] = weight.data
-            codes, scales = round_to_nearest(weight.data, bits, group_size)
+            if name in hessians:
+                codes, scales = quantize_weight(weight.data, hessians[name], bits, group_size)
+            else:
+                codes, scales = round_to_nearest(weight.data, bits, group_size)
             weight.data = dense_weight(codes, scales).to(weight.dtype)
         yield
     finally:
@@ -109,19 +134,23 @@ def measure(
         part: names for part, names in parts.items() if not names[0].startswith(f"{BLOCKS}.")
     }
     order = pack_order(len(samples))
-    base = capture(front, samples, len(samples))[0]
+    tower = front.vlm.model.visual
+    with watch_hessians(tower) as seen:
+        base = capture(front, samples, len(samples))[0]
+    hessians = {f"{VISION}.{name}": hessian for name, hessian in seen.items()}
     lengths = base["lengths"].flatten().tolist()
     states: dict[Variant, Hidden] = {}
     features: dict[Variant, torch.Tensor] = {}
     with Progress("parts before the decoder", len(outside) * len(BITS)) as progress:
         for part, names in outside.items():
             for bits in BITS:
-                with quantized(front, names, bits, group_size):
+                with quantized(front, names, bits, group_size, hessians):
                     given = capture(front, samples, len(samples))[0]
                 states[Variant(part, bits)] = [given["hidden_states"]]
                 if part != "token_embeddings":
                     features[Variant(part, bits)] = given["deepstack"]
                 progress.advance()
+    hessians.clear()
     norm, projection = front.vlm.model.language_model.norm, front.embedding_proj_layer
     original: Hidden = [base["hidden_states"]]
     with Progress("decoder layers", count) as progress:
@@ -131,16 +160,18 @@ def measure(
             for variant, state in states.items():
                 inputs = {**base, "deepstack": features.get(variant, base["deepstack"])}
                 states[variant] = _advance(layer, inputs, state, device)
+            with watch_hessians(layer) as own:
+                after = _advance(layer, base, original, device)
             for part, names in parts.items():
                 if not names[0].startswith(prefix):
                     continue
                 inside = [name.removeprefix(prefix) for name in names]
                 for bits in BITS:
-                    with quantized(layer, inside, bits, group_size):
+                    with quantized(layer, inside, bits, group_size, own):
                         state = _advance(layer, base, original, device)
                     states[Variant(part, bits)] = state
-            original = _advance(layer, base, original, device)
-            del layer
+            original = after
+            del layer, own
             progress.advance()
 
     def embed(hidden: Hidden) -> tuple[torch.Tensor, ...]:

@@ -41,7 +41,9 @@ logger = logging.getLogger(__name__)
 
 INPUTS = "inputs.safetensors"
 QUANTIZED_INPUTS = "quantized-inputs.safetensors"
-FRONT = (INPUTS, QUANTIZED_INPUTS)
+TOWER = "vision-tower.json"
+"""What is known of a vision tower that is finished."""
+FRONT = (TOWER, INPUTS, QUANTIZED_INPUTS)
 CHAIN = "chain-{:05d}.safetensors"
 NOT_FINITE = 1e9
 """Recorded in place of an error that is NaN or Inf, which JSON does not have."""
@@ -209,7 +211,8 @@ def tune_layers(
     path = scratch.folder / INPUTS
     if INPUTS not in scratch.files:
         write_states(path, capture(front, samples, recipe.batch_size))
-        kept = {INPUTS: digest_file(path)}
+        kept = {name: scratch.files[name] for name in FRONT if name in scratch.files}
+        kept[INPUTS] = digest_file(path)
         if quantize_front is not None:
             quantize_front(front)
             quantized_path = scratch.folder / QUANTIZED_INPUTS
@@ -246,10 +249,7 @@ def tune_layers(
             if shifts is not None and quantized is not None:
                 quantized = add_shifts(quantized, shifts, index)
             if not outcome.tuning_won:
-                logger.warning(
-                    "layer %d: tuning made the output worse than rounding (error %.4g against %.4g); "
-                    "it is rounded instead", index, outcome.tuned, outcome.rounded,
-                )  # fmt: skip
+                warn_of_rounding(f"layer {index}", outcome)
             chain = scratch.folder / CHAIN.format(index)
             states = [{"full": state} for state in hidden]
             for item, state in zip(states, quantized or (), strict=quantized is not None):
@@ -258,6 +258,14 @@ def tune_layers(
             files = {**kept, chain.name: digest_file(chain)}
             yield index, layer, files, outcome
             progress.advance()
+
+
+def warn_of_rounding(name: str, outcome: Outcome) -> None:
+    """Say that a layer is rounded, since tuning made it worse."""
+    logger.warning(
+        "%s: tuning made the output worse than rounding (error %.4g against %.4g); it is rounded instead",
+        name, outcome.tuned, outcome.rounded,
+    )  # fmt: skip
 
 
 def capture(front: Any, samples: Sequence[Sample], batch_size: int) -> list[Sample]:
@@ -288,15 +296,15 @@ def add_shifts(quantized: Hidden, shifts: Sequence[torch.Tensor], index: int) ->
     ]
 
 
-def check_quantized(layer: nn.Module, index: int, planned: set[str]) -> None:
+def check_quantized(layer: nn.Module, which: str, planned: set[str]) -> None:
     """Compare the linears that were quantized in a layer with the planned ones.
 
     Parameters
     ----------
     layer
         The layer after `tune_layer`.
-    index
-        Its number, for the error.
+    which
+        What it is, for the error.
     planned
         Names of the linears to quantize within the layer.
 
@@ -308,6 +316,4 @@ def check_quantized(layer: nn.Module, index: int, planned: set[str]) -> None:
     quantized = {name for name, module in layer.named_modules() if hasattr(module, "scale")}
     for name in sorted(quantized ^ planned):
         problem = "quantized but not planned" if name in quantized else "planned but not quantized"
-        raise UserError(
-            f"quantize: {name} of layer {index} was {problem}; the log above may say why"
-        )
+        raise UserError(f"quantize: {name} of {which} was {problem}; the log above may say why")

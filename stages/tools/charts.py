@@ -15,6 +15,7 @@ COLOURS = {"original": "#8d99ae", "quantized": "#d1495b", "mixed index": "#edae4
 KINDS = {"pages": "#33658a", "queries": "#86bbd8"}
 WAYS = {"lower": "#d1495b", "higher": "#7a9e7e"}
 ERRORS = {"tuned": "#33658a", "rounded": "#8d99ae"}
+BITS = {"2": "#d1495b", "3": "#edae49", "4": "#33658a", "8": "#7a9e7e"}
 PANEL = 300
 VEGA_LITE = "5.21"
 
@@ -199,4 +200,79 @@ def _panels(values: Points) -> dict[str, Any]:
         "data": {"values": values},
         "facet": {**facet, "header": header},
         "columns": 1,
+    }
+
+
+def sensitivity_chart(rows: Points, kind: str) -> dict[str, Any]:
+    """Describe the loss of each part quantized alone, a point for each width, on a log scale.
+
+    Parameters
+    ----------
+    rows
+        As ``metrics/plots/sensitivity.json`` holds them.
+    kind
+        ``pages`` or ``queries``.
+    """
+    parts = list(dict.fromkeys(str(row["part"]) for row in rows))
+    values = [
+        {"part": row["part"], "bits": str(row["bits"]), "loss": max(float(row[kind]), 1e-9)}
+        for row in rows
+    ]
+    return {
+        "data": {"values": values},
+        "title": kind,
+        "mark": {"type": "point", "filled": True, "size": 45},
+        "width": PANEL,
+        "height": {"step": 14},
+        "encoding": {
+            "x": {
+                "field": "loss",
+                "type": "quantitative",
+                "title": "1 - mean cosine",
+                "scale": {"type": "log"},
+                "axis": {"tickCount": 4, "format": ".0e"},
+            },
+            "y": {"field": "part", "type": "nominal", "sort": parts, "title": None},
+            "color": {
+                "field": "bits",
+                "type": "nominal",
+                "title": "bits",
+                "scale": {"domain": list(BITS), "range": list(BITS.values())},
+            },
+        },
+    }
+
+
+def frontier_chart(points: Points, kind: str) -> dict[str, Any]:
+    """Describe loss against bytes, a line for each ``way`` of choosing widths, on a log scale.
+
+    Parameters
+    ----------
+    points
+        Each with ``recipe``, ``way``, ``mb``, ``pages`` and ``queries``.
+    kind
+        ``pages`` or ``queries``.
+    """
+    x = {"field": "mb", "type": "quantitative", "title": "MB", "scale": {"zero": False}}
+    y = {
+        "field": kind,
+        "type": "quantitative",
+        "title": f"loss of {kind} (1 - mean cosine)",
+        "scale": {"type": "log"},
+        "axis": {"tickCount": 4, "format": ".0e"},
+    }
+    colour = {"field": "way", "type": "nominal", "title": None}
+    label = {"field": "recipe", "type": "nominal"}
+    position = {"x": x, "y": y}
+    return {
+        "data": {"values": list(points)},
+        "width": PANEL,
+        "height": PANEL,
+        "layer": [
+            {"mark": {"type": "line", "point": True}, "encoding": {**position, "color": colour}},
+            {
+                "mark": {"type": "text", "align": "left", "dx": 6, "dy": -5, "fontSize": 9},
+                "encoding": {**position, "text": label},
+            },
+        ],
     }

@@ -34,6 +34,7 @@ from stages.pipeline.paths import (
     QUANTIZE_METRICS,
     QUERY_METRICS,
     REPORT,
+    SENSITIVITY_PLOT,
 )
 from stages.tools.charts import (
     layers_chart,
@@ -42,6 +43,7 @@ from stages.tools.charts import (
     outputs_chart,
     ranks_chart,
     scores_chart,
+    sensitivity_chart,
     spread,
     svg,
 )
@@ -61,6 +63,10 @@ WEIGHTS = (
     "layer's is larger than that of rounding, and that is no fault: rounding to nearest has the "
     "smallest error that a weight can have, while tuning lets single weights go further from the "
     "original so that the errors cancel in the layer's output, which is what counts."
+)
+SENSITIVITIES = (
+    "1 - mean cosine of tokens when this part alone is rounded to so many bits, on calibration "
+    "samples. Budgets are spent by it."
 )
 OUTPUTS = (
     "The error of each decoder layer's output on the calibration samples: what tuning minimises. "
@@ -285,7 +291,17 @@ def _first_pages(query: QueryResult) -> str:
     return before if before == after else f"{before} → {after}"
 
 
-def draw_charts(results: Mapping[str, Result], gate: GateParams) -> list[dict[str, Any]]:
+def read_sensitivity() -> list[dict[str, Any]]:
+    """Return the rows of the sensitivity plot, none if it was not measured."""
+    if not SENSITIVITY_PLOT.exists():
+        return []
+    rows: list[dict[str, Any]] = read_json(SENSITIVITY_PLOT, "run `dvc repro sensitivity`")
+    return rows
+
+
+def draw_charts(
+    results: Mapping[str, Result], gate: GateParams, sensitivity: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
     """Return the charts with their titles and what must be known to read them."""
     rows = {recipe: summarize(result.metrics, gate) for recipe, result in results.items()}
     scores = {recipe: result.scores for recipe, result in results.items()}
@@ -335,6 +351,14 @@ def draw_charts(results: Mapping[str, Result], gate: GateParams) -> list[dict[st
                 [outputs_chart({recipe: errors[recipe]}) for recipe in errors],
             ),
         )
+    if sensitivity:
+        charts.append(
+            (
+                "Sensitivity of each part",
+                SENSITIVITIES,
+                [sensitivity_chart(sensitivity, kind) for kind in ("pages", "queries")],
+            )
+        )
     return [
         {
             "title": title,
@@ -375,7 +399,7 @@ def render(params: Params, results: Mapping[str, Result], queries: Mapping[str, 
         recipes=[describe_recipe(name, result, queries) for name, result in results.items()],
         figures=[[name, *(column[name] for column in columns.values())] for name in names],
         terms=TERMS,
-        charts=draw_charts(results, params.gate),
+        charts=draw_charts(results, params.gate, read_sensitivity()),
         moved=most_moved(results, queries),
         params=yaml.safe_dump(params.model_dump(), sort_keys=False, allow_unicode=True),
     )

@@ -109,6 +109,7 @@ def own_params(
         used = {name: s for name, s in ablation.sets.items() if name == chosen.calibration}
         values["recipes"] = {recipe: chosen.model_dump()}
         values["calibration"]["sets"] = {name: s.model_dump() for name, s in used.items()}
+        values["sensitivity"]["calibration"] = chosen.calibration if chosen.has_budget else "none"
     return values
 
 
@@ -181,6 +182,9 @@ def measure_recipe(params: Params, ablation: AblationParams, recipe: str) -> Non
     space = Workspace(WORK / recipe, params)
     space.write_params(values[datasets[0]])
     space.run("calibrate")
+    if ablation.recipes[recipe].has_budget:
+        space.run("sensitivity")
+    space.run("allocate")
     space.run("quantize", recipe)
     metrics = {}
     original = space.folder / EMBEDDINGS / f"{ORIGINAL}.safetensors"

@@ -107,6 +107,7 @@ def measure_run(bench: Bench, run: Run) -> dict[str, Any]:
     start = time.time()
     checkpoint = bench.folder / "artifacts/checkpoints" / run.name
     commands = [
+        ["allocate"],
         ["quantize", run.name],
         *(bench.embed_command(checkpoint, run.name, page_set) for page_set in bench.page_sets),
     ]
