@@ -147,12 +147,13 @@ def dense_tensors(
     ------
     ValueError
         If a packing is another than quantization here writes, or config.json says other bits of a
-        linear than its tensors have.
+        module than its tensors have.
     """
     quantization = config["quantization_config"]
     check_packing(quantization)
     stored = read_headers(folder)
     check_bits(quantization, stored)
+    table_bits = embeddings_bits(config, stored)
     for path in weight_files(folder):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - the file is not a dictionary
@@ -166,11 +167,8 @@ def dense_tensors(
                     yield f"{module}.weight", dense.to(dtype)
                 elif kind == "weight_packed":
                     scales = file.get_tensor(f"{module}.weight_scale")
-                    bits = embeddings_bits(config, stored)
-                    yield (
-                        f"{module}.weight",
-                        dequantize_table(file.get_tensor(name), scales, bits, dtype),
-                    )
+                    table = dequantize_table(file.get_tensor(name), scales, table_bits, dtype)
+                    yield f"{module}.weight", table
                 elif kind not in ("qzeros", "scales", "weight_scale"):
                     yield name, file.get_tensor(name)
 
