@@ -296,11 +296,11 @@ def test_another_checkpoint_than_planned_fails(
 def test_quantized_linears_must_be_the_planned_ones() -> None:
     block = torch.nn.ModuleDict({"a": torch.nn.Linear(2, 2), "b": torch.nn.Linear(2, 2)})
     block["a"].scale = block["b"].scale = torch.ones(1)
-    check_quantized(block, 0, {"a", "b"})
+    check_quantized(block, "layer 0", {"a", "b"})
     with pytest.raises(UserError, match="c of layer 4 was planned but not quantized"):
-        check_quantized(block, 4, {"a", "b", "c"})
+        check_quantized(block, "layer 4", {"a", "b", "c"})
     with pytest.raises(UserError, match="b of layer 0 was quantized but not planned"):
-        check_quantized(block, 0, {"a"})
+        check_quantized(block, "layer 0", {"a"})
 
 
 def test_relative_errors_are_frobenius_norms(

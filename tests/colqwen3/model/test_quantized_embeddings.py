@@ -78,7 +78,7 @@ def test_bytes_are_those_packed_by_hand(stored: dict[str, torch.Tensor], bits: i
 def test_the_dense_loader_and_the_module_give_the_weights_read_by_hand(
     folder: Path, stored: dict[str, torch.Tensor], table: torch.Tensor, bits: int
 ) -> None:
-    dense = load_model(folder, torch.float32, CPU).get_input_embeddings()
+    dense: Any = load_model(folder, torch.float32, CPU).get_input_embeddings()
     assert torch.equal(dense.weight, table)
     module, ids = embedding(stored, bits), torch.tensor([[0, 447, 31], [5, 5, 200]])
     assert torch.equal(module(ids), table[ids])
