@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 
 from colqwen3.checkpoint.headers import Checkpoint
-from colqwen3.checkpoint.layout import BLOCKS
+from colqwen3.checkpoint.layout import BLOCKS, VISION
 from colqwen3.system.device import choose_device, make_deterministic
 from colqwen3.system.errors import NonFiniteWeightsError, first_line, run
 from colqwen3.system.files import publish_folder, write_json
@@ -30,6 +30,7 @@ from stages.quantization.checkpoint import (
 from stages.quantization.linears import Job
 from stages.quantization.recipes import Recipe
 from stages.quantization.samples import read_samples
+from stages.quantization.tuning import Outcome
 
 logger = logging.getLogger(__name__)
 
@@ -142,15 +143,23 @@ def quantize(
                 layer.removeprefix(BLOCKS + "."): round(errors[layer], 6)
                 for layer in sorted(errors, key=layer_order)
             },
-            "layers_worse_than_rounding": sum(not o.tuning_won for o in filled.outcomes),
-            "layer_errors": [
-                {"tuned": round(o.tuned, 6), "rounded": round(o.rounded, 6)}
-                for o in filled.outcomes
-            ],
+            "layers_worse_than_rounding": sum(
+                not outcome.tuning_won for outcome in (*filled.outcomes, *filled.tower.values())
+            ),
+            "layer_errors": [describe_outcome(outcome) for outcome in filled.outcomes],
+            "vision_errors": {
+                module.removeprefix(f"{VISION}."): describe_outcome(outcome)
+                for module, outcome in filled.tower.items()
+            },
         }
         write_json(QUANTIZED / f"{name}.json", record)
         publish_folder(partial, CHECKPOINTS / name)
         scratch.remove()
+
+
+def describe_outcome(outcome: Outcome) -> dict[str, float]:
+    """Return the output errors of a layer as the metrics hold them."""
+    return {"tuned": round(outcome.tuned, 6), "rounded": round(outcome.rounded, 6)}
 
 
 def main() -> None:

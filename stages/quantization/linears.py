@@ -5,7 +5,7 @@ import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -89,10 +89,13 @@ class Filled:
         Error of each linear's weight relative to the weight, both as Frobenius norms.
     outcomes
         Output errors of each decoder layer, tuned and rounded; empty for plain rounding.
+    tower
+        The same of each module of the vision tower that was tuned, by its name.
     """
 
     weight_errors: dict[str, float]
     outcomes: list[Outcome]
+    tower: dict[str, Outcome] = field(default_factory=dict)
 
 
 def round_linears(job: Job, file: TensorFile, linears: Sequence[str]) -> dict[str, float]:
@@ -183,12 +186,9 @@ def fill(job: Job, file: TensorFile) -> Filled:
         errors = round_linears(job, file, list(job.allocation.linears))
         return Filled({**errors, **round_embeddings(job, file)}, [])
     front = tune_tower(job, file) if job.allocation.vision else Filled({}, [])
-    errors = round_embeddings(job, file)
+    errors = {**front.weight_errors, **round_embeddings(job, file)}
     tuned = tune_linears(job, file)
-    return Filled(
-        {**tuned.weight_errors, **front.weight_errors, **errors},
-        [*front.outcomes, *tuned.outcomes],
-    )
+    return Filled({**tuned.weight_errors, **errors}, tuned.outcomes, front.tower)
 
 
 def tune_tower(job: Job, file: TensorFile) -> Filled:
@@ -208,12 +208,13 @@ def tune_tower(job: Job, file: TensorFile) -> Filled:
     if TOWER in job.scratch.files:
         record = json.loads(path.read_text(encoding="utf-8"))
         if layer_digest(file, vision) == record["sha256"]:
-            return Filled(record["errors"], [Outcome(**outcome) for outcome in record["outcomes"]])
+            tower = {name: Outcome(**outcome) for name, outcome in record["tower"].items()}
+            return Filled(record["errors"], [], tower)
         job.scratch.forget("the vision tower in it is damaged")
     dtype = torch.float32 if job.device.type == "cpu" else source_dtype(job.source)
     tower: Any = load_front(job.source, dtype, job.device).vlm.model.visual
     widths = {name: job.allocation.linears[name] for name in vision}
-    errors, outcomes = {}, []
+    errors, outcomes = {}, {}
     for done in tune_vision(tower, job.samples, recipe, widths, job.device):
         names = [name for name in vision if name.startswith(f"{done.name}.")]
         inside = {done.prefix + name.removeprefix(f"{done.name}.") for name in names}
@@ -221,7 +222,7 @@ def tune_tower(job: Job, file: TensorFile) -> Filled:
         for name, packed, error in pack_layer(job, done.layer, f"{done.name}.", names, done.prefix):
             write_packed(file, name, packed)
             errors[name] = error
-        outcomes.append(done.outcome)
+        outcomes[done.name] = done.outcome
         if not done.outcome.tuning_won:
             warn_of_rounding(done.name, done.outcome)
     write_json(
@@ -229,11 +230,11 @@ def tune_tower(job: Job, file: TensorFile) -> Filled:
         {
             "sha256": layer_digest(file, vision),
             "errors": errors,
-            "outcomes": [asdict(outcome) for outcome in outcomes],
+            "tower": {name: asdict(outcome) for name, outcome in outcomes.items()},
         },
     )
     job.scratch.record({TOWER: digest_file(path)})
-    return Filled(errors, outcomes)
+    return Filled(errors, [], outcomes)
 
 
 def pack_layer(

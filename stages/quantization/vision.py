@@ -2,8 +2,7 @@
 
 As `stages.quantization.tuning` does for the decoder layers: a block's output in full precision and
 its output once quantized are the next one's inputs, and a merger is given those of the block before
-it. Only pages take part. Several pages are one sequence in which attention stays within each page,
-which is how the tower itself runs them.
+it. Only pages take part, one a step whatever the recipe's batch size: it has thousands of patches.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -61,8 +60,8 @@ class Tuned:
 
 
 @torch.no_grad()
-def capture_blocks(tower: Any, samples: Sequence[Sample], batch_size: int) -> list[Sample]:
-    """Return what the first block is given, with the pages in packs of at most `batch_size`.
+def capture_blocks(tower: Any, samples: Sequence[Sample]) -> list[Sample]:
+    """Return what the first block is given for each page.
 
     Raises
     ------
@@ -89,15 +88,13 @@ def capture_blocks(tower: Any, samples: Sequence[Sample], batch_size: int) -> li
         )
 
     handle = tower.blocks[0].register_forward_pre_hook(catch, with_kwargs=True)
-    count = -(-len(pages) // batch_size)
+    weight = tower.pos_embed.weight
     try:
-        for first in range(count):
-            pack = pages[first::count]
-            pixels, grids = (
-                torch.cat([page[key] for page in pack]).to(tower.pos_embed.weight.device)
-                for key in ("pixel_values", "image_grid_thw")
+        for page in pages:
+            pixels, grid = (
+                page[key].to(weight.device) for key in ("pixel_values", "image_grid_thw")
             )
-            tower(pixels.to(tower.pos_embed.weight.dtype), grid_thw=grids)
+            tower(pixels.to(weight.dtype), grid_thw=grid)
     finally:
         handle.remove()
     return caught
@@ -130,7 +127,7 @@ def tune_vision(
     SamplesLostError
         If there are no pages, or a sample is lost.
     """
-    inputs = capture_blocks(tower, samples, recipe.batch_size)
+    inputs = capture_blocks(tower, samples)
     hidden: Hidden = [sample["hidden_states"] for sample in inputs]
     nothing: list[Sample] = [{} for _ in inputs]
     quantized: Hidden | None = None

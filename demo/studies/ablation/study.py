@@ -36,13 +36,16 @@ from stages.pipeline.paths import (
     MODEL_METRICS,
     QUALITY_METRICS,
     QUANTIZE_METRICS,
+    SENSITIVITY,
 )
 from stages.pipeline.stage import claim
-from stages.quantization.recipes import Recipe
+from stages.quantization.recipes import AnyRecipe, Recipe
 
 ABLATION = Path("demo/studies/ablation")
 METRICS = ABLATION / "metrics"  # one file per recipe
 ORIGINALS = ABLATION / "artifacts/original"  # embeddings, one file per dataset
+SENSITIVITY_FILE = ABLATION / "artifacts/sensitivity.json"
+SAMPLES = "more-seed1"  # that the sensitivity is measured on
 WORK = ABLATION / "artifacts/work"  # one folder per running recipe
 FIX = f"run `dvc repro` in {ABLATION}"
 ORIGINAL = "original"
@@ -64,13 +67,21 @@ class AblationParams(Section):
     datasets: dict[str, str] = Field(min_length=1)
     sets: dict[str, CalibrationSet]
     recipes: dict[str, Recipe]
+    smaller: dict[str, Recipe] = Field(default_factory=dict)
+
+    @property
+    def all_recipes(self) -> dict[str, AnyRecipe]:
+        """Return the recipes of the ablation and of the frontier."""
+        return {**self.recipes, **self.smaller}
 
     @model_validator(mode="after")
     def _sound(self) -> "AblationParams":
         check_names(self.datasets, {"quantize"})
         check_names(self.sets, {"none"})
         check_names(self.recipes, {ORIGINAL})
+        check_names(self.smaller, {ORIGINAL, *self.recipes})
         check_sets(self.recipes, self.sets, "recipes", "sets")
+        check_sets(self.smaller, self.sets, "smaller", "sets")
         return self
 
 
@@ -105,7 +116,7 @@ def own_params(
         Path(_find(ablation.datasets, "datasets", dataset)).resolve()
     )
     if recipe is not None:
-        chosen = _find(ablation.recipes, "recipes", recipe)
+        chosen = _find(ablation.all_recipes, "recipes", recipe)
         used = {name: s for name, s in ablation.sets.items() if name == chosen.calibration}
         values["recipes"] = {recipe: chosen.model_dump()}
         values["calibration"]["sets"] = {name: s.model_dump() for name, s in used.items()}
@@ -182,8 +193,8 @@ def measure_recipe(params: Params, ablation: AblationParams, recipe: str) -> Non
     space = Workspace(WORK / recipe, params)
     space.write_params(values[datasets[0]])
     space.run("calibrate")
-    if ablation.recipes[recipe].has_budget:
-        space.run("sensitivity")
+    if ablation.all_recipes[recipe].has_budget:
+        shutil.copyfile(SENSITIVITY_FILE, space.folder / SENSITIVITY)
     space.run("allocate")
     space.run("quantize", recipe)
     metrics = {}
@@ -198,6 +209,23 @@ def measure_recipe(params: Params, ablation: AblationParams, recipe: str) -> Non
         metrics[dataset] = read_json(space.folder / QUALITY_METRICS / f"{recipe}.json", FIX)
     metrics["quantize"] = read_json(space.folder / QUANTIZE_METRICS / f"{recipe}.json", FIX)
     write_json(METRICS / f"{recipe}.json", metrics)
+    space.remove()
+
+
+def measure_sensitivity(params: Params, ablation: AblationParams) -> None:
+    """Write artifacts/sensitivity.json, and the same as metrics/sensitivity.json."""
+    dataset = next(iter(ablation.datasets))
+    values = own_params(params, ablation, dataset)
+    values["calibration"]["sets"] = {SAMPLES: ablation.sets[SAMPLES].model_dump()}
+    values["sensitivity"]["calibration"] = SAMPLES
+    space = Workspace(WORK / "sensitivity", params)
+    space.write_params(values)
+    space.run("calibrate")
+    space.run("sensitivity")
+    result = read_json(space.folder / SENSITIVITY, FIX)
+    for path in (SENSITIVITY_FILE, METRICS / SENSITIVITY_FILE.name):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, result)
     space.remove()
 
 
@@ -255,7 +283,7 @@ def print_tables(ablation: AblationParams) -> None:
     UserError
         If a metrics file is damaged, or there is none.
     """
-    paths = {name: METRICS / f"{name}.json" for name in ablation.recipes}
+    paths = {name: METRICS / f"{name}.json" for name in ablation.all_recipes}
     metrics = {name: read_json(path, FIX) for name, path in paths.items() if path.exists()}
     if not metrics:
         raise UserError(f"{METRICS}: holds no results; {FIX}")
@@ -273,10 +301,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m demo.studies.ablation", description=__doc__)
     parser.add_argument("recipe", nargs="?", help="a recipe of the ablation's params.yaml")
     parser.add_argument("--original", metavar="DATASET", help="a dataset of that file")
+    parser.add_argument("--sensitivity", action="store_true", help="measure what each part bears")
     args = parser.parse_args()
-    if args.recipe and args.original:
-        parser.error("give a recipe or --original, not both")
+    if bool(args.recipe) + bool(args.original) + args.sensitivity > 1:
+        parser.error("give a recipe, --original or --sensitivity, not several")
     ablation = load_ablation()
+    if args.sensitivity:
+        claim("ablation-sensitivity")
+        measure_sensitivity(load_params(Params), ablation)
+        return
     if args.original:
         claim(f"ablation-original@{args.original}")
         embed_original(load_params(Params), ablation, args.original)
