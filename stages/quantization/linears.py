@@ -208,8 +208,8 @@ def tune_tower(job: Job, file: TensorFile) -> Filled:
     if TOWER in job.scratch.files:
         record = json.loads(path.read_text(encoding="utf-8"))
         if layer_digest(file, vision) == record["sha256"]:
-            tower = {name: Outcome(**outcome) for name, outcome in record["tower"].items()}
-            return Filled(record["errors"], [], tower)
+            known = {name: Outcome(**outcome) for name, outcome in record["tower"].items()}
+            return Filled(record["errors"], [], known)
         job.scratch.forget("the vision tower in it is damaged")
     dtype = torch.float32 if job.device.type == "cpu" else source_dtype(job.source)
     tower: Any = load_front(job.source, dtype, job.device).vlm.model.visual
