@@ -17,7 +17,8 @@ def codes_of(words: Array, bits: int) -> Array:
     stream = np.unpackbits(
         np.ascontiguousarray(words).view(np.uint8), axis=1, bitorder="little"
     ).reshape(len(words), -1, bits)
-    return (stream.astype(np.int64) << np.arange(bits)).sum(-1)
+    codes: Array = (stream.astype(np.int64) << np.arange(bits)).sum(-1)
+    return codes
 
 
 def dense_linear(tensors: Mapping[str, torch.Tensor], name: str, bits: int) -> Array:
@@ -28,7 +29,8 @@ def dense_linear(tensors: Mapping[str, torch.Tensor], name: str, bits: int) -> A
     codes = codes_of(qweight.T, bits)
     assert (codes_of(qzeros, bits) == 2 ** (bits - 1) - 1).all()  # stored minus one
     steps = np.repeat(scales.T.astype(np.float32), codes.shape[1] // len(scales), axis=1)
-    return (codes - 2 ** (bits - 1)).astype(np.float32) * steps
+    weight: Array = (codes - 2 ** (bits - 1)).astype(np.float32) * steps
+    return weight
 
 
 def dense_table(tensors: Mapping[str, torch.Tensor], bits: int) -> Array:
@@ -38,7 +40,8 @@ def dense_table(tensors: Mapping[str, torch.Tensor], bits: int) -> Array:
     )
     codes = codes_of(packed, bits)
     steps = np.repeat(scales.astype(np.float32), codes.shape[1] // scales.shape[1], axis=1)
-    return (codes - 2 ** (bits - 1)).astype(np.float32) * steps
+    weight: Array = (codes - 2 ** (bits - 1)).astype(np.float32) * steps
+    return weight
 
 
 def dense_weights(

@@ -15,7 +15,9 @@ RTN = RtnRecipe(method="rtn", calibration="none", bits=4, group_size=32, sym=Tru
 
 def rounded(source: Path, folder: Path, *linears: str, recipe: RtnRecipe = RTN) -> Path:
     """Write a checkpoint with these linears rounded by a recipe, each by itself."""
-    return allocated(source, folder, Allocation(dict.fromkeys(linears, recipe.bits)), recipe)
+    return allocated(
+        source, folder, Allocation(dict.fromkeys(linears, int(recipe.bits or 0))), recipe
+    )
 
 
 def allocated(source: Path, folder: Path, allocation: Allocation, recipe: RtnRecipe = RTN) -> Path:

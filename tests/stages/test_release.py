@@ -7,21 +7,28 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from colqwen3.model.loading import load_processor
+from colqwen3.checkpoint.layout import linears, vision_linears
+from colqwen3.model import ColQwen3, ColQwen3Config, ColQwen3Processor
+from colqwen3.model.loading import load_model, load_processor
 from colqwen3.model.scoring import max_sim
 from colqwen3.mteb_model import ColQwen3Encoder
 from colqwen3.release.verify import verify
+from stages.publishing.model_code import ship_code
+from stages.quantization.allocation import Allocation
 from stages.release import copy_checkpoint, copy_licences
 from stages.tools import upload
 from tests.conftest import RECIPE, run_stage, run_stages
 from tests.helpers.clone import change
 from tests.helpers.metrics import quality, write_json
 from tests.helpers.packed import load_packed
+from tests.helpers.rounded import allocated
 from tests.slow.check_release import LEAST, own_embeddings, probe, worst_cosine
 
 PAGES = sorted(Path("demo/pages/evaluation/corpus").iterdir())[:2]
@@ -47,6 +54,30 @@ def test_others_get_the_same_embeddings(released: Path, inputs: Path, tmp_path: 
     # our loaders run no code of the folder
     for packed in (True, False):
         assert worst_cosine(embedded, own_embeddings(released, inputs, packed)) >= LEAST
+
+
+def test_the_shipped_code_reads_token_embeddings_and_a_vision_tower_in_few_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "hf"))
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "hf"), *sys.path])
+    for kind in (ColQwen3, ColQwen3Config, ColQwen3Processor):
+        monkeypatch.setattr(kind, "_auto_class", None)  # `ship_code` sets it for good
+    folder = tmp_path / "model"
+    folder.mkdir()
+    config = json.loads(Path("demo/model/config.json").read_text())
+    bits = {**dict.fromkeys(linears(config), 4), **dict.fromkeys(vision_linears(config), 8)}
+    allocated(Path("demo/model"), folder, Allocation(bits, 4))
+    ship_code(folder)
+    shipped: Any = get_class_from_dynamic_module("modeling_colqwen3.ColQwen3", folder)
+    assert shipped.__module__.startswith("transformers_modules.")
+    model = shipped.from_pretrained(folder, dtype=torch.float32)
+    assert type(model.get_input_embeddings()).__module__ == shipped.__module__
+    batch = load_processor(folder, 64).process_images([Image.open(PAGES[0])])
+    ours = load_model(folder, torch.float32, torch.device("cpu"))
+    with torch.inference_mode():
+        found, expected = (one(**batch).embeddings[0] for one in (model.eval(), ours))
+    assert worst_cosine({"page": found}, {"page": expected}) >= LEAST
 
 
 def test_our_own_loaders_run_no_code_of_the_folder(released: Path, tmp_path: Path) -> None:

@@ -250,6 +250,62 @@ def test_every_format_is_accepted(tmp_path: Path, bits: int, group_size: int) ->
     assert (recipe.bits, recipe.group_size) == (bits, group_size)
 
 
+@pytest.mark.parametrize(
+    ("line", "table", "vision"),
+    [
+        ("", 16, (16, 16, 16)),
+        ("token_embeddings: 8", 8, (16, 16, 16)),
+        ("token_embeddings: 4", 4, (16, 16, 16)),
+        ("vision: 8", 16, (8, 8, 8)),
+        ("vision: {mlp: 4, mergers: 8}", 16, (16, 4, 8)),
+        ("vision: {attention: 8, mlp: 16}", 16, (8, 16, 16)),
+        ("vision: {}", 16, (16, 16, 16)),
+    ],
+)
+@pytest.mark.parametrize("method", ["plain", "tuned"])
+def test_more_than_the_language_model_may_be_quantized(
+    tmp_path: Path, method: str, line: str, table: int, vision: tuple[int, ...]
+) -> None:
+    start = {"plain": "    bits: 3\n", "tuned": "    bits: 4\n"}[method]
+    recipe = load(tmp_path, edit(start, f"{start}    {line}\n")).recipes[method]
+    assert (recipe.token_embeddings or 16) == table
+    assert recipe.vision_bits == dict(zip(("attention", "mlp", "mergers"), vision, strict=True))
+    assert recipe.vision_too == (min(vision) < 16)
+
+
+@pytest.mark.parametrize(
+    ("line", "start", "part"),
+    [
+        ("token_embeddings: 3", "token_embeddings: ", "16, 8 or 4 (it is 3)"),
+        ("token_embeddings: 2", "token_embeddings: ", "16, 8 or 4 (it is 2)"),
+        ("token_embeddings: '8'", "token_embeddings: ", "16, 8 or 4 (it is '8')"),
+        ("token_embeddings: true", "token_embeddings: ", "16, 8 or 4"),
+        ("token_embeddings: {bits: 8}", "token_embeddings: ", "16, 8 or 4"),
+        ("vision: {mlp: 3}", "vision.mlp: ", "16, 8 or 4 (it is 3)"),
+        ("vision: {mergers: 32}", "vision.mergers: ", "16, 8 or 4 (it is 32)"),
+        ("vision: {attention: '8'}", "vision.attention: ", "16, 8 or 4 (it is '8')"),
+        ("vision: {attention: [8]}", "vision.attention: ", "16, 8 or 4"),
+        ("vision: 5", "vision.", "16, 8 or 4 (it is 5)"),
+        ("vision: all", "vision: ", "'all'"),
+        ("vision: [8, 8, 8]", "vision: ", ""),
+        ("vision: true", "vision: ", ""),
+        ("vision: {merger: 8}", "vision.merger: ", "unknown key; did you mean mergers?"),
+        ("vision: {projection: 8}", "vision.projection: ", "unknown key"),
+        ("linears: all", "linears: ", "unknown key"),
+        ("linears: text", "linears: ", "unknown key"),
+        ("embeddings: 8", "embeddings: ", "unknown key; did you mean token_embeddings?"),
+    ],
+)
+@pytest.mark.parametrize("method", ["plain", "tuned"])
+def test_errors_of_what_else_is_quantized_name_the_key(
+    tmp_path: Path, method: str, line: str, start: str, part: str
+) -> None:
+    bits = {"plain": "    bits: 3\n", "tuned": "    bits: 4\n"}[method]
+    said = refusal(tmp_path, edit(bits, f"{bits}    {line}\n"))
+    assert said.startswith(f"recipes.{method}.{start}")
+    assert part in said
+
+
 @pytest.mark.parametrize("name", ["a", "4bit", "w4g128-2", "w_4", "models", "rtn", "autoround"])
 def test_recipe_names_may_be(tmp_path: Path, name: str) -> None:
     assert name in load(tmp_path, edit("  plain:", f"  {name}:")).recipes

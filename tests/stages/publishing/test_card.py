@@ -19,6 +19,7 @@ from stages.publishing.card import (
     card_data,
     describe_fallback,
     describe_method,
+    describe_weights,
     licence_of,
     read_source_card,
     write_card,
@@ -131,6 +132,58 @@ def test_damaged_source_card_and_missing_figures_are_one_line(tmp_path: Path) ->
 )
 def test_every_method_has_words(recipe: AnyRecipe, words: str) -> None:
     assert describe_method(recipe.model_dump()) == words
+
+
+TOWER = {"vision_attention": {"8": 12}, "vision_mergers": {"8": 6}}
+
+
+@pytest.mark.parametrize(
+    ("bits", "quantized", "kept"),
+    [
+        (
+            {"language_model": {"4": 28}, "token_embeddings": 16},
+            "the linears of its language model in 4 bits",
+            "token embeddings and projection",
+        ),
+        (
+            {"language_model": {"4": 28}, "token_embeddings": 8, **TOWER},
+            "the linears of its language model in 4 bits; the attention of its vision tower, its "
+            "mergers and its token embeddings in 8 bits",
+            "MLPs of its vision tower and projection",
+        ),
+        (
+            {"language_model": {"4": 28}, "token_embeddings": 4, "vision_mlp": {"4": 12}},
+            "the linears of its language model, the MLPs of its vision tower and its token "
+            "embeddings in 4 bits",
+            "mergers and projection",
+        ),
+        (
+            {"language_model": {"3": 20, "4": 6, "8": 2}, "token_embeddings": 16, **TOWER},
+            "the linears of its language model in 3 (20 of 28), 4 (6 of 28), 8 (2 of 28) bits; the "
+            "attention of its vision tower and its mergers in 8 bits",
+            "MLPs of its vision tower, token embeddings and projection",
+        ),
+        (
+            {"language_model": {"4": 28}, "token_embeddings": 16, "vision_mlp": {"4": 2, "8": 10}},
+            "the linears of its language model in 4 bits; the MLPs of its vision tower in 4 (2 of "
+            "12), 8 (10 of 12) bits",
+            "token embeddings and projection",
+        ),
+    ],
+)
+def test_the_card_says_what_is_in_how_many_bits_and_what_is_as_it_was(
+    tmp_path: Path, bits: dict[str, Any], quantized: str, kept: str
+) -> None:
+    said, unquantized = describe_weights(bits)
+    assert said == quantized
+    assert unquantized.endswith(kept)
+    assert unquantized[0].isupper()
+    facts = {"quantized": said, "unquantized": unquantized, "group_size": 32, "layers": 47}
+    write_card(tmp_path, {}, {**FACTS, **facts})
+    text = " ".join((tmp_path / "README.md").read_text().split())
+    assert f"owner/base with {quantized} (group size 32, symmetric; activations stay" in text
+    assert f"{kept} are the base model's own bytes." in text
+    assert f"| weights | {quantized}; group size 32, symmetric; 47 linears;" in text
 
 
 def test_a_fallback_is_said() -> None:

@@ -13,8 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from colqwen3.checkpoint.layout import EMBEDDINGS, linears, vision_linears, vision_part
 from colqwen3.checkpoint.packing import PACKED_TENSORS, dequantize
 from stages.publishing.formats import export_weights
+from stages.quantization.allocation import Allocation
+from tests.helpers.by_hand import dense_linear
+from tests.helpers.rounded import allocated
 
 LINEAR = "vlm.model.language_model.layers.1.mlp.down_proj"
 BITS = 4
@@ -94,6 +98,42 @@ def test_gptq_holds_the_same_weights(
         vision = "visual" in name or "embedding_proj" in name
         assert any(re.match(pattern, name) for pattern in patterns) == vision
         assert not (packed and vision)
+
+
+def test_compressed_tensors_have_a_group_for_every_width(tmp_path: Path) -> None:
+    source = json.loads(Path("demo/model/config.json").read_text())
+    bits: dict[str, int] = dict.fromkeys(linears(source), 4)
+    bits |= {name: 8 for name in linears(source) if ".layers.1." in name}
+    bits |= {name: 8 for name in vision_linears(source) if vision_part(name) == "attention"}
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.mkdir()
+    allocated(Path("demo/model"), checkpoint, Allocation(bits, 8))
+    (tmp_path / "out").mkdir()
+    tensors, config = export(checkpoint, tmp_path / "out", "llm_compressor")
+    groups = config["config_groups"].values()
+    assert sorted(group["weights"]["num_bits"] for group in groups) == [4, 8]
+    dense = {name.removesuffix(".weight") for name in tensors if name.endswith(".weight")}
+    for group in groups:
+        patterns = [re.compile(target.removeprefix("re:")) for target in group["targets"]]
+        width = group["weights"]["num_bits"]
+        for module in bits.keys() | dense:
+            # other engines leave out the first part of a name
+            for name in (module, module.removeprefix("vlm.model.")):
+                matched = any(pattern.match(name) for pattern in patterns)
+                assert matched == (bits.get(module) == width), (name, width)
+    # the codes of a linear in 8 bits, four in a word
+    name = next(name for name in bits if bits[name] == 8)
+    before = load_file(checkpoint / "model.safetensors")
+    packed, scales = (tensors[f"{name}.weight_{part}"] for part in ("packed", "scale"))
+    codes = packed.numpy().view("uint8").astype("float32") - 128
+    steps = scales.float().repeat_interleave(32, dim=1)
+    assert torch.equal(
+        torch.from_numpy(codes) * steps, torch.from_numpy(dense_linear(before, name, 8))
+    )
+    for part in ("weight_packed", "weight_scale"):  # the table is not theirs
+        assert torch.equal(tensors[f"{EMBEDDINGS}.{part}"], before[f"{EMBEDDINGS}.{part}"])
+    whole = json.loads((tmp_path / "out/config.json").read_text())
+    assert whole["quantized_token_embeddings"] == {"bits": 8, "group_size": 32}
 
 
 @pytest.mark.parametrize("kind", ["auto_gptq", "llm_compressor"])

@@ -151,7 +151,7 @@ def tune(**changes: Any) -> tuple[Layer, Any]:
     inputs = capture_inputs(model, model.layer, used)
     hidden = [item["hidden_states"] for item in inputs]
     recipe = RECIPE.model_copy(update={"iters": 8, "lr": 0.02, **changes})
-    bits = {"linear": recipe.bits}
+    bits = {"linear": int(recipe.bits or 0)}
     _, after, outcome = tune_layer(model.layer, inputs, hidden, hidden, recipe, bits, CPU)
     return model.layer, (after, outcome, inputs, hidden)
 
