@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from colqwen3.checkpoint.headers import Spec, read_headers
-from colqwen3.checkpoint.tensor_file import DTYPES, TensorFile, read_tensor, same_bytes
+from colqwen3.checkpoint.tensor_file import DTYPES, TensorFile, read_rows, read_tensor, same_bytes
 from colqwen3.system.errors import UserError
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -105,3 +105,34 @@ def test_truncated_source_is_refused(tmp_path: Path) -> None:
         pytest.raises(UserError, match="is truncated"),
     ):
         result.copy("t", tmp_path, tensor)
+
+
+def test_rows_may_come_one_part_after_the_other(tmp_path: Path) -> None:
+    tensors = some_tensors()
+    save_file(tensors, tmp_path / "expected", metadata={"format": "pt"})
+    with TensorFile(tmp_path / "written", specs(tensors)) as file:
+        for name, tensor in tensors.items():
+            for first in reversed(range(0, len(tensor), 2)):
+                file.write_rows(name, first, tensor[first : first + 2])
+            assert torch.equal(file.tensor(name), tensor)
+    assert (tmp_path / "written").read_bytes() == (tmp_path / "expected").read_bytes()
+
+
+def test_rows_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    tensors = some_tensors()
+    with TensorFile(tmp_path / "written", specs(tensors)) as file:
+        words = tensors["b.words"]
+        for first, rows in ((3, words[:2]), (0, words.float()), (0, words[:, :2]), (0, words[0])):
+            with pytest.raises(ValueError, match=r"b\.words: .* does not fit its spec"):
+                file.write_rows("b.words", first, rows)
+
+
+def test_some_rows_of_a_stored_tensor_are_read(tmp_path: Path) -> None:
+    tensors = some_tensors()
+    save_file(tensors, tmp_path / "model.safetensors")
+    stored = read_headers(tmp_path)
+    for name, tensor in tensors.items():
+        for first in range(len(tensor)):
+            for count in range(1, len(tensor) - first + 1):
+                rows = read_rows(tmp_path, stored[name], first, count)
+                assert torch.equal(rows, tensor[first : first + count])

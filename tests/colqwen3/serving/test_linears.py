@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from colqwen3.checkpoint.packing import pack
+from colqwen3.checkpoint.packing import pack, pack_table
 from colqwen3.serving import linears
 from colqwen3.serving.linears import Linear, Parts, choose_kernel, dequantized, kernel_error
 
@@ -75,6 +75,52 @@ def test_a_failing_kernel_is_not_taken(
     with caplog.at_level(logging.INFO):
         assert choose_kernel(parts(), 4, 32, F32) == "dense"
     assert f"{NAME} fails (no compiler)" in caplog.text
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_linear_kept_in_8_bits_computes_what_its_dense_weight_does(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(-128, 128, (32, 64), dtype=torch.int8, generator=generator)
+    scales = torch.rand(32, 2, generator=generator).half() - 0.5
+    scales[3] = 2.0**-24  # the smallest that there is
+    bias, x = (torch.randn(size, generator=generator).to(dtype) for size in ((32,), (5, 64)))
+    linear = linears.dequantized_on_use(pack(codes, scales, 8), bias, dtype)
+    weight = codes.float() * scales.float().repeat_interleave(32, dim=1)
+    expected = torch.nn.functional.linear(x, weight.to(dtype), bias)
+    assert torch.equal(linear(x), expected)
+    kept = [cell.cell_contents for cell in linear.__closure__ or ()]
+    wide = [c for c in kept if isinstance(c, torch.Tensor) and c.numel() == 32 * 64]
+    assert [tensor.dtype for tensor in wide] == [torch.int8]
+
+
+def test_a_scale_of_zero_gives_zeros() -> None:
+    codes = torch.zeros(32, 64, dtype=torch.int8)
+    scales = torch.zeros(32, 2, dtype=torch.float16)
+    linear = linears.dequantized_on_use(pack(codes, scales, 8), torch.ones(32), F32)
+    assert torch.equal(linear(torch.ones(2, 64)), torch.ones(2, 32))
+
+
+def test_linears_side_by_side_give_their_outputs_in_a_row() -> None:
+    ways = [linears.dense(torch.full((2, 4), value)) for value in (1.0, 2.0)]
+    x = torch.arange(8.0).view(2, 4)
+    expected = torch.tensor([[6.0, 6, 12, 12], [22, 22, 44, 44]])
+    assert torch.equal(linears.side_by_side(ways)(x), expected)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_packed_embeddings_are_rows_of_the_table(bits: int) -> None:
+    generator, half = torch.Generator().manual_seed(0), 2 ** (bits - 1)
+    codes = torch.randint(-half, half, (9, 64), generator=generator).to(torch.int8)
+    scales = torch.rand(9, 2, generator=generator).half()
+    stored = pack_table(codes, scales, bits)
+    table = codes.float() * scales.float().repeat_interleave(32, dim=1)
+    ids = torch.tensor([[8, 0, 0], [3, 5, 1]])
+    for dtype in (torch.float32, torch.bfloat16):
+        lookup = linears.packed_embeddings(
+            stored["weight_packed"], stored["weight_scale"], bits, dtype
+        )
+        assert torch.equal(lookup(ids), table[ids].to(dtype))
+        assert torch.equal(lookup(ids), linears.dense_embeddings(table.to(dtype))(ids))
 
 
 def test_error_is_relative_to_the_dequantized_weight() -> None:

@@ -85,7 +85,8 @@ def test_code_of_the_folder_runs_only_when_it_is_trusted(tmp_path: Path) -> None
     folder = Path(shutil.copytree(MODEL, tmp_path / "model"))
     canary = tmp_path / "canary"
     (folder / "tok.py").write_text(
-        f"open({str(canary)!r}, 'w').close()\nfrom transformers import Qwen2Tokenizer as Tok\n"
+        f"open({str(canary)!r}, 'w').close()\nfrom transformers import Qwen2Tokenizer\n"
+        "class Tok(Qwen2Tokenizer):\n    pass\n"
     )
     config = json.loads((folder / "tokenizer_config.json").read_text())
     config |= {"auto_map": {"AutoTokenizer": ["tok.Tok", None]}, "tokenizer_class": "Tok"}
