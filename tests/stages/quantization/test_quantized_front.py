@@ -101,7 +101,12 @@ def samples() -> list[Sample]:
 
 
 def allocation(source: Path, recipe: TunedRecipe) -> Allocation:
-    return uniform("r", recipe, read_json(source / "config.json", ""))
+    """Return that of a recipe, but for linears of two decoder layers in other widths."""
+    usual = uniform("r", recipe, read_json(source / "config.json", ""))
+    own = {f"{LAYERS[1]}.self_attn.{part}_proj": 3 for part in "qkv"}
+    own |= {f"{LAYERS[2]}.self_attn.{part}_proj": 8 for part in "qkv"}
+    own[f"{LAYERS[1]}.mlp.down_proj"] = 8
+    return Allocation({**usual.linears, **own}, usual.token_embeddings)
 
 
 def job(source: Path, recipe: TunedRecipe, scratch: Scratch) -> Job:
