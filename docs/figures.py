@@ -310,6 +310,68 @@ def _seeds(group: str, kind: str) -> float:
 
 
 @figure
+def frontier() -> str:
+    """Return loss against bytes on both evaluation sets, smallest first."""
+    from demo.studies.ablation.study import frontier_points
+
+    points = {name: frontier_points(name) for name in ("evaluation", "evaluation2")}
+    rows = []
+    for one, two in zip(*points.values(), strict=True):
+        figures = (f"{point[kind]:.6f}" for point in (one, two) for kind in ("pages", "queries"))
+        rows.append((f"`{one['recipe']}`", f"{one['mb']:.2f} MB", *figures))
+    head = ("recipe", "bytes", "pages, set 1", "queries, set 1", "pages, set 2", "queries, set 2")
+    return table(head, *rows)
+
+
+@figure
+def sensitivity() -> str:
+    """Return the loss of pages and queries with one part of the demo model quantized."""
+    measured = read("demo/studies/ablation/metrics/sensitivity.json")
+    rows = []
+    for part, item in measured["items"].items():
+        if part.startswith("vision_block"):
+            continue
+        losses = (
+            f"{item['loss'][bits]['pages']:.1e} / {item['loss'][bits]['queries']:.1e}"
+            for bits in ("2", "3", "4", "8")
+        )
+        rows.append((f"`{part}`", *losses))
+    samples = measured["samples"]
+    head = (
+        f"loss of {samples['pages']} pages / {samples['queries']} queries",
+        "2 bits",
+        "3",
+        "4",
+        "8",
+    )
+    return table(head, *rows)
+
+
+@figure
+def smaller_at_true_size() -> str:
+    """Return bytes, time and memory of smaller checkpoints at true size."""
+    names = {
+        "rtn": "4 bits, all else 16-bit",
+        "rtn-small": "and 8-bit token embeddings, vision attention and mergers",
+        "rtn-8": "and 8-bit token embeddings and the whole vision tower",
+        "rtn-8-e4": "the same with 4-bit token embeddings",
+    }
+    rows = []
+    for step, what in names.items():
+        figures = cpu(step)
+        rows.append(
+            (
+                what,
+                f"{figures['files_bytes'] / 1e9:.3f} GB",
+                f"{figures['bytes_off']:.4%}",
+                f"{figures['seconds']:.0f} s",
+                f"{figures['peak_own_bytes'] / 1e9:.2f} GB",
+            )
+        )
+    return table(("weights", "files", "off what was foretold", "time", "memory of its own"), *rows)
+
+
+@figure
 def pages_against_rounding() -> str:
     """Return the page loss of 16 pages + 16 queries over that of rounding, 4 bits."""
     return f"{_seeds('mixed-w4g128', 'pages') / loss(ablation('rtn-w4g128'), 'pages'):.2f}"

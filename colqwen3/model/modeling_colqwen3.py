@@ -130,8 +130,6 @@ class ColQwen3(Qwen3VLPreTrainedModel):  # type: ignore[misc]
     config: ColQwen3Config
     base_model_prefix = ""
     _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [UNUSED_KEYS]
-    # float16 scales that transformers would squeeze through bfloat16
-    _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["embed_tokens.weight_scale"]
 
     def __init__(self, config: ColQwen3Config) -> None:
         super().__init__(config)
@@ -143,6 +141,9 @@ class ColQwen3(Qwen3VLPreTrainedModel):  # type: ignore[misc]
                 QuantizedEmbedding(text.vocab_size, text.hidden_size, **quantized)
             )
         self.post_init()
+        if quantized is not None:
+            # its float16 scales, which transformers would squeeze through bfloat16
+            self._keep_in_fp32_modules_strict = {"embed_tokens"}
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
         """Move or cast the model, but keep the frequencies of its positions in full precision.

@@ -97,9 +97,19 @@ def describe_weights(bits: Mapping[str, Any]) -> tuple[str, str]:
         ]
         said = ", ".join(shares) + (" bits" if len(counts) > 1 else "")
         quantized.setdefault(said, []).append(words)
-    parts = [f"{_join(words)} in {said}" for said, words in quantized.items()]
+    parts = [f"{_join(_whole_tower(words))} in {said}" for said, words in quantized.items()]
     kept = _join([*unquantized, "projection"])
     return "; ".join(parts), kept[0].upper() + kept[1:]
+
+
+def _whole_tower(words: list[str]) -> list[str]:
+    """Return parts in words, with one for the whole vision tower where all of its are there."""
+    tower = [PARTS[part] for part in PARTS if part.startswith("vision_")]
+    if not set(tower) <= set(words):
+        return words
+    place = words.index(tower[0])
+    others = [word for word in words if word not in tower]
+    return [*others[:place], "the linears of its vision tower", *others[place:]]
 
 
 def _join(words: list[str]) -> str:

@@ -45,6 +45,9 @@ ABLATION = Path("demo/studies/ablation")
 METRICS = ABLATION / "metrics"  # one file per recipe
 ORIGINALS = ABLATION / "artifacts/original"  # embeddings, one file per dataset
 SENSITIVITY_FILE = ABLATION / "artifacts/sensitivity.json"
+FRONTIER_PLOT = Path("docs/images/frontier.svg")
+UNIFORM = {"more-200-w3g128-seed1": "w3", "more-200-w4g128-seed1": "w4"}
+"""Recipes of the ablation that the frontier is compared with -> their names there."""
 SAMPLES = "more-seed1"  # that the sensitivity is measured on
 WORK = ABLATION / "artifacts/work"  # one folder per running recipe
 FIX = f"run `dvc repro` in {ABLATION}"
@@ -275,6 +278,55 @@ def _spread(values: Sequence[float], digits: int) -> str:
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
+def frontier_points(dataset: str) -> list[dict[str, Any]]:
+    """Return loss against bytes of the frontier's recipes and of the default's, smallest first.
+
+    Parameters
+    ----------
+    dataset
+        Name of the dataset that the losses are measured on.
+
+    Returns
+    -------
+    list
+        For each recipe ``recipe``, ``way`` (how its widths came about), ``mb`` (bytes / 10^6),
+        ``pages`` and ``queries`` (1 - mean cosine of tokens).
+
+    Raises
+    ------
+    UserError
+        If a metrics file is damaged.
+    """
+    ablation = load_ablation()
+    recipes = {name: ablation.recipes[name] for name in UNIFORM} | ablation.smaller
+    points = []
+    for name, recipe in recipes.items():
+        path = METRICS / f"{name}.json"
+        if not path.exists():
+            continue
+        figures = read_json(path, FIX)[dataset]
+        parts = recipe.token_embeddings is not None
+        way = "budget" if recipe.has_budget else "embeddings and vision too" if parts else "uniform"
+        points.append(
+            {
+                "recipe": UNIFORM.get(name, name),
+                "way": way,
+                "mb": figures["size"]["files"]["quantized"] / 1e6,
+                **{kind: 1 - figures[kind]["cosine"]["mean"] for kind in ("pages", "queries")},
+            }
+        )
+    return sorted(points, key=lambda point: (point["mb"], point["recipe"]))
+
+
+def draw_frontier(path: Path) -> None:
+    """Write the plot of the frontier as SVG."""
+    from stages.tools.charts import frontier_chart, svg
+
+    points = frontier_points(next(iter(load_ablation().datasets)))
+    panels = [frontier_chart(points, kind) for kind in ("pages", "queries")]
+    path.write_text(svg({"hconcat": panels}), encoding="utf-8")
+
+
 def print_tables(ablation: AblationParams) -> None:
     """Print one table per dataset, of the recipes in params.yaml that have metrics.
 
@@ -302,9 +354,13 @@ def main() -> None:
     parser.add_argument("recipe", nargs="?", help="a recipe of the ablation's params.yaml")
     parser.add_argument("--original", metavar="DATASET", help="a dataset of that file")
     parser.add_argument("--sensitivity", action="store_true", help="measure what each part bears")
+    parser.add_argument("--plot", action="store_true", help=f"write {FRONTIER_PLOT}")
     args = parser.parse_args()
     if bool(args.recipe) + bool(args.original) + args.sensitivity > 1:
         parser.error("give a recipe, --original or --sensitivity, not several")
+    if args.plot:
+        draw_frontier(FRONTIER_PLOT)
+        return
     ablation = load_ablation()
     if args.sensitivity:
         claim("ablation-sensitivity")

@@ -15,6 +15,7 @@ from stages.quantization import vision
 from stages.quantization.activations import Sample, SamplesLostError
 from stages.quantization.layers import load_front
 from stages.quantization.recipes import AutoRoundRecipe, GptqRecipe, TunedRecipe
+from stages.quantization.tuning import tune_layer
 from stages.quantization.vision import tune_vision
 
 DEMO = Path("demo/model")
@@ -72,10 +73,10 @@ def test_everything_is_tuned_on_its_inputs_in_the_finished_tower(
 ) -> None:
     used, bits = samples(), widths(*parts)
     given: list[tuple[Any, Any]] = []
-    tune_layer = vision.tune_layer
 
     def watch(layer: Any, inputs: Any, hidden: Any, quantized: Any, *rest: Any) -> Any:
-        given.append(([h.clone() for h in hidden], quantized and [q.clone() for q in quantized]))
+        through = None if quantized is None else [state.clone() for state in quantized]
+        given.append(([state.clone() for state in hidden], through))
         return tune_layer(layer, inputs, hidden, quantized, *rest)
 
     monkeypatch.setattr(vision, "tune_layer", watch)
@@ -89,7 +90,8 @@ def test_everything_is_tuned_on_its_inputs_in_the_finished_tower(
         changed = {n for n, m in done.layer.named_modules() if hasattr(m, "scale")}
         assert {f"{done.name}.{n.removeprefix(done.prefix)}" for n in changed} == expected
         for linear in changed:
-            weight = done.layer.get_submodule(linear).weight.detach().float()
+            module: Any = done.layer.get_submodule(linear)
+            weight = module.weight.detach().float()
             target = quantized.get_submodule(f"{name}.{linear.removeprefix(done.prefix)}")
             target.weight.data = weight.clone()
     finished = inputs_of(quantized, used)
