@@ -19,7 +19,7 @@ import torch
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from colqwen3.embedding.batches import embed_all
+from colqwen3.embedding.embedder import embed_all
 from colqwen3.embedding.store import read_embeddings
 from colqwen3.model.loading import load_model, load_processor
 
