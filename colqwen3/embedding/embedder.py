@@ -4,8 +4,9 @@ On a GPU the serving runtime computes, worker processes prepare pages, and pages
 together. On a CPU plain transformers compute, with dense weights and in input order.
 """
 
+import functools
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -21,6 +22,10 @@ from colqwen3.system.errors import UserError
 
 Key = TypeVar("Key")
 Group = TypeVar("Group")
+Item = TypeVar("Item")
+Prepared = PreparedPage | UserError
+Numbered = tuple[tuple[int, Key], Item]
+"""An item with the number of its group and its key there."""
 
 GROUP = 64  # pages that form batches together where pages of one size do
 IN_FLIGHT = 2  # batches that a GPU has to do or has done, before their vectors are waited for
@@ -233,9 +238,9 @@ def embed_texts(
 
 def embed_groups(
     embedder: Embedder,
-    groups: Iterable[tuple[Group, Sequence[tuple[Key, Page]]]],
+    groups: Iterable[tuple[Group, Sequence[tuple[Key, Item]]]],
     visual_tokens: int,
-    workers: int,
+    prepare: Callable[[Iterable[Numbered[Key, Item]]], Iterable[Numbered[Key, Prepared]]],
 ) -> Iterator[tuple[Group, dict[Key, torch.Tensor | UserError]]]:
     """Yield groups of pages as they are complete: each page's vectors, or why it has none.
 
@@ -249,22 +254,23 @@ def embed_groups(
         Each with its pages, keys unique in it.
     visual_tokens
         Budget of a batch.
-    workers
-        Processes that prepare pages, see `prepare_pages`.
+    prepare
+        Turns pages into prepared ones in their order, each with the key that it came with; see
+        `preparation`.
     """
-    cut = cutter(embedder.processor)
+    tokens = cutter(embedder.processor).visual_tokens
     order: deque[tuple[Group, list[Key]]] = deque()
     results: deque[dict[Key, torch.Tensor | UserError]] = deque()
     first = 0  # the number of the first group that is not complete
 
-    def listed() -> Iterator[tuple[tuple[int, Key], Page]]:
+    def listed() -> Iterator[Numbered[Key, Item]]:
         for number, (group, pages) in enumerate(groups):
             order.append((group, [key for key, _ in pages]))
             results.append({})
             yield from (((number, key), page) for key, page in pages)
 
     def good() -> Iterator[tuple[int, Key, PreparedPage]]:
-        for (number, key), page in prepare_pages(listed(), cut, workers):
+        for (number, key), page in prepare(listed()):
             if isinstance(page, UserError):
                 results[number - first][key] = page
             else:
@@ -278,12 +284,17 @@ def embed_groups(
             first += 1
             yield group, {key: result[key] for key in keys}
 
-    batches = like_size_batches(good(), cut.visual_tokens, visual_tokens)
+    batches = like_size_batches(good(), tokens, visual_tokens)
     for places, vectors in embedder.embed_batches(batches):
-        for (number, key), tokens in zip(places, vectors, strict=True):
-            results[number - first][key] = tokens
+        for (number, key), page_vectors in zip(places, vectors, strict=True):
+            results[number - first][key] = page_vectors
         yield from complete()
     yield from complete()
+
+
+def preparation(embedder: Embedder, workers: int) -> Any:
+    """Return what prepares page files for `embed_groups`; see `prepare_pages` about `workers`."""
+    return functools.partial(prepare_pages, cutter=cutter(embedder.processor), workers=workers)
 
 
 def embed_pages(
@@ -299,7 +310,8 @@ def embed_pages(
     if embedder.groups_sizes:
         rest = iter(pages.items())
         groups = enumerate(iter(lambda: list(islice(rest, GROUP)), []))
-        for _, vectors in embed_groups(embedder, groups, visual_tokens, workers):
+        prepare = preparation(embedder, workers)
+        for _, vectors in embed_groups(embedder, groups, visual_tokens, prepare):
             yield {name: _or_raise(item) for name, item in vectors.items()}
         return
     cut = cutter(embedder.processor)

@@ -17,6 +17,7 @@ from colqwen3.embedding.embedder import (
     embed_pages,
     embed_texts,
     load_embedder,
+    preparation,
 )
 from colqwen3.model.loading import load_model, load_processor
 from colqwen3.serving import load_runtime
@@ -102,11 +103,11 @@ def test_a_group_has_the_same_bits_alone_and_among_others(
     pages[1] = ("p1", Page(corpus / "missing.png"))
     groups = [("x", pages[:3]), ("none", []), ("y", [("bad", Page(corpus / "no.png"))]),
               ("z", pages[3:])]  # fmt: skip
-    together = list(embed_groups(embeds, groups, 20, 0))
+    together = list(embed_groups(embeds, groups, 20, preparation(embeds, 0)))
     assert [group for group, _ in together] == ["x", "none", "y", "z"]
     assert [list(vectors) for _, vectors in together] == [[k for k, _ in g] for _, g in groups]
     for (name, result), group in zip(together, groups, strict=True):
-        ((again, alone),) = embed_groups(embeds, [group], 20, 0)
+        ((again, alone),) = embed_groups(embeds, [group], 20, preparation(embeds, 0))
         assert again == name
         for key, value in result.items():
             if key in ("p1", "bad"):
