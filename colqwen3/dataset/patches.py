@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageChops
 
 Grid = tuple[int, int, int]
 """Frames, patch rows and patch columns of a page."""
@@ -70,6 +70,7 @@ class Cutter:
 
     def cut(self, image: Image.Image) -> PreparedPage:
         """Resize an RGB page and cut it into patches."""
+        image = _without_colour(image)
         width, height = self.size(*image.size)
         image = image.resize((width, height), Image.Resampling(self.resample))
         patch, merge = self.patch, self.merge
@@ -77,5 +78,14 @@ class Cutter:
         pixels = np.asarray(image).reshape(
             rows // merge, merge, patch, columns // merge, merge, patch, -1
         )
-        patches = pixels.transpose(0, 3, 1, 4, 6, 2, 5).reshape(rows * columns, -1)
-        return PreparedPage(patches, (1, rows, columns))
+        patches = pixels.transpose(0, 3, 1, 4, 6, 2, 5)
+        rgb = np.broadcast_to(patches, (*patches.shape[:4], 3, patch, patch))
+        return PreparedPage(rgb.reshape(rows * columns, -1), (1, rows, columns))
+
+
+def _without_colour(image: Image.Image) -> Image.Image:
+    """Return an RGB page whose three channels are equal as one channel: a third of the work."""
+    red, *others = image.split()
+    if any(ImageChops.difference(red, other).getbbox() for other in others):
+        return image
+    return red

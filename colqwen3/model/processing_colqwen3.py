@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageCms
+from PIL import ExifTags, Image, ImageChops, ImageCms
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
 
@@ -94,13 +94,23 @@ def _cmyk_to_srgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def _without_colour(image: Image.Image) -> Image.Image:
+    """Return an RGB page whose three channels are equal as one channel: a third of the work."""
+    red, *others = image.split()
+    if any(ImageChops.difference(red, other).getbbox() for other in others):
+        return image
+    return red
+
+
 def _cut(image: Image.Image, patch: int, merge: int) -> NDArray[np.uint8]:
-    """Return the patches of an RGB image, those that become one visual token in a row."""
+    """Return the patches of an RGB or grey image, those that become one visual token in a row."""
     height, width = image.height // patch, image.width // patch
     pixels = np.asarray(image).reshape(
         height // merge, merge, patch, width // merge, merge, patch, -1
     )
-    return pixels.transpose(0, 3, 1, 4, 6, 2, 5).reshape(height * width, -1)
+    patches = pixels.transpose(0, 3, 1, 4, 6, 2, 5)
+    rgb = np.broadcast_to(patches, (*patches.shape[:4], 3, patch, patch))
+    return rgb.reshape(height * width, -1)
 
 
 class ColQwen3Processor(ProcessorMixin):  # type: ignore[misc]
@@ -233,6 +243,7 @@ class ColQwen3Processor(ProcessorMixin):  # type: ignore[misc]
         """
         images = self.image_processor
         patch, merge = images.patch_size, images.merge_size
+        image = _without_colour(image)
         height, width = image.height, image.width
         if images.do_resize:
             height, width = smart_resize(

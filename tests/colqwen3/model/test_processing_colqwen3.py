@@ -109,8 +109,9 @@ def test_pixels_are_scaled_to_minus_one_to_one(processor: ColQwen3Processor) -> 
     "size", [(1240, 1754), (61, 43), (33, 5000), (1600, 96), (850, 1100), (672, 896)]
 )
 @pytest.mark.parametrize("normalized", [True, False])
+@pytest.mark.parametrize("colours", [1, 2, 3])
 def test_pixels_are_those_of_the_image_processor_to_the_last_bit(
-    size: tuple[int, int], normalized: bool
+    size: tuple[int, int], normalized: bool, colours: int
 ) -> None:
     processor = ColQwen3Processor.from_pretrained(str(GOLDEN / "model"))
     images = processor.image_processor
@@ -119,7 +120,11 @@ def test_pixels_are_those_of_the_image_processor_to_the_last_bit(
     else:
         images.do_rescale = images.do_normalize = False
     noise = [Image.effect_noise(size, 90) for _ in range(3)]
-    page = Image.merge("RGB", noise)
+    if colours == 2:  # a single pixel has a colour
+        noise[1] = noise[2] = noise[0].copy()
+        for column, level in enumerate((0, 255)):  # at least one of the two changes
+            noise[2].paste(level, (column, 0, column + 1, 1))
+    page = Image.merge("RGB", noise[:1] * 3 if colours == 1 else noise)
     expected = images([page, page], return_tensors="pt")
     actual = processor.process_images([page, page])
     for key in ("pixel_values", "image_grid_thw"):
