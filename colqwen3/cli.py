@@ -7,6 +7,7 @@ from colqwen3.system.errors import run
 
 COMMANDS = {
     "embed": "embed",
+    "embed-corpus": "embed_corpus",
     "inspect": "inspect_model",
     "verify": "verify",
     "export-gguf": "export_gguf",

@@ -3,6 +3,7 @@
 Embeddings are computed as `colqwen3 embed` does, scores are MaxSim; everything else is mteb's.
 """
 
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,17 @@ from typing import Any
 import torch
 
 from colqwen3.checkpoint.hub import find_model
-from colqwen3.embedding.batches import embed, page_batches
+from colqwen3.embedding.batches import page_batches, prepare_image
+from colqwen3.embedding.embedder import cutter, load_embedder
 from colqwen3.embedding.job import EmbeddingOptions
+from colqwen3.embedding.preparing import prepare_ahead
 from colqwen3.model.scoring import max_sim
 from colqwen3.system.device import DTYPES, choose_device
 from colqwen3.system.files import read_json
 from colqwen3.system.progress import Progress
+
+THREADS = min(4, os.cpu_count() or 1)
+"""That prepare images while others are embedded."""
 
 
 class ColQwen3Encoder:
@@ -55,15 +61,14 @@ class ColQwen3Encoder:
         options: EmbeddingOptions | None = None,
         **_: Any,
     ) -> None:
-        from colqwen3.model.loading import load_model, load_processor
-
         options = options or EmbeddingOptions()
         trust = options.trust_remote_code
         folder = find_model(source or model_name, revision, trust)
         where = torch.device(device) if device else choose_device(options.device)
         self.visual_tokens = options.visual_tokens_per_batch
-        self.processor = load_processor(folder, options.max_num_visual_tokens, trust)
-        self.model = load_model(folder, DTYPES[options.dtype], where, trust)
+        self.embedder = load_embedder(
+            folder, DTYPES[options.dtype], where, options.max_num_visual_tokens, trust
+        )
 
     def encode(
         self,
@@ -91,23 +96,27 @@ class ColQwen3Encoder:
 
     def _embed_texts(self, batches: Iterable[Any]) -> Iterator[list[torch.Tensor]]:
         for batch in batches:
-            yield embed(self.model, self.processor.process_texts(batch["text"]))
+            yield self.embedder.embed_texts(batch["text"])
 
     def _embed_images(self, batches: Iterable[Any]) -> Iterator[list[torch.Tensor]]:
         named = (
-            (str(name), image)
+            (str(name), (str(name), image))
             for batch in batches
             for name, image in zip(batch["id"], batch["image"], strict=True)
         )
-        for _, images in page_batches(named, self.processor, self.visual_tokens):
-            yield embed(self.model, self.processor.process_images(images))
+        processor = self.embedder.processor
+        prepared = prepare_ahead(named, lambda item: prepare_image(*item, processor), THREADS)
+        tokens = cutter(processor).visual_tokens
+        together = page_batches(prepared, lambda page: tokens(page.grid), self.visual_tokens)
+        for _, vectors in self.embedder.embed_batches(together):
+            yield vectors
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> torch.Tensor:
         """Return the MaxSim scores [queries, pages], computed on the model's device; see `max_sim`.
 
         Either side is a list of [tokens, embed_dim] or one [items, tokens, embed_dim], padded by 0.
         """
-        queries = [torch.as_tensor(query).to(self.model.device) for query in embeddings1]
+        queries = [torch.as_tensor(query).to(self.embedder.device) for query in embeddings1]
         return max_sim(queries, [torch.as_tensor(page) for page in embeddings2])
 
     def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> torch.Tensor:

@@ -13,6 +13,7 @@ from colqwen3.embedding.store import open_embeddings
 from colqwen3.system.errors import UserError, run
 from colqwen3.system.files import read_json, write_json
 from stages.evaluation.comparison import check_items, evaluate, round_figures, round_points
+from stages.evaluation.index import compare_formats
 from stages.evaluation.limits import FEW_QUERIES, GateParams, describe_sharing
 from stages.evaluation.sharing import NOTHING_SHARED, find_shared
 from stages.evaluation.sizes import MODEL_KEYS, QUANTIZE_KEYS, compare_sizes, read_bytes
@@ -20,6 +21,7 @@ from stages.evaluation.summary import layer_bars, quantize_metrics, summarize
 from stages.pipeline.params import EvaluateParams, Sections, load_params
 from stages.pipeline.paths import (
     EMBEDDINGS,
+    INDEX_METRICS,
     MODEL_METRICS,
     PLOTS,
     QUALITY_METRICS,
@@ -92,6 +94,8 @@ def main() -> None:
             "%s: %d queries are few; %d or more can show a small loss",
             params.evaluate.dataset, len(dataset.queries), FEW_QUERIES,
         )  # fmt: skip
+    formats = compare_formats(dataset, original, quantized, params.evaluate.index)
+    write_json(INDEX_METRICS / f"{recipe}.json", round_figures({"formats": formats}))
     write_json(PLOTS / recipe / "scores.json", round_points(comparison.points))
     write_json(PLOTS / recipe / "layers.json", layers)
     write_json(QUANTIZE_METRICS / f"{recipe}.json", quantization)

@@ -141,7 +141,7 @@ def describe_provenance(
     """
     values = quantized["recipe"]["values"]
     config = read_json(CHECKPOINTS / name / "config.json", f"run `dvc repro -f quantize@{name}`")
-    shown = params.model_dump(include={"model", "embed", "evaluate"})
+    shown = params.model_dump(include={"model": True, "embed": True, "evaluate": {"dataset"}})
     return {
         "format_version": FORMAT_VERSION,
         "source": {

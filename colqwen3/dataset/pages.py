@@ -132,8 +132,19 @@ def normalized(name: str) -> str:
 def _pages_of(path: Path) -> list[Page]:
     if path.suffix.lower() != PDF:
         return [Page(path)]
+    return [Page(path, number) for number in range(1, count_pages(path) + 1)]
+
+
+def count_pages(path: Path) -> int:
+    """Return the number of pages of a PDF.
+
+    Raises
+    ------
+    UserError
+        If the file is missing, damaged, empty or encrypted.
+    """
     with _open_pdf(path) as document:
-        return [Page(path, number) for number in range(1, len(document) + 1)]
+        return len(document)
 
 
 def open_page(page: Page) -> Image.Image:

@@ -1,77 +1,114 @@
-"""Queries and pages to embeddings, in batches that bound the memory."""
+"""Batches of queries and pages that bound the memory, and the plain forward of one batch."""
 
-import os
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
 
-from colqwen3.dataset.pages import Page, open_page
+from colqwen3.dataset.patches import Grid, PreparedPage
 from colqwen3.system.errors import UserError
 
 LONG_TEXT = 4096  # characters
-# batches prepared ahead: resizing a page takes a core twice as long as an H100 takes to embed it
-AHEAD = min(4, os.cpu_count() or 1)
+Key = TypeVar("Key")
+Group = TypeVar("Group", bound=Hashable)
+Page = TypeVar("Page")
 
 
 def page_batches(
-    pages: Iterable[tuple[str, Image.Image]], processor: Any, visual_tokens: int
-) -> Iterator[tuple[list[str], list[Image.Image]]]:
-    """Yield named pages in input order, in batches that stay within a budget of visual tokens.
+    pages: Iterable[tuple[Key, Page]], count: Callable[[Page], int], visual_tokens: int
+) -> Iterator[tuple[list[Key], list[Page]]]:
+    """Yield pages in input order, in batches that stay within a budget of visual tokens.
 
     The budget counts what the batch occupies once padded: its size times its longest page. A page
     beyond the budget goes alone. No more than a batch and one page are held at a time.
+
+    Parameters
+    ----------
+    pages
+        Each with a key.
+    count
+        The number of visual tokens of a page.
+    visual_tokens
+        The budget.
     """
-    names: list[str] = []
-    images: list[Image.Image] = []
+    keys: list[Key] = []
+    batch: list[Page] = []
     longest = 0
-    for name, image in pages:
-        count = count_visual_tokens(name, image, processor)
-        longest = max(longest, count)
-        if names and (len(names) + 1) * longest > visual_tokens:
-            yield names, images
-            names, images, longest = [], [], count
-        names.append(name)
-        images.append(image)
-    if names:
-        yield names, images
+    for key, page in pages:
+        tokens = count(page)
+        longest = max(longest, tokens)
+        if keys and (len(keys) + 1) * longest > visual_tokens:
+            yield keys, batch
+            keys, batch, longest = [], [], tokens
+        keys.append(key)
+        batch.append(page)
+    if keys:
+        yield keys, batch
 
 
-def count_visual_tokens(name: str, image: Image.Image, processor: Any) -> int:
-    """Return the number of visual tokens of a page; `name` is for the error.
+def like_size_batches(
+    pages: Iterable[tuple[Group, Key, PreparedPage]],
+    count: Callable[[Grid], int],
+    visual_tokens: int,
+    held: int = 64,
+) -> Iterator[tuple[list[tuple[Group, Key]], list[PreparedPage]]]:
+    """Yield prepared pages in batches of one grid as far as possible: nothing is padded then.
+
+    A batch never spans two groups, and depends on nothing outside of its group: a group that is
+    embedded alone, or elsewhere, gets the same bits.
+
+    Parameters
+    ----------
+    pages
+        Each with its group and a key; the pages of a group in a row.
+    count
+        The number of visual tokens of a grid.
+    visual_tokens
+        Budget of a batch, see `page_batches`.
+    held
+        How many pages wait for others of their grid; those that still wait then, or at the end of
+        the group, go together in the order of their sizes.
+    """
+    waiting: dict[Grid, list[tuple[tuple[Group, Key], PreparedPage]]] = {}
+    current: Any = None
+
+    def rest() -> Iterator[tuple[list[tuple[Group, Key]], list[PreparedPage]]]:
+        left = [pair for _, pairs in sorted(waiting.items()) for pair in pairs]
+        left.sort(key=lambda pair: count(pair[1].grid))
+        waiting.clear()
+        yield from page_batches(left, lambda page: count(page.grid), visual_tokens)
+
+    for group, key, page in pages:
+        if group != current:
+            yield from rest()
+            current = group
+        pairs = waiting.setdefault(page.grid, [])
+        pairs.append(((group, key), page))
+        if (len(pairs) + 1) * count(page.grid) > visual_tokens:
+            keys, batch = zip(*waiting.pop(page.grid), strict=True)
+            yield list(keys), list(batch)
+        elif sum(map(len, waiting.values())) >= held:
+            yield from rest()
+    yield from rest()
+
+
+def prepare_image(name: str, image: Image.Image, processor: Any) -> PreparedPage:
+    """Cut a page that is in memory into patches; `name` is for the error.
 
     Raises
     ------
     UserError
         If the page has no pixels, or is more than 200 times as long as wide.
     """
-    images = processor.image_processor
-    limits = {"min_pixels": images.size["shortest_edge"], "max_pixels": images.size["longest_edge"]}
+    from colqwen3.model.processing_colqwen3 import to_rgb
+
     try:
-        patches = images.get_number_of_image_patches(image.height, image.width, limits)
+        return PreparedPage(*processor.cut_page(to_rgb(image)))
     except (ValueError, ZeroDivisionError) as error:
         where = getattr(image, "filename", "") or f"page {name!r}"
         problem = "has no pixels; replace" if 0 in image.size else f"{error}; crop"
         raise UserError(f"{where}: {problem} the page") from None
-    return int(patches) // int(images.merge_size) ** 2
-
-
-def prepare_ahead(
-    batches: Iterable[tuple[list[str], list[Image.Image]]], processor: Any
-) -> Iterator[tuple[list[str], Any]]:
-    """Yield names and model inputs of each batch in order, the next `AHEAD` prepared meanwhile."""
-    with ThreadPoolExecutor(AHEAD) as threads:
-        waiting: deque[tuple[list[str], Any]] = deque()
-        for names, images in batches:
-            waiting.append((names, threads.submit(processor.process_images, images)))
-            if len(waiting) > AHEAD:
-                ready, inputs = waiting.popleft()
-                yield ready, inputs.result()
-        for ready, inputs in waiting:
-            yield ready, inputs.result()
 
 
 @torch.inference_mode()
@@ -101,52 +138,3 @@ def text_batches(texts: Mapping[str, str], maximum: int) -> Iterator[list[str]]:
             batch = []
     if batch:
         yield batch
-
-
-def embed_texts(
-    model: Any, processor: Any, texts: Mapping[str, str], maximum: int
-) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield the embeddings of texts batch by batch, in input order."""
-    for batch in text_batches(texts, maximum):
-        vectors = embed(model, processor.process_texts([texts[name] for name in batch]))
-        yield dict(zip(batch, vectors, strict=True))
-
-
-def embed_pages(
-    model: Any, processor: Any, pages: Mapping[str, Page], visual_tokens: int
-) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield the embeddings of pages batch by batch, in input order.
-
-    Raises
-    ------
-    UserError
-        If a page cannot be read.
-    """
-    opened = ((name, open_page(page)) for name, page in pages.items())
-    batches = page_batches(opened, processor, visual_tokens)
-    for batch, inputs in prepare_ahead(batches, processor):
-        yield dict(zip(batch, embed(model, inputs), strict=True))
-
-
-def embed_all(
-    model: Any,
-    processor: Any,
-    queries: Mapping[str, str],
-    pages: Mapping[str, Page],
-    queries_per_batch: int,
-    visual_tokens_per_batch: int,
-) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Embed queries and pages and return float32 [tokens, embed_dim] of each, in input order.
-
-    Raises
-    ------
-    UserError
-        If a page cannot be read.
-    """
-    query_vectors: dict[str, torch.Tensor] = {}
-    page_vectors: dict[str, torch.Tensor] = {}
-    for batch in embed_texts(model, processor, queries, queries_per_batch):
-        query_vectors.update(batch)
-    for batch in embed_pages(model, processor, pages, visual_tokens_per_batch):
-        page_vectors.update(batch)
-    return query_vectors, page_vectors

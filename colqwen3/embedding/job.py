@@ -6,12 +6,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from colqwen3.checkpoint.fingerprint import fingerprint, model_files
 from colqwen3.dataset.pages import Page
-from colqwen3.embedding.batches import embed_pages, embed_texts
+from colqwen3.embedding.embedder import Embedder, embed_pages, embed_texts, load_embedder
 from colqwen3.embedding.parts import Parts
+from colqwen3.embedding.preparing import default_workers
 from colqwen3.embedding.store import write_embeddings
 from colqwen3.system.device import DTYPES, choose_device, make_deterministic
 from colqwen3.system.disk import check_space
@@ -43,6 +42,9 @@ class EmbeddingOptions:
         Bounds of a batch.
     trust_remote_code
         Whether Python files of the model folder may run (its tokenizer's).
+    workers
+        Processes that prepare pages; None: as many as there are cores but one on a GPU, and none on
+        a CPU, whose cores the model takes.
     """
 
     dtype: str = "float32"
@@ -51,6 +53,7 @@ class EmbeddingOptions:
     queries_per_batch: int = 16
     visual_tokens_per_batch: int = 1280
     trust_remote_code: bool = False
+    workers: int | None = None
 
 
 def embed_to_file(
@@ -86,27 +89,26 @@ def embed_to_file(
     DiskFullError
         If the disk has no room for the embeddings.
     """
-    from colqwen3.model.loading import load_model, load_processor
-
     make_deterministic()
     device = choose_device(options.device)
-    processor = load_processor(folder, options.max_num_visual_tokens, options.trust_remote_code)
-    model = load_model(folder, DTYPES[options.dtype], device, options.trust_remote_code)
-    key = work_key(determinants(folder, queries, pages, options, device, code))
-    needed = maximum_bytes(queries, pages, options.max_num_visual_tokens, model.config.embed_dim)
+    embedder = load_embedder(
+        folder, DTYPES[options.dtype], device, options.max_num_visual_tokens,
+        options.trust_remote_code,
+    )  # fmt: skip
+    key = work_key(determinants(folder, queries, pages, options, embedder, code))
+    needed = maximum_bytes(queries, pages, options.max_num_visual_tokens, embedder.embed_dim)
     scratch = Scratch(work, key)
     # as parts, and then as one file
     check_space(out.parent, max(0, 2 * needed - scratch.bytes()), "the embeddings")
     with scratch:
-        parts = embed_into(scratch, model, processor, queries, pages, options)
+        parts = embed_into(scratch, embedder, queries, pages, options)
         write_embeddings(out, parts.of("query", queries), parts.of("page", pages))
         scratch.remove()
 
 
 def embed_into(
     scratch: Scratch,
-    model: Any,
-    processor: Any,
+    embedder: Embedder,
     queries: Mapping[str, str],
     pages: Mapping[str, Page],
     options: EmbeddingOptions,
@@ -121,15 +123,18 @@ def embed_into(
     parts = Parts(scratch)
     texts = {name: text for name, text in queries.items() if f"query/{name}" not in parts}
     images = {name: page for name, page in pages.items() if f"page/{name}" not in parts}
+    workers = options.workers
+    if workers is None:
+        workers = default_workers() if embedder.device.type == "cuda" else 0
     done = len(queries) + len(pages) - len(texts) - len(images)
     if done:
         logger.info("continuing: %d of %d are embedded", done, len(queries) + len(pages))
     with Progress("queries", len(texts)) as progress:
-        for batch in embed_texts(model, processor, texts, options.queries_per_batch):
+        for batch in embed_texts(embedder, texts, options.queries_per_batch):
             parts.add("query", batch)
             progress.advance(len(batch))
     with Progress("pages", len(images)) as progress:
-        for batch in embed_pages(model, processor, images, options.visual_tokens_per_batch):
+        for batch in embed_pages(embedder, images, options.visual_tokens_per_batch, workers):
             parts.add("page", batch)
             progress.advance(len(batch))
     parts.flush()
@@ -141,7 +146,7 @@ def determinants(
     queries: Mapping[str, str],
     pages: Mapping[str, Page],
     options: EmbeddingOptions,
-    device: torch.device,
+    embedder: Embedder,
     code: str,
 ) -> dict[str, Any]:
     """Return everything that determines the embeddings, to the last bit, as a JSON value."""
@@ -152,8 +157,9 @@ def determinants(
         "model": {path.name: fingerprint(path) for path in model_files(folder)},
         "queries": list(queries.items()),
         "pages": [(name, files[page.path], page.number) for name, page in pages.items()],
-        "options": asdict(options),
-        **surroundings(code, device, LIBRARIES),
+        "options": {key: value for key, value in asdict(options).items() if key != "workers"},
+        "embedder": embedder.name,
+        **surroundings(code, embedder.device, LIBRARIES),
     }
 
 

@@ -2,19 +2,26 @@
 
 import io
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageCms
+from numpy.typing import NDArray
+from PIL import ExifTags, Image, ImageChops, ImageCms
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
 
 from .scoring import max_sim
 
 try:
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
+        Qwen2VLImageProcessorPil,
+        smart_resize,
+    )
 except ImportError:  # transformers 4.57, whose slow image processor is the Pillow-backed one
     from transformers import Qwen2VLImageProcessor as Qwen2VLImageProcessorPil
+    from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 DEFAULT_MAX_NUM_VISUAL_TOKENS = 1280
 PAGE_PROMPT = "<|im_start|>user\n<|vision_start|>{image}<|vision_end|>Describe the image.<|im_end|><|endoftext|>"
@@ -22,6 +29,7 @@ IMAGE_TOKEN = "<|image_pad|>"
 AUGMENTATION_TOKEN = "<|endoftext|>"
 AUGMENTATION_TOKENS = 10
 MAXIMUM_RATIO = 200  # long side to short: Qwen's image processor takes nothing beyond
+LEVELS = 256  # values of an 8-bit channel
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -84,6 +92,25 @@ def _cmyk_to_srgb(image: Image.Image) -> Image.Image:
         if converted is not None:
             return converted
     return image.convert("RGB")
+
+
+def _without_colour(image: Image.Image) -> Image.Image:
+    """Return an RGB page whose three channels are equal as one channel: a third of the work."""
+    red, *others = image.split()
+    if any(ImageChops.difference(red, other).getbbox() for other in others):
+        return image
+    return red
+
+
+def _cut(image: Image.Image, patch: int, merge: int) -> NDArray[np.uint8]:
+    """Return the patches of an RGB or grey image, those that become one visual token in a row."""
+    height, width = image.height // patch, image.width // patch
+    pixels = np.asarray(image).reshape(
+        height // merge, merge, patch, width // merge, merge, patch, -1
+    )
+    patches = pixels.transpose(0, 3, 1, 4, 6, 2, 5)
+    rgb = np.broadcast_to(patches, (*patches.shape[:4], 3, patch, patch))
+    return rgb.reshape(height * width, -1)
 
 
 class ColQwen3Processor(ProcessorMixin):  # type: ignore[misc]
@@ -176,13 +203,96 @@ class ColQwen3Processor(ProcessorMixin):  # type: ignore[misc]
                 raise ValueError(
                     f"page {number} of {len(images)} is {image.width} x {image.height} pixels: {problem}"
                 )
-        pixels = self.image_processor([to_rgb(image) for image in images], return_tensors="pt")
-        counts = pixels["image_grid_thw"].prod(-1) // self.image_processor.merge_size**2
+        patches, grids = zip(*(self.cut_page(to_rgb(image)) for image in images), strict=True)
+        pixels = [self.pixel_values(torch.from_numpy(page)) for page in patches]
+        return BatchFeature({**self.page_prompts(grids), "pixel_values": torch.cat(pixels)})
+
+    def page_prompts(self, grids: Sequence[tuple[int, int, int]]) -> dict[str, torch.Tensor]:
+        """Return the inputs of pages beside their pixels.
+
+        Parameters
+        ----------
+        grids
+            Frames, patch rows and patch columns of each page, as `cut_page` gives them.
+
+        Returns
+        -------
+        dict
+            ``input_ids``, ``attention_mask`` and ``image_grid_thw``, see `process_images`.
+        """
+        rows = torch.tensor(grids)
+        counts = rows.prod(-1) // self.image_processor.merge_size**2
         token = self.image_token_id
         before, after = self._page_prompt
-        return BatchFeature(
-            {**self._pad([before + [token] * int(count) + after for count in counts]), **pixels}
-        )
+        prompts = self._pad([before + [token] * int(count) + after for count in counts])
+        return {**prompts, "image_grid_thw": rows}
+
+    def cut_page(self, image: Image.Image) -> tuple[NDArray[np.uint8], tuple[int, int, int]]:
+        """Resize a page as the image processor does, and cut it into patches in 8 bits.
+
+        Parameters
+        ----------
+        image
+            An RGB page, see `to_rgb`.
+
+        Returns
+        -------
+        ndarray, tuple
+            [patches, channels x patch x patch] in the order of the image processor, but of one
+            frame only; and the page's frames, patch rows and patch columns.
+        """
+        images = self.image_processor
+        patch, merge = images.patch_size, images.merge_size
+        image = _without_colour(image)
+        height, width = image.height, image.width
+        if images.do_resize:
+            height, width = smart_resize(
+                height, width, factor=patch * merge,
+                min_pixels=images.size["shortest_edge"], max_pixels=images.size["longest_edge"],
+            )  # fmt: skip
+            image = image.resize((width, height), Image.Resampling(images.resample))
+        return _cut(image, patch, merge), (1, height // patch, width // patch)
+
+    def pixel_values(self, patches: torch.Tensor) -> torch.Tensor:
+        """Return patches as the model takes them: rescaled, normalised, and in all frames.
+
+        The values are, to the last bit, those of the image processor.
+
+        Parameters
+        ----------
+        patches
+            Bytes [patches, channels x patch x patch] on any device, see `cut_page`.
+
+        Returns
+        -------
+        torch.Tensor
+            Float32 [patches, channels x temporal patch x patch x patch] on the same device.
+        """
+        channels, frames = len(self._levels), self.image_processor.temporal_patch_size
+        index = patches.view(len(patches), channels, -1).int()
+        index += LEVELS * torch.arange(channels, device=patches.device, dtype=torch.int32)[:, None]
+        levels = self._levels.flatten().to(patches.device, non_blocking=True)
+        values = torch.index_select(levels, 0, index.flatten()).view(len(patches), channels, 1, -1)
+        return values.expand(-1, -1, frames, -1).reshape(len(patches), -1)
+
+    @cached_property
+    def _levels(self) -> torch.Tensor:
+        """What the image processor makes of each level of each channel, float32 [channels, 256]."""
+        images = self.image_processor
+        patch, merge, frames = images.patch_size, images.merge_size, images.temporal_patch_size
+        side = patch * merge * -(-16 // (patch * merge))  # pixels enough for every level
+        levels = np.arange(side * side).reshape(side, side) % LEVELS
+        image = Image.fromarray(levels.astype(np.uint8)).convert("RGB")
+        values = images([image], do_resize=False, return_tensors="pt")["pixel_values"]
+        index = torch.from_numpy(_cut(image, patch, merge)).long()
+        channels = values.shape[1] // (frames * patch * patch)
+        values = values.view(len(values), channels, frames, -1)[:, :, 0]
+        table = torch.empty(channels, LEVELS)
+        for row, at, value in zip(
+            table, index.view(len(index), channels, -1).unbind(1), values.unbind(1), strict=True
+        ):
+            row[at.flatten()] = value.flatten()
+        return table
 
     def process_texts(self, texts: Sequence[str]) -> BatchFeature:
         """Turn queries, or documents given as text, into model inputs.

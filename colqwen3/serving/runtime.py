@@ -70,6 +70,10 @@ class Runtime:
 
     Attributes
     ----------
+    processor
+        That of the model.
+    embed_dim
+        Numbers per vector.
     device, dtype
         Where and in what it computes.
     kernel
@@ -87,7 +91,8 @@ class Runtime:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        self._config, self._processor = config, processor
+        self._config, self.processor = config, processor
+        self.embed_dim: int = config.embed_dim
         self._decoder: Decoder = build_decoder(weights, config)
         self._tower: Tower = build_tower(weights, config)
         self._embeddings = weights.embeddings()
@@ -141,8 +146,8 @@ class Runtime:
     @torch.inference_mode()
     def _trial(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Embed a short text and a small page, without recording anything."""
-        page = self._processor.process_images([Image.linear_gradient("L")])
-        batch = self._page_batch(page)
+        page = self.processor.process_images([Image.linear_gradient("L")])
+        batch = self.place_pages(page)
         return self._unrecorded_queries([torch.arange(24)]), self._pages(batch, batch.pixels)
 
     # ---- Queries -------------------------------------------------------------------------------
@@ -164,7 +169,7 @@ class Runtime:
             raise TypeError("embed_queries takes a list of strings")
         embeddings: list[torch.Tensor] = []
         for start in range(0, len(texts), BATCHES[-1]):
-            rows = self.token_ids(self._processor.process_texts(texts[start : start + BATCHES[-1]]))
+            rows = self.token_ids(self.processor.process_texts(texts[start : start + BATCHES[-1]]))
             vectors = self.run_queries(rows)
             embeddings += [vectors[i, : len(row)] for i, row in enumerate(rows)]
         return embeddings
@@ -251,12 +256,11 @@ class Runtime:
             return []
         if not all(isinstance(page, Image.Image) for page in pages):
             raise TypeError("embed_pages takes a list of PIL images")
-        inputs = self._processor.process_images(pages)
+        inputs = self.processor.process_images(pages)
         vectors = self.run_pages(inputs)
         rows = self.token_ids(inputs)
         return [vectors[i, : len(row)] for i, row in enumerate(rows)]
 
-    @torch.inference_mode()
     def run_pages(self, inputs: Any) -> torch.Tensor:
         """Embed the pages of one batch of the processor.
 
@@ -265,7 +269,11 @@ class Runtime:
         torch.Tensor
             Float32 [pages, tokens of the longest, embed_dim].
         """
-        batch = self._page_batch(inputs)
+        return self.run_placed(self.place_pages(inputs))
+
+    @torch.inference_mode()
+    def run_placed(self, batch: PageBatch) -> torch.Tensor:
+        """Embed the pages of one batch that is on the device, see `run_pages`."""
         if not self._records(batch.ids.numel()):
             return self._pages(batch, batch.pixels)
         # the prompt of a page is always the same, so its grid determines all but the pixels
@@ -277,7 +285,17 @@ class Runtime:
         self._recorded_pages.put(key, recording)
         return recording.replay(batch.pixels) if recording else self._pages(batch, batch.pixels)
 
-    def _page_batch(self, inputs: Any) -> PageBatch:
+    @torch.inference_mode()
+    def place_pages(self, inputs: Any) -> PageBatch:
+        """Copy one batch to the device.
+
+        Parameters
+        ----------
+        inputs
+            What the processor makes of pages. In place of ``pixel_values`` there may be
+            ``patches``, bytes [patches, channels x patch x patch] as `ColQwen3Processor.cut_page`
+            gives them: an eighth of the float32 pixels.
+        """
         grids: list[Grid] = [(t, h, w) for t, h, w in inputs["image_grid_thw"].tolist()]
         rows = self.token_ids(inputs)
         tokens = max(map(len, rows))
@@ -287,9 +305,14 @@ class Runtime:
         ]
         cos, sin = (torch.cat(part) for part in zip(*places, strict=True))
         visual = (ids.flatten() == self._config.image_token_id).nonzero().flatten()
+        if "patches" in inputs:
+            patches = inputs["patches"].to(self.device, non_blocking=True)
+            pixels = self.processor.pixel_values(patches)
+        else:
+            pixels = inputs["pixel_values"].to(self.device)
         return PageBatch(
             ids.to(self.device),
-            inputs["pixel_values"].to(self.device, self.dtype),
+            pixels.to(self.dtype),
             self._tower.places(grids),
             visual.to(self.device),
             cos,

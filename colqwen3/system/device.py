@@ -13,8 +13,15 @@ logger = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def choose_device(name: str) -> torch.device:
+def choose_device(name: str, number: int = 0) -> torch.device:
     """Return the device of a name; ``auto`` takes a CUDA GPU when there is one.
+
+    Parameters
+    ----------
+    name
+        ``auto``, ``cpu`` or ``cuda``.
+    number
+        Which GPU, counted from 0 again where there are fewer.
 
     Raises
     ------
@@ -27,7 +34,8 @@ def choose_device(name: str) -> torch.device:
             "the device is cuda, but torch sees no GPU; choose auto or cpu (params.yaml: compute.device; "
             "command line: --device)"
         )
-    device = torch.device("cuda:0" if available and name != "cpu" else "cpu")
+    on_gpu = available and name != "cpu"
+    device = torch.device(f"cuda:{number % torch.cuda.device_count()}" if on_gpu else "cpu")
     logger.info(
         "running on %s", torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
     )

@@ -1,4 +1,4 @@
-"""Progress of long work with the time left: a bar on a terminal, a line per tenth otherwise."""
+"""Progress of long work with rate and time left: a bar on a terminal, else a line per tenth or minute."""
 
 import logging
 import sys
@@ -9,6 +9,7 @@ from typing import TypeVar
 from tqdm import tqdm
 
 T = TypeVar("T")
+MINUTE = 60.0
 logger = logging.getLogger(__name__)
 
 
@@ -28,6 +29,7 @@ class Progress:
     def __init__(self, what: str, total: int, done: int = 0) -> None:
         self.what, self.total, self.done = what, total, done
         self._before, self._start = done, time.monotonic()
+        self._said = self._start
         hidden = not sys.stderr.isatty()
         self.bar = tqdm(total=total, initial=done, desc=what, unit=f" {what}", disable=hidden)
 
@@ -41,16 +43,18 @@ class Progress:
         """Count `items` as done."""
         before, self.done = self.done, self.done + items
         self.bar.update(items)
-        total = max(self.total, 1)
-        if self.bar.disable and before * 10 // total != self.done * 10 // total:
-            logger.info("%s: %d of %d%s", self.what, self.done, self.total, self._time_left())
+        total, now = max(self.total, 1), time.monotonic()
+        tenth = before * 10 // total != self.done * 10 // total
+        if self.bar.disable and (tenth or now - self._said >= MINUTE):
+            self._said = now
+            logger.info("%s: %d of %d%s", self.what, self.done, self.total, self._time_left(now))
 
-    def _time_left(self) -> str:
-        left = self.total - self.done
-        if left <= 0:
+    def _time_left(self, now: float) -> str:
+        left, done, taken = self.total - self.done, self.done - self._before, now - self._start
+        if left <= 0 or done <= 0:
             return ""
-        seconds = (time.monotonic() - self._start) / (self.done - self._before) * left
-        return f", about {tqdm.format_interval(seconds)} left"
+        rate = f" at {done / taken:.3g} per second" if taken > 0 else ""
+        return f", about {tqdm.format_interval(taken / done * left)} left{rate}"
 
 
 def track(items: Iterable[T], what: str, total: int) -> Iterator[T]:

@@ -170,7 +170,7 @@ def embed(
     """
     from colqwen3.dataset.beir import read_queries
     from colqwen3.dataset.pages import find_pages, open_page
-    from colqwen3.embedding.batches import embed_all
+    from colqwen3.embedding.embedder import embed_all
     from colqwen3.model.loading import load_model, load_processor
     from colqwen3.system.device import DTYPES, choose_device
     from stages.checking.params import Params

@@ -95,10 +95,17 @@ class EmbedParams(Section):
     visual_tokens_per_batch: int = Field(ge=1)
 
 
+IndexFormat = Literal[
+    "float32", "float16", "int8", "binary",
+    "pool2-float16", "pool3-float16", "pool2-int8", "pool3-int8",
+]  # fmt: skip
+
+
 class EvaluateParams(Section):
-    """The dataset that quality is measured on."""
+    """The dataset that quality is measured on, and the index formats to compare."""
 
     dataset: str = Field(min_length=1)
+    index: list[IndexFormat] = []
 
 
 BatchSize = Annotated[int, Field(ge=1, le=64)]

@@ -26,6 +26,7 @@ QUALITY_METRICS = METRICS / "quality"  # one file per recipe, as in the folders 
 QUANTIZE_METRICS = METRICS / "quantize"
 SUMMARIES = METRICS / "summary"
 QUERY_METRICS = METRICS / "queries"
+INDEX_METRICS = METRICS / "index"  # what formats of page vectors cost
 PLOTS = METRICS / "plots"
 NDCG_PLOT = PLOTS / "ndcg.json"
 SENSITIVITY_PLOT = PLOTS / "sensitivity.json"

@@ -17,6 +17,7 @@ from stages.pipeline.paths import (
     CHECKPOINTS,
     EMBEDDINGS,
     HEATMAPS,
+    INDEX_METRICS,
     LOCKS,
     PLOTS,
     QUALITY_METRICS,
@@ -32,7 +33,7 @@ from stages.pipeline.paths import (
 
 BY_RECIPE = (
     CHECKPOINTS, HEATMAPS, QUANTIZED, RELEASES, EMBEDDINGS, BENCHMARKS, VERDICTS, SCRATCH,
-    QUALITY_METRICS, QUANTIZE_METRICS, QUERY_METRICS, SUMMARIES,
+    QUALITY_METRICS, QUANTIZE_METRICS, QUERY_METRICS, INDEX_METRICS, SUMMARIES,
 )  # fmt: skip
 """Folders whose entries are called by recipe: a folder, or a file with a suffix."""
 

@@ -15,7 +15,7 @@ import torch
 
 from colqwen3.checkpoint.layout import VISION
 from colqwen3.dataset.beir import read_dataset
-from colqwen3.embedding.batches import embed_all
+from colqwen3.embedding.embedder import embed_all
 from colqwen3.embedding.store import Embeddings, read_embeddings
 from colqwen3.system.device import DTYPES, choose_device, make_deterministic
 from colqwen3.system.errors import UserError, first_line, run

@@ -1,6 +1,6 @@
 """Command `make reference`: keep the present results as those of the authors, for docs to quote.
 
-`python -m stages.tools.reference` copies metrics/{summary,quality,quantize} of the recipes of
+`python -m stages.tools.reference` copies metrics/{summary,quality,quantize,index} of the recipes of
 params.yaml, and this machine's timings where there are any, into metrics/reference/, and says in
 machine.json on which machine and from which parameters they come. No run of the pipeline writes
 there, so results of your own never change what the docs quote.
@@ -19,6 +19,7 @@ from stages.evaluation.speed import read_speed
 from stages.pipeline.params import load_params
 from stages.pipeline.paths import (
     CHECKPOINTS,
+    INDEX_METRICS,
     QUALITY_METRICS,
     QUANTIZE_METRICS,
     REFERENCE,
@@ -28,7 +29,7 @@ from stages.pipeline.paths import (
 logger = logging.getLogger(__name__)
 
 MACHINE = "machine.json"
-COPIED = (SUMMARIES, QUALITY_METRICS, QUANTIZE_METRICS)
+COPIED = (SUMMARIES, QUALITY_METRICS, QUANTIZE_METRICS, INDEX_METRICS)
 
 
 def describe_params(params: Params) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from colqwen3.embedding.embedder import Plain
 from colqwen3.embedding.job import EmbeddingOptions
 from colqwen3.model.scoring import max_sim
 from colqwen3.mteb_model import ColQwen3Encoder, load_registered, register
@@ -36,9 +37,14 @@ def encoder() -> ColQwen3Encoder:
     return load_registered(register(str(MODEL), None, EmbeddingOptions()))
 
 
+def model_of(encoder: ColQwen3Encoder) -> Any:
+    assert isinstance(encoder.embedder, Plain)
+    return encoder.embedder.model
+
+
 def alone(encoder: ColQwen3Encoder, inputs: Any) -> torch.Tensor:
     with torch.inference_mode():
-        result: torch.Tensor = encoder.model(**inputs).embeddings[0]
+        result: torch.Tensor = model_of(encoder)(**inputs).embeddings[0]
     return result
 
 
@@ -55,8 +61,8 @@ def test_mteb_finds_it_by_name(encoder: ColQwen3Encoder, monkeypatch: pytest.Mon
     monkeypatch.setattr(type(meta), "_check_requirements", lambda self: None)
     loaded = mteb.get_model("local/model")
     assert isinstance(loaded, ColQwen3Encoder)
-    for name, weight in encoder.model.state_dict().items():
-        assert torch.equal(loaded.model.state_dict()[name], weight)
+    for name, weight in model_of(encoder).state_dict().items():
+        assert torch.equal(model_of(loaded).state_dict()[name], weight)
 
 
 def test_texts_are_embedded_as_queries(encoder: ColQwen3Encoder) -> None:
@@ -64,7 +70,7 @@ def test_texts_are_embedded_as_queries(encoder: ColQwen3Encoder) -> None:
     rows = [{"id": text[0], "text": text} for text in texts]
     result = encoder.encode(Batches(rows, 3), batch_size=3, show_progress_bar=False)
     for text, vectors in zip(texts, result, strict=True):
-        expected = alone(encoder, encoder.processor.process_texts([text]))
+        expected = alone(encoder, encoder.embedder.processor.process_texts([text]))
         torch.testing.assert_close(vectors, expected, atol=1e-5, rtol=0)
 
 
@@ -77,13 +83,16 @@ def test_pages_stay_in_order_within_the_budget(
     rows = [{"id": i, "image": image, "text": "t"} for i, image in enumerate(images)]
     monkeypatch.setattr(encoder, "visual_tokens", 260)
     taken: list[int] = []
-    process = encoder.processor.process_images
+    process, prompts = (
+        encoder.embedder.processor.process_images,
+        encoder.embedder.processor.page_prompts,
+    )
 
-    def count(batch: Any) -> Any:
-        taken.append(len(batch))
-        return process(batch)
+    def count(grids: Any) -> Any:
+        taken.append(len(grids))
+        return prompts(grids)
 
-    monkeypatch.setattr(encoder.processor, "process_images", count)
+    monkeypatch.setattr(encoder.embedder.processor, "page_prompts", count)
     result = encoder.encode(Batches(rows, 4))
     assert taken == [2, 1, 1, 1]  # 64, 128 | 64 | 256 | 64 tokens, whatever mteb's batches
     for image, vectors in zip(images, result, strict=True):

@@ -37,5 +37,6 @@ def write_result(name: str, metrics: dict[str, Any]) -> None:
     params = load_params(Params)
     recipe = {"ran": name, "values": params.recipes[name].model_dump()}
     write_json(Path(f"metrics/quantize/{name}.json"), {"libraries": {}, "recipe": recipe})
+    write_json(Path(f"metrics/index/{name}.json"), {"formats": {}})
     write_json(Path(f"metrics/summary/{name}.json"), summarize(metrics, params.gate))
     Path(f"artifacts/checkpoints/{name}").mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ from ruamel.yaml import YAML
 
 from colqwen3.dataset.beir import read_queries
 from colqwen3.dataset.pages import find_pages
-from colqwen3.embedding.batches import embed_all
+from colqwen3.embedding.embedder import embed_all
 from colqwen3.embedding.store import read_embeddings
 from colqwen3.model.loading import load_model, load_processor
 from stages import embed, inspect_model

@@ -47,7 +47,7 @@ QUANTIZE: dict[str, Any] = {
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A project folder with everything the stage reads for recipe `low`."""
     params = YAML(typ="safe", pure=True).load(PARAMS_FILE.read_text(encoding="utf-8"))
-    params["evaluate"]["dataset"] = "data"
+    params["evaluate"].update(dataset="data", index=["int8", "pool2-float16"])
     params["calibration"]["dataset"] = "tuning"
     params["gate"] = dict.fromkeys(params["gate"])
     params["recipes"] = {
@@ -86,7 +86,7 @@ def fail(capsys: pytest.CaptureFixture[str]) -> str:
 RESULTS = [
     Path(f"metrics/{name}")
     for name in (
-        "quality/low.json", "quantize/low.json", "queries/low.json", "summary/low.json",
+        "index/low.json", "quality/low.json", "quantize/low.json", "queries/low.json", "summary/low.json",
         "plots/low/scores.json", "plots/low/layers.json",
     )
 ]  # fmt: skip
@@ -95,7 +95,12 @@ RESULTS = [
 def test_the_stage_writes_metrics_and_plots(project: Path) -> None:
     run(evaluate.main)
     first = [file.read_bytes() for file in RESULTS]
-    metrics, quantization, queries, summary, points, layers = map(json.loads, first)
+    index, metrics, quantization, queries, summary, points, layers = map(json.loads, first)
+    assert list(index["formats"]) == ["float32", "int8", "pool2-float16"]
+    exact = index["formats"]["float32"]
+    for side in ("original", "quantized"):
+        assert exact[side]["ndcg_at_5"] == metrics["retrieval"]["ndcg_at_5"][side]
+    assert exact["quantized"]["top5_overlap"] == metrics["retrieval"]["top5_overlap"]
     expected = comparison.evaluate(DATASET, ORIGINAL, QUANTIZED)
     sizes = metrics.pop("size")
     assert metrics.pop("overlap") == {"same_folder": False, "pages": 0, "queries": 0}

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 
 from colqwen3.commands import benchmark_vidore as vidore
 from colqwen3.dataset.beir import read_dataset
-from colqwen3.embedding.batches import embed_all
+from colqwen3.embedding.embedder import embed_all
 from colqwen3.model.loading import load_model, load_processor
 from colqwen3.model.scoring import max_sim
 from colqwen3.system.errors import UserError

@@ -1,102 +1,97 @@
-"""Batches keep order and budget, and what is embedded in them equals single forwards."""
+"""Batches keep order and budget, and pages of one size go together within their group."""
 
-import time
+import random
 from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 
+import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from colqwen3.dataset.pages import find_pages, open_page
+from colqwen3.dataset.patches import Grid, PreparedPage
 from colqwen3.embedding.batches import (
-    AHEAD,
-    count_visual_tokens,
-    embed_all,
+    like_size_batches,
     page_batches,
-    prepare_ahead,
+    prepare_image,
     text_batches,
 )
-from colqwen3.model.loading import load_model, load_processor
+from colqwen3.model.loading import load_processor
 from colqwen3.system.errors import UserError
 
 GOLDEN = Path("tests/golden")
 
 
 def test_batches_keep_order_and_budget() -> None:
-    processor = load_processor(GOLDEN / "model", 1280)
-    sizes = {"a": (256, 256), "b": (256, 512), "c": (256, 256), "d": (512, 1024)}
-    sizes |= {"e": (256, 256), "f": (256, 256)}  # after a large one, small ones go together again
-    pages = [(name, Image.new("RGB", size)) for name, size in sizes.items()]
-    tokens = {name: w * h // 1024 for name, (w, h) in sizes.items()}  # 32 x 32 pixels a token
-    batches = [names for names, _ in page_batches(pages, processor, 300)]
+    tokens = {"a": 64, "b": 128, "c": 64, "d": 512, "e": 64, "f": 64}
+    batches = [keys for keys, _ in page_batches(tokens.items(), int, 300)]
+    # after a large one, small ones go together again
     assert batches == [["a", "b"], ["c"], ["d"], ["e", "f"]]
-    assert [name for names in batches for name in names] == list(sizes)
     for names in batches:
         assert len(names) == 1 or len(names) * max(tokens[name] for name in names) <= 300
 
 
-def test_pages_of_a_pdf_embed_as_images_of_them(tmp_path: Path) -> None:
-    sheets = [Image.linear_gradient("L").rotate(90 * turn).convert("RGB") for turn in range(2)]
-    (tmp_path / "pdf").mkdir()
-    (tmp_path / "png").mkdir()
-    sheets[0].save(tmp_path / "pdf/m.pdf", save_all=True, append_images=sheets[1:], resolution=100)
-    sheets[0].save(tmp_path / "pdf/a.png")
-    for name, page in find_pages(tmp_path / "pdf").items():
-        open_page(page).save(tmp_path / f"png/{name}.png")
-    processor = load_processor(GOLDEN / "model", 1280)
-    model = load_model(GOLDEN / "model", torch.float32, torch.device("cpu"))
-    from_pdf, from_png = (
-        embed_all(model, processor, {}, find_pages(tmp_path / kind), 16, 1280)[1]
-        for kind in ("pdf", "png")
-    )
-    assert list(from_pdf) == list(from_png) == ["a", "m-1", "m-2"]
-    assert all(torch.equal(from_pdf[name], from_png[name]) for name in from_pdf)
+def area(grid: Grid) -> int:
+    return grid[1] * grid[2]
 
 
-def test_visual_tokens_are_counted_as_the_processor_makes_them() -> None:
+def page(rows: int, columns: int = 1) -> PreparedPage:
+    return PreparedPage(np.empty((0, 3), np.uint8), (1, rows, columns))
+
+
+def test_pages_of_one_size_go_together() -> None:
+    sizes = [4, 4, 6, 4, 6, 4, 4, 6]
+    pages = [("g", number, page(size)) for number, size in enumerate(sizes)]
+    batches = [[key for _, key in keys] for keys, _ in like_size_batches(pages, area, 13)]
+    assert batches == [[0, 1, 3], [2, 4], [5, 6], [7]]
+
+
+def test_like_size_batches_keep_the_budget_and_stay_within_their_group() -> None:
+    generator = random.Random(1)
+    pages = [
+        (number // 50, number, page(generator.choice((2, 3, 5, 8, 40)), generator.choice((1, 2))))
+        for number in range(220)
+    ]
+    batches = list(like_size_batches(pages, area, 30, held=10))
+    seen: list[int] = []
+    for keys, batch in batches:
+        assert len({group for group, _ in keys}) == 1
+        longest = max(area(page.grid) for page in batch)
+        assert len(batch) == 1 or len(batch) * longest <= 30
+        for (_, number), item in zip(keys, batch, strict=True):
+            assert item is pages[number][2]
+            seen.append(number)
+    assert sorted(seen) == list(range(220))
+    order = [group for group, _ in groupby(keys[0][0] for keys, _ in batches)]
+    assert order == sorted(order)  # groups one after the other
+    # what a group's batches are depends on that group alone
+    alone = like_size_batches([item for item in pages if item[0] == 2], area, 30, held=10)
+    assert [keys for keys, _ in alone] == [keys for keys, _ in batches if keys[0][0] == 2]
+
+
+def test_few_pages_are_held() -> None:
+    taken = 0
+
+    def pages() -> Iterator[tuple[int, int, PreparedPage]]:
+        nonlocal taken
+        for number in range(100):  # no two of one size
+            taken += 1
+            yield 0, number, page(number + 1)
+
+    done = 0
+    for keys, _ in like_size_batches(pages(), area, 10**9, held=7):
+        done += len(keys)
+        assert taken - done <= 7
+    assert done == 100
+
+
+def test_an_image_without_pixels_or_too_long_is_rejected_by_name() -> None:
     processor = load_processor(GOLDEN / "model", 1280)
-    for path in sorted((GOLDEN / "inputs/pages").glob("*.png")):
-        image = Image.open(path)
-        result = processor.process_images([image])["image_grid_thw"].prod().item() // 4
-        assert count_visual_tokens(path.stem, image, processor) == result
     with pytest.raises(UserError, match=r"page 'banner': .*aspect ratio"):
-        count_visual_tokens("banner", Image.new("RGB", (4020, 20)), processor)
+        prepare_image("banner", Image.new("RGB", (4020, 20)), processor)
     for size in ((0, 0), (0, 9), (9, 0)):
         with pytest.raises(UserError, match=r"^page 'none': has no pixels; replace the page$"):
-            count_visual_tokens("none", Image.new("RGB", size), processor)
-
-
-class SlowFirst:
-    """A processor that takes longest for what comes first, and counts what is under way."""
-
-    def __init__(self) -> None:
-        self.started = 0
-
-    def process_images(self, images: list[int]) -> list[int]:
-        self.started += 1
-        time.sleep(0.2 / (1 + images[0]))
-        return [-image for image in images]
-
-
-def test_batches_prepared_ahead_keep_their_order_and_are_few() -> None:
-    processor, taken = SlowFirst(), 0
-    batches = (([f"p{i}"], [i]) for i in range(12))
-    for number, (names, inputs) in enumerate(prepare_ahead(batches, processor)):  # type: ignore[arg-type]
-        assert (names, inputs) == ([f"p{number}"], [-number])
-        taken += 1
-        assert processor.started <= taken + AHEAD
-    assert taken == 12
-
-
-def test_what_fails_ahead_fails_the_job() -> None:
-    def batches() -> Iterator[tuple[list[str], list[Image.Image]]]:
-        yield ["a"], [Image.new("RGB", (64, 64))]
-        raise UserError("b.png: is empty")
-
-    processor = load_processor(GOLDEN / "model", 1280)
-    with pytest.raises(UserError, match=r"b\.png"):
-        list(prepare_ahead(batches(), processor))
+            prepare_image("none", Image.new("RGB", size), processor)
 
 
 def test_a_long_text_goes_alone_and_keeps_its_place() -> None:

@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,8 +11,8 @@ from PIL import Image
 
 from colqwen3.dataset.beir import read_queries
 from colqwen3.dataset.pages import find_pages
-from colqwen3.embedding import batches, job
-from colqwen3.embedding.batches import embed_all
+from colqwen3.embedding import batches, embedder, job
+from colqwen3.embedding.embedder import Plain, embed_all
 from colqwen3.embedding.job import (
     EmbeddingOptions,
     determinants,
@@ -82,7 +83,7 @@ def test_a_crash_loses_no_part_and_changes_no_byte(
         return embed_batch(model, inputs)
 
     monkeypatch.setattr("colqwen3.embedding.parts.PART_ITEMS", 2)
-    monkeypatch.setattr(batches, "embed", counted)
+    monkeypatch.setattr(embedder, "embed", counted)
     write_embeddings(tmp_path / "at once", *embed_all(model, processor, texts, pages, 2, 600))
     whole, forwards = forwards, 0
     done = []
@@ -90,7 +91,7 @@ def test_a_crash_loses_no_part_and_changes_no_byte(
         forwards, most = 0, allowed
         with caplog.at_level("INFO"), Scratch(tmp_path / "work", "key") as scratch:
             try:
-                parts = embed_into(scratch, model, processor, texts, pages, options)
+                parts = embed_into(scratch, Plain(model, processor), texts, pages, options)
             except Crash:
                 continue
             finally:
@@ -109,9 +110,12 @@ def test_whatever_determines_the_result_is_in_the_key(queries: Path, tmp_path: P
     corpus = Path(shutil.copytree(GOLDEN / "inputs/pages", tmp_path / "pages"))
     texts = read_queries(queries)
 
+    # of the embedder only device and name count
+    plain = Plain(SimpleNamespace(device=CPU), None)
+
     def key(texts: dict[str, str] = texts, code: str = "code", **options: Any) -> str:
         chosen, pages = EmbeddingOptions(**options), find_pages(corpus)
-        return work_key(determinants(folder, texts, pages, chosen, CPU, code))
+        return work_key(determinants(folder, texts, pages, chosen, plain, code))
 
     keys = [key(), key(dtype="bfloat16"), key(dict(reversed(texts.items())))]
     assert key() == keys[0]
@@ -120,4 +124,7 @@ def test_whatever_determines_the_result_is_in_the_key(queries: Path, tmp_path: P
     keys.append(key())
     (folder / "tokenizer_config.json").write_text("{}")
     keys.append(key())
+    plain.name = "another"
+    keys.append(key())
     assert len(set(keys)) == len(keys)
+    assert key(workers=3) == key()  # which change no bit

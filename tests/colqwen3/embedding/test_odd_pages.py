@@ -9,7 +9,7 @@ from PIL import Image, ImageChops
 
 from colqwen3.dataset.beir import read_queries
 from colqwen3.dataset.pages import find_pages
-from colqwen3.embedding.batches import embed_pages, embed_texts
+from colqwen3.embedding.embedder import Plain, embed_pages, embed_texts
 from colqwen3.model import ColQwen3, ColQwen3Processor
 from colqwen3.model.loading import load_model, load_processor
 from colqwen3.model.scoring import max_sim
@@ -83,10 +83,10 @@ def recall_at_1(model: ColQwen3, processor: ColQwen3Processor, folder: Path) -> 
     answers = {row["query-id"]: row["corpus-id"] for row in rows if row["corpus-id"] in pages}
     queries = {name: texts[name] for name in answers}
     query_vectors = {
-        k: v for part in embed_texts(model, processor, queries, 16) for k, v in part.items()
+        k: v for part in embed_texts(Plain(model, processor), queries, 16) for k, v in part.items()
     }
     page_vectors = {
-        k: v for part in embed_pages(model, processor, pages, 1280) for k, v in part.items()
+        k: v for part in embed_pages(Plain(model, processor), pages, 1280) for k, v in part.items()
     }
     best = max_sim(list(query_vectors.values()), list(page_vectors.values())).argmax(1).tolist()
     names = list(page_vectors)

@@ -105,6 +105,43 @@ def test_pixels_are_scaled_to_minus_one_to_one(processor: ColQwen3Processor) -> 
             assert channels[:, 1:].eq(-1).all()
 
 
+@pytest.mark.parametrize(
+    "size", [(1240, 1754), (61, 43), (33, 5000), (1600, 96), (850, 1100), (672, 896)]
+)
+@pytest.mark.parametrize("normalized", [True, False])
+@pytest.mark.parametrize("colours", [1, 2, 3])
+def test_pixels_are_those_of_the_image_processor_to_the_last_bit(
+    size: tuple[int, int], normalized: bool, colours: int
+) -> None:
+    processor = ColQwen3Processor.from_pretrained(str(GOLDEN / "model"))
+    images = processor.image_processor
+    if normalized:  # differently for each channel, so that a mistaken channel shows
+        images.image_mean, images.image_std = [0.5, 0.4, 0.3], [0.5, 0.25, 0.7]
+    else:
+        images.do_rescale = images.do_normalize = False
+    noise = [Image.effect_noise(size, 90) for _ in range(3)]
+    if colours == 2:  # a single pixel has a colour
+        noise[1] = noise[2] = noise[0].copy()
+        for column, level in enumerate((0, 255)):  # at least one of the two changes
+            noise[2].paste(level, (column, 0, column + 1, 1))
+    page = Image.merge("RGB", noise[:1] * 3 if colours == 1 else noise)
+    expected = images([page, page], return_tensors="pt")
+    actual = processor.process_images([page, page])
+    for key in ("pixel_values", "image_grid_thw"):
+        assert actual[key].dtype == expected[key].dtype
+        assert torch.equal(actual[key], expected[key])
+
+
+def test_pixels_of_a_page_that_is_not_resized(processor: ColQwen3Processor) -> None:
+    unresized = ColQwen3Processor.from_pretrained(str(GOLDEN / "model"))
+    unresized.image_processor.do_resize = False
+    page = Image.effect_noise((64, 96), 90).convert("RGB")
+    expected = unresized.image_processor([page], return_tensors="pt")
+    actual = unresized.process_images([page])
+    assert actual["image_grid_thw"].tolist() == [[1, 6, 4]]
+    assert torch.equal(actual["pixel_values"], expected["pixel_values"])
+
+
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGBA", "CMYK"])
 def test_image_modes_become_rgb(processor: ColQwen3Processor, mode: str) -> None:
     drawn = Image.linear_gradient("L").convert("RGB").convert(mode)

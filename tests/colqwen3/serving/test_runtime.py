@@ -118,7 +118,7 @@ def test_more_texts_than_one_batch_keep_their_order(runtime: Runtime) -> None:
 def test_quantized_equals_transformers(quantized: Path, dtype: torch.dtype) -> None:
     runtime = load_runtime(quantized, CPU, dtype)
     model = load_model(quantized, dtype, CPU)
-    processor = runtime._processor
+    processor = runtime.processor
     images = [page(stem) for stem in PAGES[:3]]
     pairs = [
         (runtime.embed_queries([text]), embed(model, processor.process_texts([text])))
@@ -139,7 +139,7 @@ def test_gpu_equals_transformers_in_float32(mode: Mode) -> None:
     gpu = torch.device("cuda")
     runtime = load_runtime(GOLDEN / "model", gpu, torch.float32, mode)
     model = load_model(GOLDEN / "model", torch.float32, gpu)
-    processor = runtime._processor
+    processor = runtime.processor
     texts, images = list(QUERIES.values()), [page(stem) for stem in PAGES[:3]]
     queries = embed(model, processor.process_texts(texts))
     pages = embed(model, processor.process_images(images))
@@ -155,7 +155,7 @@ def test_gpu_is_as_near_to_float32_as_transformers(quantized: Path) -> None:
     gpu = torch.device("cuda")
     runtime = load_runtime(quantized, gpu)
     texts, images = list(QUERIES.values()), [page(stem) for stem in PAGES[:3]]
-    processor = runtime._processor
+    processor = runtime.processor
     inputs = (processor.process_texts(texts), processor.process_images(images))
     exact, plain = (
         [torch.cat(embed(load_model(quantized, dtype, gpu), batch)) for batch in inputs]
@@ -194,7 +194,7 @@ def test_a_quantized_vision_tower_is_served(tmp_path: Path) -> None:
         load_model(folder, torch.float32, CPU),
     )
     images = [page(stem) for stem in PAGES[:2]]
-    expected = embed(model, runtime._processor.process_images(images))
+    expected = embed(model, runtime.processor.process_images(images))
     for ours, theirs in zip(runtime.embed_pages(images), expected, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
 

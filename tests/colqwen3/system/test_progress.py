@@ -1,4 +1,4 @@
-"""Progress: a line per tenth in a log, a bar on a terminal."""
+"""Progress: a line per tenth or minute in a log, a bar on a terminal."""
 
 import io
 import logging
@@ -69,7 +69,21 @@ def test_the_time_left_counts_only_what_this_run_has_done(
     with Progress("pages", 100, done=60) as progress:
         progress.advance(10)
         progress.advance(30)
-    assert log.messages == ["pages: 70 of 100, about 01:30 left", "pages: 100 of 100"]
+    assert log.messages == [
+        "pages: 70 of 100, about 01:30 left at 0.333 per second",
+        "pages: 100 of 100",
+    ]
+
+
+def test_long_work_has_a_line_per_minute(
+    log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter([0.0, 40.0, 70.0, 100.0, 131.0])
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+    with Progress("pages", 10_000) as progress:
+        for _ in range(4):
+            progress.advance()
+    assert counts(log) == ["pages: 2 of 10000", "pages: 4 of 10000"]
 
 
 def test_terminal_shows_a_bar_and_no_lines(

@@ -32,7 +32,7 @@ def test_the_reference_says_of_which_machine_and_parameters_it_is(project: Path)
     machine = json.loads(Path("metrics/reference/machine.json").read_text())
     assert {"device", "threads", "date", "params"} == machine.keys()
     assert str(project) not in json.dumps(machine)
-    for folder in ("summary", "quality", "quantize"):
+    for folder in ("summary", "quality", "quantize", "index"):
         for name in ("rounded", "tuned", "bad"):
             copied = Path(f"metrics/reference/{folder}/{name}.json")
             assert json.loads(copied.read_text()) == json.loads(

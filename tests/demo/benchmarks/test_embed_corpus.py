@@ -1,0 +1,60 @@
+"""The measurement of collections runs on a CPU, and its figures are those of what it did."""
+
+import json
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from colqwen3.corpus.sources import find_sources
+from demo.benchmarks import drawn_pages, embed_corpus
+
+MODEL = "tests/golden/model"
+
+
+def test_drawn_pages_are_a4_at_150_dpi_and_differ(tmp_path: Path) -> None:
+    drawn_pages.write_png(tmp_path, 1)
+    drawn_pages.write_pdf(tmp_path, 2, 2)
+    with Image.open(tmp_path / "page-000001.png") as page:
+        assert page.size == (1240, 1754)
+        assert page.convert("L").getextrema() == (0, 255)
+        assert page.tobytes() != drawn_pages.draw(2).tobytes()
+    assert find_sources([str(tmp_path / "scan-000002.pdf")])[-1].page == 2
+
+
+def test_all_steps_run_on_a_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # processes would import all of this anew
+    monkeypatch.setattr(embed_corpus, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(2))
+    monkeypatch.setattr(embed_corpus, "write_png", small_png)
+    monkeypatch.setattr(embed_corpus, "write_pdf", small_pdf)
+    out = tmp_path / "figures.json"
+    words = ["--model", MODEL, "--weights", "golden", "--out", str(out), "--pages", "5",
+             "--distinct", "2", "--workers", "1", "--seconds", "0.1"]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["embed_corpus", *words])
+    embed_corpus.main()
+    figures = json.loads(out.read_text())
+    assert figures["weights"] == "golden"
+    steps = figures["steps"]
+    assert sorted(steps) == ["again", "draw", "load", "pdf", "png", "prepare", "runtime"]
+    assert not [step for step in steps.values() if "failed" in step]
+    for kind in ("png", "pdf"):
+        assert (steps[kind]["pages"], steps[kind]["errors"]) == (5, 0)
+        assert steps[kind]["pages_per_second"] == pytest.approx(5 / steps[kind]["seconds"], rel=0.1)
+        ratio = steps[kind]["pages_per_second"] / steps["runtime"]["pages_per_second"]
+        assert steps[kind]["pages_per_second_to_runtime"] == pytest.approx(ratio, rel=0.01)
+        assert steps[kind]["host_memory"]["peak_gb"] > 0.1
+    assert steps["again"] == {"shards": 1, "same_bytes": True}
+    assert json.loads(capsys.readouterr().out) == figures
+
+
+def small_png(folder: Path, seed: int) -> None:
+    Image.effect_noise((96, 128), 50).save(folder / f"page-{seed:06d}.png")
+
+
+def small_pdf(folder: Path, first: int, count: int) -> None:
+    sheets = [Image.effect_noise((96, 128), 50) for _ in range(count)]
+    sheets[0].save(folder / f"scan-{first:06d}.pdf", save_all=True, append_images=sheets[1:])
