@@ -196,7 +196,7 @@ def test_a_working_folder_is_what_the_stages_take(
     assert len(list(Path(params.calibration.dataset, "corpus").iterdir())) == 16
     assert Path(params.model.source).is_absolute()
     assert params.compute.device == "cpu"
-    assert calls == ["stages.inspect_model", "stages.calibrate"]
+    assert calls == ["stages.inspect_model", "stages.allocate", "stages.calibrate"]
     again = prepare_run(bench, "again", recipe, samples)
     assert (again / "artifacts/calibration").is_dir()  # the same samples are made once
     assert calls.count("stages.calibrate") == 1

@@ -183,7 +183,7 @@ def test_the_card_says_what_is_in_how_many_bits_and_what_is_as_it_was(
     text = " ".join((tmp_path / "README.md").read_text().split())
     assert f"owner/base with {quantized} (group size 32, symmetric; activations stay" in text
     assert f"{kept} are the base model's own bytes." in text
-    assert f"| weights | {quantized}; group size 32, symmetric; 47 linears;" in text
+    assert f"| weights | {quantized}; group size 32, symmetric; 47 modules;" in text
 
 
 def test_a_fallback_is_said() -> None:

@@ -184,6 +184,7 @@ def test_a_recipe_runs_through_the_stages_and_leaves_its_metrics_only(
     measure_recipe(params, ablation, TUNED)
     assert calls == [
         ("calibrate", "evaluation"),
+        ("allocate", "evaluation"),
         ("quantize", TUNED, "evaluation"),
         ("embed", TUNED, "evaluation"),
         ("evaluate", TUNED, "evaluation"),
