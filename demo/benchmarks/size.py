@@ -48,6 +48,7 @@ CAP_GIB = 11.25  # what a card of 12 GiB leaves to torch beside the driver's own
 LOW_LAYERS = 4
 RTN, AUTOROUND = "rtn-w4g128", "w4g128"
 SMALL: Mapping[str, Any] = {"token_embeddings": 8, "vision": {"attention": 8, "mergers": 8}}
+EIGHT: Mapping[str, Any] = {"token_embeddings": 8, "vision": 8}
 NOTHING: Mapping[str, Any] = {}
 
 Result = dict[str, Any]
@@ -300,11 +301,6 @@ def rounded(bench: Bench, name: str, parts: Mapping[str, Any]) -> Result:
     return result
 
 
-def step_tune_small(bench: Bench) -> Result:
-    """AutoRound with 8-bit token embeddings, vision attention and mergers."""
-    return tune(bench, "tune-small", 50, MIXED, parts=SMALL)
-
-
 def step_sensitivity(bench: Bench) -> Result:
     """Measure the sensitivity of all parts by streaming."""
     recipe = {"method": "rtn", "calibration": "none"}
@@ -457,6 +453,17 @@ def step_tune_low(bench: Bench) -> Result:
 
     One layer is on the GPU at a time, so the peak is that of the whole model.
     """
+    return {"layers": LOW_LAYERS, **tune(shortened(bench), "tune-20-low", 20, MIXED, batch=1)}
+
+
+def step_tune_small(bench: Bench) -> Result:
+    """AutoRound of the whole vision tower and of four decoder layers, behind 8-bit embeddings."""
+    result = tune(shortened(bench), "tune-small", 50, MIXED, parts=EIGHT)
+    return {"layers": LOW_LAYERS, **result}
+
+
+def shortened(bench: Bench) -> Bench:
+    """Return the same with a model of four decoder layers, which is made when it is missing."""
     config = read_config(bench)
     config["text_config"]["num_hidden_layers"] = LOW_LAYERS
     path = bench.work / f"{LOW_LAYERS}-layers.json"
@@ -464,7 +471,7 @@ def step_tune_low(bench: Bench) -> Result:
     short = replace(bench, size=("--config", str(path)), model=bench.work / path.stem)
     if not short.model.exists():
         step_make(short)
-    return {"layers": LOW_LAYERS, **tune(short, "tune-20-low", 20, MIXED, batch=1)}
+    return short
 
 
 STEPS: dict[str, dict[str, Callable[[Bench], Result]]] = {
@@ -474,7 +481,7 @@ STEPS: dict[str, dict[str, Callable[[Bench], Result]]] = {
         "floor": step_floor,
         "rtn": step_rtn,
         "rtn-small": lambda bench: rounded(bench, "rtn-small", SMALL),
-        "rtn-8": lambda bench: rounded(bench, "rtn-8", {"token_embeddings": 8, "vision": 8}),
+        "rtn-8": lambda bench: rounded(bench, "rtn-8", EIGHT),
         "rtn-8-e4": lambda bench: rounded(bench, "rtn-8-e4", {"token_embeddings": 4, "vision": 8}),
         "rtn-library": step_rtn_library,
         "rtn-equal": step_rtn_equal,
