@@ -3,12 +3,12 @@
 from colqwen3.checkpoint.headers import Checkpoint
 from colqwen3.system.errors import run
 from colqwen3.system.files import fresh_folder, publish_folder, read_json, write_json
+from stages.budget.knapsack import allocate
 from stages.pipeline.manifest import find_inspected_model, read_manifest
 from stages.pipeline.params import ModelParams, Sections, load_params
 from stages.pipeline.paths import ALLOCATION, SCRATCH, SENSITIVITY
 from stages.pipeline.stage import claim, stage_parser
 from stages.quantization.allocation import describe, planned_tensors, uniform
-from stages.quantization.budget import allocate
 from stages.quantization.recipes import Recipe
 
 

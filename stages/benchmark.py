@@ -22,7 +22,12 @@ from PIL import Image
 
 from colqwen3.dataset.beir import read_queries
 from colqwen3.dataset.pages import find_pages, open_page
-from colqwen3.serving.timing import (
+from colqwen3.system.device import DTYPES, choose_device, device_name
+from colqwen3.system.errors import run
+from colqwen3.system.files import write_json
+from colqwen3.system.progress import Progress
+from stages.evaluation.speed import checkpoint_digest, speed_file
+from stages.evaluation.timing import (
     WARMUP_GRAPHS,
     Work,
     compare_times,
@@ -33,11 +38,6 @@ from colqwen3.serving.timing import (
     query_rows,
     token_cosines,
 )
-from colqwen3.system.device import DTYPES, choose_device, device_name
-from colqwen3.system.errors import run
-from colqwen3.system.files import write_json
-from colqwen3.system.progress import Progress
-from stages.evaluation.speed import checkpoint_digest, speed_file
 from stages.pipeline.manifest import find_inspected_model, read_manifest
 from stages.pipeline.params import (
     BenchmarkParams,

@@ -11,13 +11,13 @@ from pathlib import Path
 from colqwen3.inspection import read_config
 from colqwen3.system.errors import UserError, run
 from colqwen3.system.files import expand_user, path_is, write_json
+from stages.budget.knapsack import check_fit
 from stages.calibration.sets import NO_SAMPLES
 from stages.checking.datasets import check_calibration, check_evaluation, unbalanced_sets
 from stages.checking.params import Params
 from stages.pipeline.params import load_params
 from stages.pipeline.paths import CHECKED
 from stages.pipeline.stage import claim, stage_parser
-from stages.quantization.budget import check_fit
 
 logger = logging.getLogger(__name__)
 

@@ -10,12 +10,12 @@ from colqwen3.checkpoint.headers import Checkpoint
 from colqwen3.system.device import choose_device, make_deterministic
 from colqwen3.system.errors import UserError, run
 from colqwen3.system.files import write_json
+from stages.budget.options import SensitivityParams
 from stages.calibration.sets import NO_SAMPLES
 from stages.pipeline.manifest import find_inspected_model, read_manifest
 from stages.pipeline.params import ComputeParams, ModelParams, Sections, load_params
 from stages.pipeline.paths import CALIBRATION, SENSITIVITY, SENSITIVITY_PLOT
 from stages.pipeline.stage import claim, stage_parser
-from stages.quantization.options import SensitivityParams
 from stages.quantization.samples import Origin, read_samples
 
 KINDS = {"page": "pages", "query": "queries", "passage": "queries"}
@@ -55,10 +55,10 @@ def choose_samples(origins: list[Origin], params: SensitivityParams) -> list[int
 def measure_all(params: Params) -> dict[str, Any]:
     """Return the content of artifacts/sensitivity.json."""
     from colqwen3.model.loading import source_dtype
+    from stages.budget.sensitivity import measure, parts_of
     from stages.quantization.deepstack import fold_deepstack, fold_into_layer
     from stages.quantization.layers import load_front, load_layer
     from stages.quantization.sample_packs import attend_within_samples
-    from stages.quantization.sensitivity import measure, parts_of
 
     manifest = read_manifest()
     source = Checkpoint.read(find_inspected_model(params.model, manifest))
@@ -91,7 +91,7 @@ def measure_all(params: Params) -> dict[str, Any]:
         "samples": {kind: kinds.count(kind) for kind in sorted(set(kinds))},
         "items": {
             part: {"modules": list(names), "loss": losses[part]}
-            for part, names in parts_of(config).items()
+            for part, names in parts_of(config, group_size).items()
         },
     }
 

@@ -18,6 +18,7 @@ from colqwen3.checkpoint.layout import EMBEDDINGS, all_linears, tensors
 from colqwen3.checkpoint.packing import PACKED_TENSORS
 from colqwen3.checkpoint.quantization import (
     PACKED_TABLE,
+    check_bits,
     check_packing,
     embeddings_bits,
     linear_bits,
@@ -133,8 +134,6 @@ def read_model(source: Path, dense: str) -> Model:
         raise UserError(f"{source / 'config.json'}: {problem}; it cannot be written as GGUF")
     checkpoint = Checkpoint.read(source)
     packed = _packed_modules(source, config, checkpoint)
-    if 2 in packed.values():
-        raise UserError(f"{source}: has 2-bit weights; {TWO_BITS}")
     for name, shape in expected.items():
         _check_tensor(checkpoint, name, shape, packed)
     if 3 in packed.values():
@@ -151,7 +150,10 @@ def _packed_modules(source: Path, config: dict[str, Any], checkpoint: Checkpoint
     if linears and quantization is None:
         raise UserError(f"{source / 'config.json'}: lacks quantization_config; {FIX}")
     packed = {name: linear_bits(quantization or {}, name) for name in linears}
+    if 2 in packed.values():
+        raise UserError(f"{source}: has 2-bit weights; {TWO_BITS}")
     try:
+        check_bits(quantization or {}, checkpoint.tensors)
         bits = embeddings_bits(config, checkpoint.tensors)
     except ValueError as error:
         raise UserError(f"{source / 'config.json'}: {error}; {FIX}") from None

@@ -19,10 +19,10 @@ from colqwen3.embedding.batches import embed
 from colqwen3.model.loading import load_model, load_processor
 from colqwen3.serving import load_runtime
 from colqwen3.serving.runtime import Mode
-from colqwen3.serving.timing import WARMUP_GRAPHS, free_memory, token_cosines
 from colqwen3.system.errors import UserError, run
 from colqwen3.system.files import write_json
 from demo.benchmarks.measure import machine, open_results
+from stages.evaluation.timing import WARMUP_GRAPHS, free_memory, token_cosines
 
 QUERIES, PAGES = 16, 4
 MODES: dict[str, tuple[Mode, ...]] = {"cuda": ("eager", "graphs"), "cpu": ("eager",)}

@@ -5,6 +5,7 @@ from collections.abc import Collection, Mapping
 from pydantic import Field, field_validator, model_validator
 
 from colqwen3.gguf.layout import TWO_BITS
+from stages.budget.options import SensitivityParams
 from stages.calibration.sets import NO_SAMPLES, CalibrationParams
 from stages.evaluation.limits import GateParams
 from stages.pipeline.params import (
@@ -19,7 +20,6 @@ from stages.pipeline.params import (
     suggest,
 )
 from stages.publishing.options import ReleaseOptions
-from stages.quantization.options import SensitivityParams
 from stages.quantization.recipes import AnyRecipe, Recipe, RtnRecipe
 
 RESERVED_NAMES = {"original"}  # artifacts/embeddings/original.safetensors
@@ -140,8 +140,15 @@ class Params(Section):
             )
         if options.format == "gguf" and 2 in widths:
             raise ValueError(f"{where} takes 3, 4 or 8 bits, not 2: {TWO_BITS}")
-        if options.format == "auto_gptq" and recipe.vision_too:
+        if options.format != "auto_gptq":
+            return
+        if recipe.vision_too:
             raise ValueError(
                 f"{where} cannot hold a recipe that quantizes the vision tower, because that format "
                 "names one list of blocks and the vision tower is a second one"
+            )
+        if recipe.has_budget or (recipe.token_embeddings or 16) < 16:
+            raise ValueError(
+                f"{where} cannot hold a budget or quantized token embeddings, because that format "
+                "has one width for all that it quantizes"
             )

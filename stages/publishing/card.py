@@ -88,7 +88,7 @@ def describe_weights(bits: Mapping[str, Any]) -> tuple[str, str]:
         value = bits.get(part, 16)
         counts = {str(value): 1} if isinstance(value, int) else value
         if counts.keys() == {"16"}:
-            unquantized.append(words.removeprefix("the ").removeprefix("its "))
+            unquantized.append(words)
             continue
         total = sum(counts.values())
         shares = [
@@ -98,18 +98,23 @@ def describe_weights(bits: Mapping[str, Any]) -> tuple[str, str]:
         said = ", ".join(shares) + (" bits" if len(counts) > 1 else "")
         quantized.setdefault(said, []).append(words)
     parts = [f"{_join(_whole_tower(words))} in {said}" for said, words in quantized.items()]
-    kept = _join([*unquantized, "projection"])
-    return "; ".join(parts), kept[0].upper() + kept[1:]
+    kept = _join(
+        [
+            *(word.removeprefix("its ").removeprefix("the ") for word in _whole_tower(unquantized)),
+            "projection",
+        ]
+    )
+    return "; ".join(parts), f"{kept[0].upper()}{kept[1:]} {'are' if unquantized else 'is'}"
 
 
 def _whole_tower(words: list[str]) -> list[str]:
-    """Return parts in words, with one for the whole vision tower where all of its are there."""
+    """Return parts in words, the vision tower as one where all of its parts are there."""
     tower = [PARTS[part] for part in PARTS if part.startswith("vision_")]
     if not set(tower) <= set(words):
         return words
     place = words.index(tower[0])
     others = [word for word in words if word not in tower]
-    return [*others[:place], "the linears of its vision tower", *others[place:]]
+    return [*others[:place], "its vision tower", *others[place:]]
 
 
 def _join(words: list[str]) -> str:

@@ -114,7 +114,7 @@ def watch_hessians(module: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
 
 
 def quantize_weight(
-    weight: torch.Tensor, hessian: torch.Tensor, bits: int, group_size: int
+    weight: torch.Tensor, hessian: torch.Tensor, bits: int | torch.Tensor, group_size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Round a weight column by column; the columns to come make up for each one's error.
 
@@ -125,7 +125,7 @@ def quantize_weight(
     hessian
         Float64 [in_features, in_features]: the sum of x x^T over inputs x of the linear.
     bits
-        Bits of one weight.
+        Bits of one weight, for all rows or as an integer tensor [out_features].
     group_size
         Weights of a row that share one scale; divides in_features.
 
@@ -135,7 +135,9 @@ def quantize_weight(
         Codes, int8 [out_features, in_features] from ``-2 ** (bits - 1)``, and scales, float16
         [out_features, groups], as of `colqwen3.checkpoint.packing.round_to_nearest`.
     """
-    limit = 2 ** (bits - 1)
+    limit = (
+        2 ** (bits.to(hessian.device) - 1) if isinstance(bits, torch.Tensor) else 2 ** (bits - 1)
+    )
     weight = weight.detach().to(hessian.device, torch.float64, copy=True)
     inverse = inverse_factor(hessian)
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
@@ -173,7 +175,7 @@ def inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
     return factor
 
 
-def search_scale(weight: torch.Tensor, bits: int) -> torch.Tensor:
+def search_scale(weight: torch.Tensor, bits: int | torch.Tensor) -> torch.Tensor:
     """Return the scale of one group of each row that rounds it with the smallest squared error.
 
     Parameters
@@ -181,13 +183,19 @@ def search_scale(weight: torch.Tensor, bits: int) -> torch.Tensor:
     weight
         Float64 [out_features, group_size].
     bits
-        Bits of one weight.
+        Bits of one weight, for all rows or as an integer tensor [out_features].
 
     Returns
     -------
     torch.Tensor
         Float16 [out_features]: a factor of `SHRINKAGE` times what `round_to_nearest` takes.
     """
+    if isinstance(bits, torch.Tensor):
+        scales = weight.new_empty(len(weight), dtype=torch.float16)
+        for width in sorted(set(bits.tolist())):
+            rows = bits == width
+            scales[rows] = search_scale(weight[rows], int(width))
+        return scales
     limit = 2 ** (bits - 1)
     _, largest = round_to_nearest(weight, bits, weight.shape[1])
     candidates = (largest.double() * SHRINKAGE.to(weight.device)).half()  # [out_features, factors]

@@ -5,7 +5,6 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from colqwen3.checkpoint.layout import BITS, VISION_PARTS
 from colqwen3.system.errors import UserError
 from stages.pipeline.params import Integer, Section, Seed
 
@@ -14,7 +13,7 @@ STEP_SIZE_LIMIT = 0.1
 
 
 def _for_each_part(value: object) -> object:
-    return dict.fromkeys(VISION_PARTS, value) if type(value) is int else value
+    return dict.fromkeys(VisionBits.model_fields, value) if type(value) is int else value
 
 
 def _width(value: object) -> object:
@@ -34,6 +33,10 @@ class VisionBits(Section):
     attention: Literal[16, 8, 4] | None = None
     mlp: Literal[16, 8, 4] | None = None
     mergers: Literal[16, 8, 4] | None = None
+
+
+BITS = (2, 3, 4, 8)
+"""Widths of linears; as in colqwen3/checkpoint/layout.py, on which stages that only read recipes do not depend."""
 
 
 class WeightFormat(Section):

@@ -26,6 +26,7 @@ LAYERS = (
     ("colqwen3/",),
     ("stages/pipeline/", "stages/__init__.py"),
     ("stages/quantization/", "stages/calibration/", "stages/evaluation/", "stages/publishing/"),
+    ("stages/budget/",),
     ("stages/checking/",),
     ("stages/",),
     ("demo/",),
@@ -306,21 +307,27 @@ def test_the_ablation_depends_on_what_it_runs_and_nowhere_on_its_own_outs() -> N
     stages = read_yaml(ABLATION / "dvc.yaml")["stages"]
     params = read_yaml(ABLATION / "params.yaml")
     source = (ABLATION / "study.py").read_text()
-    functions = {"original": "def embed_original", "recipe": "def measure_recipe"}
+    functions = {
+        "original": "def embed_original",
+        "recipe": "def measure_recipe",
+        "smaller": "def measure_recipe",
+        "sensitivity": "def measure_sensitivity",
+    }
     for name, start in functions.items():
         text = source[source.index(start) :]
         text = text[: text.index("\n\n\n")]
         run = re.findall(r'\.run\("(\w+)"', text)
         assert run
         needed = needed_modules(*(Path(f"stages/{stage}.py") for stage in run))
-        deps = [Path(dep.removeprefix("../../../")) for dep in stages[name]["do"]["deps"]]
+        body = stages[name].get("do", stages[name])
+        deps = [Path(dep.removeprefix("../../../")) for dep in body["deps"]]
         code = [dep for dep in deps if dep.parts[0] in ("stages", "colqwen3")]
         assert not [file for file in needed if not any(covers(dep, file) for dep in code)]
         assert not [dep for dep in code if not any(covers(dep, file) for file in needed)]
         assert Path("study.py") in deps
-        for key in stages[name]["do"]["params"]:
+        for key in body["params"]:
             if isinstance(key, str):
-                section = "datasets" if name == "original" else "recipes"
+                section = {"original": "datasets", "smaller": "smaller"}.get(name, "recipes")
                 assert_key(params, key.replace("${key}", next(iter(params[section]))))
             else:
                 for outside in key["../../../params.yaml"]:

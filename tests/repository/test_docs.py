@@ -273,7 +273,7 @@ def depends(stage: str, on: str) -> bool:
 def test_contributing_states_the_direction_of_imports() -> None:
     sentence = (
         "`colqwen3 <- stages/pipeline <- stages/{calibration,quantization,evaluation,publishing} <- "
-        "stages/checking <- stages/*.py and stages/tools <- demo`"
+        "stages/budget <- stages/checking <- stages/*.py and stages/tools <- demo`"
     )
     assert sentence in (ROOT / "CONTRIBUTING.md").read_text()
 

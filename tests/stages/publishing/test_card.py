@@ -143,31 +143,42 @@ TOWER = {"vision_attention": {"8": 12}, "vision_mergers": {"8": 6}}
         (
             {"language_model": {"4": 28}, "token_embeddings": 16},
             "the linears of its language model in 4 bits",
-            "token embeddings and projection",
+            "Vision tower, token embeddings and projection are",
         ),
         (
             {"language_model": {"4": 28}, "token_embeddings": 8, **TOWER},
             "the linears of its language model in 4 bits; the attention of its vision tower, its "
             "mergers and its token embeddings in 8 bits",
-            "MLPs of its vision tower and projection",
+            "MLPs of its vision tower and projection are",
         ),
         (
             {"language_model": {"4": 28}, "token_embeddings": 4, "vision_mlp": {"4": 12}},
             "the linears of its language model, the MLPs of its vision tower and its token "
             "embeddings in 4 bits",
-            "mergers and projection",
+            "Attention of its vision tower, mergers and projection are",
         ),
         (
             {"language_model": {"3": 20, "4": 6, "8": 2}, "token_embeddings": 16, **TOWER},
             "the linears of its language model in 3 (20 of 28), 4 (6 of 28), 8 (2 of 28) bits; the "
             "attention of its vision tower and its mergers in 8 bits",
-            "MLPs of its vision tower, token embeddings and projection",
+            "MLPs of its vision tower, token embeddings and projection are",
         ),
         (
             {"language_model": {"4": 28}, "token_embeddings": 16, "vision_mlp": {"4": 2, "8": 10}},
             "the linears of its language model in 4 bits; the MLPs of its vision tower in 4 (2 of "
             "12), 8 (10 of 12) bits",
-            "token embeddings and projection",
+            "Attention of its vision tower, mergers, token embeddings and projection are",
+        ),
+        (
+            {
+                "language_model": {"4": 28},
+                "token_embeddings": 8,
+                "vision_mlp": {"8": 12},
+                **TOWER,
+            },
+            "the linears of its language model in 4 bits; its vision tower and its token embeddings "
+            "in 8 bits",
+            "Projection is",
         ),
     ],
 )
@@ -176,13 +187,12 @@ def test_the_card_says_what_is_in_how_many_bits_and_what_is_as_it_was(
 ) -> None:
     said, unquantized = describe_weights(bits)
     assert said == quantized
-    assert unquantized.endswith(kept)
-    assert unquantized[0].isupper()
+    assert unquantized == kept
     facts = {"quantized": said, "unquantized": unquantized, "group_size": 32, "layers": 47}
     write_card(tmp_path, {}, {**FACTS, **facts})
     text = " ".join((tmp_path / "README.md").read_text().split())
     assert f"owner/base with {quantized} (group size 32, symmetric; activations stay" in text
-    assert f"{kept} are the base model's own bytes." in text
+    assert f"{kept} the base model's own bytes." in text
     assert f"| weights | {quantized}; group size 32, symmetric; 47 modules;" in text
 
 

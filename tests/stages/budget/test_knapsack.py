@@ -12,8 +12,8 @@ import pytest
 from colqwen3.checkpoint.headers import Checkpoint
 from colqwen3.checkpoint.layout import EMBEDDINGS
 from colqwen3.system.errors import UserError
+from stages.budget.knapsack import allocate, items_of, solve
 from stages.quantization.allocation import Allocation, bytes_of, planned_tensors
-from stages.quantization.budget import allocate, items_of, solve
 from stages.quantization.recipes import AutoRoundRecipe
 
 DEMO = Path("demo/model")

@@ -3,7 +3,7 @@
 import pytest
 from pydantic import ValidationError
 
-from stages.quantization.options import SensitivityParams
+from stages.budget.options import SensitivityParams
 
 VALUES = {"calibration": "mixed", "pages": 8, "queries": 32, "group_size": 128}
 

@@ -20,8 +20,8 @@ import torch
 from colqwen3.checkpoint.layout import BITS, BLOCKS, VISION, linears, vision_linears
 from colqwen3.checkpoint.packing import dense_weight, round_to_nearest
 from colqwen3.system.progress import Progress
+from stages.budget.knapsack import fits, items_of
 from stages.quantization.activations import Hidden, Sample, layer_outputs
-from stages.quantization.budget import items_of
 from stages.quantization.gptq import quantize_weight, watch_hessians
 from stages.quantization.tuning import capture
 
@@ -44,10 +44,11 @@ class Variant:
     bits: int
 
 
-def parts_of(config: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+def parts_of(config: Mapping[str, Any], group_size: int) -> dict[str, tuple[str, ...]]:
     """Return the parts to measure: name -> names of its modules.
 
-    Those that a budget chooses widths for, and each block of the vision tower.
+    Those that a budget chooses widths for, and each block of the vision tower, as far as the group
+    size divides their inputs.
     """
     parts = items_of(config)
     for name in vision_linears(config):
@@ -55,40 +56,55 @@ def parts_of(config: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
         if place == "blocks":
             key = f"vision_block.{rest.partition('.')[0]}"
             parts[key] = (*parts.get(key, ()), name)
-    return parts
+    return {part: names for part, names in parts.items() if fits(names, config, group_size)}
 
 
-@contextmanager
-def quantized(
-    module: Any,
-    names: Sequence[str],
-    bits: int,
-    group_size: int,
-    hessians: Mapping[str, torch.Tensor],
-) -> Iterator[None]:
-    """Quantize some weights of a module for the time of the context.
+Weights = dict[int, dict[str, torch.Tensor]]
+"""Bits -> name -> dense weight of that width."""
+
+
+def quantized_weights(
+    module: Any, names: Sequence[str], group_size: int, hessian: torch.Tensor | None
+) -> Weights:
+    """Return the weights of modules at all widths: one pass of GPTQ over their rows at once.
 
     Parameters
     ----------
     module
         What holds them.
     names
-        Of the linears, or of the token embeddings, within it.
-    bits, group_size
-        How.
-    hessians
-        Of the inputs of each linear, see `watch_hessians`; what has none is rounded to nearest.
+        Of linears within it that are given the same inputs, or of the token embeddings.
+    group_size
+        Weights of a row that share one scale.
+    hessian
+        Of those inputs, see `watch_hessians`; None rounds to nearest.
     """
+    weights = [module.get_submodule(name).weight.data for name in names]
+    rows = [len(weight) for weight in weights]
+    found: Weights = {}
+    if hessian is None:
+        for bits in BITS:
+            rounded = [round_to_nearest(weight, bits, group_size) for weight in weights]
+            dense = [dense_weight(*item) for item in rounded]
+            found[bits] = dict(zip(names, dense, strict=True))
+        return found
+    stacked = torch.cat(weights * len(BITS))
+    widths = torch.repeat_interleave(torch.tensor(BITS), sum(rows)).to(stacked.device)
+    dense_all = dense_weight(*quantize_weight(stacked, hessian, widths, group_size))
+    for bits, part in zip(BITS, dense_all.to(stacked.dtype).chunk(len(BITS)), strict=True):
+        found[bits] = dict(zip(names, torch.split(part, rows), strict=True))
+    return found
+
+
+@contextmanager
+def replaced(module: Any, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Give some submodules other weights for the time of the context."""
     kept = {}
     try:
-        for name in names:
-            weight = module.get_submodule(name).weight
-            kept[name] = weight.data
-            if name in hessians:
-                codes, scales = quantize_weight(weight.data, hessians[name], bits, group_size)
-            else:
-                codes, scales = round_to_nearest(weight.data, bits, group_size)
-            weight.data = dense_weight(codes, scales).to(weight.dtype)
+        for name, weight in weights.items():
+            parameter = module.get_submodule(name).weight
+            kept[name] = parameter.data
+            parameter.data = weight.to(parameter.device, parameter.dtype)
         yield
     finally:
         for name, data in kept.items():
@@ -129,11 +145,10 @@ def measure(
     """
     front = load_front()
     count = len({name.split(".")[4] for name in linears(config)})
-    parts = parts_of(config)
+    parts = parts_of(config, group_size)
     outside = {
         part: names for part, names in parts.items() if not names[0].startswith(f"{BLOCKS}.")
     }
-    order = pack_order(len(samples))
     tower = front.vlm.model.visual
     with watch_hessians(tower) as seen:
         base = capture(front, samples, len(samples))[0]
@@ -141,16 +156,24 @@ def measure(
     lengths = base["lengths"].flatten().tolist()
     states: dict[Variant, Hidden] = {}
     features: dict[Variant, torch.Tensor] = {}
+    found: dict[str, Weights] = {}
+    names_outside = dict.fromkeys(name for names in outside.values() for name in names)
+    with Progress("weights before the decoder", len(names_outside)) as progress:
+        for name in names_outside:
+            found[name] = quantized_weights(front, [name], group_size, hessians.pop(name, None))
+            for weights in found[name].values():
+                weights[name] = weights[name].cpu()
+            progress.advance()
     with Progress("parts before the decoder", len(outside) * len(BITS)) as progress:
         for part, names in outside.items():
             for bits in BITS:
-                with quantized(front, names, bits, group_size, hessians):
+                with replaced(front, {name: found[name][bits][name] for name in names}):
                     given = capture(front, samples, len(samples))[0]
                 states[Variant(part, bits)] = [given["hidden_states"]]
                 if part != "token_embeddings":
                     features[Variant(part, bits)] = given["deepstack"]
                 progress.advance()
-    hessians.clear()
+    found.clear()
     norm, projection = front.vlm.model.language_model.norm, front.embedding_proj_layer
     original: Hidden = [base["hidden_states"]]
     with Progress("decoder layers", count) as progress:
@@ -166,10 +189,10 @@ def measure(
                 if not names[0].startswith(prefix):
                     continue
                 inside = [name.removeprefix(prefix) for name in names]
-                for bits in BITS:
-                    with quantized(layer, inside, bits, group_size, own):
-                        state = _advance(layer, base, original, device)
-                    states[Variant(part, bits)] = state
+                at_widths = quantized_weights(layer, inside, group_size, own[inside[0]])
+                for bits, weights in at_widths.items():
+                    with replaced(layer, weights):
+                        states[Variant(part, bits)] = _advance(layer, base, original, device)
             original = after
             del layer, own
             progress.advance()
@@ -184,17 +207,12 @@ def measure(
         pairs = zip(embed(state), expected, strict=True)
         apart = [1 - (actual * wanted).sum(-1).double() for actual, wanted in pairs]
         by_kind: dict[str, list[torch.Tensor]] = {}
-        for place, tokens in zip(order, apart, strict=True):
+        for place, tokens in enumerate(apart):
             by_kind.setdefault(kinds[place], []).append(tokens)
         losses.setdefault(variant.part, {})[str(variant.bits)] = {
             kind: float(torch.cat(tokens).mean()) for kind, tokens in sorted(by_kind.items())
         }
     return losses
-
-
-def pack_order(count: int) -> list[int]:
-    """Return the samples of the one pack in their order: `pack_samples` keeps it."""
-    return list(range(count))
 
 
 def _advance(

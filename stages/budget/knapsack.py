@@ -1,7 +1,7 @@
 """Bits of each weight under a budget of bytes or of bits, by what quantizing each alone costs.
 
 One width is chosen for each item, so that the sum of losses is least and the sum of costs within
-the budget: a multiple-choice knapsack. The losses are those of `stages.quantization.sensitivity`,
+the budget: a multiple-choice knapsack. The losses are those of `stages.budget.sensitivity`,
 taken as additive. Linears that serving kernels merge (query, key and value; gate and up) are one
 item and get one width.
 """
@@ -102,6 +102,12 @@ def solve(
     return choices[::-1]
 
 
+def fits(modules: Sequence[str], config: Mapping[str, Any], group_size: int) -> bool:
+    """Whether a group size divides the inputs of all these modules."""
+    shapes = {**linears(config), **vision_linears(config), EMBEDDINGS: embeddings_shape(config)}
+    return all(shapes[module][1] % group_size == 0 for module in modules)
+
+
 def choices_of(item: str, recipe: AnyRecipe) -> tuple[int, ...]:
     """Return the widths that an item may have: what the recipe names, else all that there are."""
     if item.startswith("layers."):
@@ -138,7 +144,8 @@ def normalised(
             },
         }
         for item in items
-    }
+        if item in measured
+    } | {item: {SIXTEEN: 0.0} for item in items if item not in measured}
 
 
 def allocate(
@@ -168,13 +175,15 @@ def allocate(
     items = items_of(config)
     check_fit(name, recipe, config)
     measured = sensitivity.get("items", {})
-    if missing := items.keys() - measured.keys():
+    whole = {item for item, names in items.items() if fits(names, config, recipe.group_size)}
+    if missing := whole - measured.keys():
         raise UserError(
             f"params.yaml: recipes.{name} has a budget, for which the sensitivity of {min(missing)} "
             "was not measured; set sensitivity.calibration to a set of calibration.sets"
         )
     losses = normalised(measured, items)
-    choices = {item: choices_of(item, recipe) for item in items}
+    # what the group size does not divide stays 16-bit; `check_fit` has seen that no recipe names it
+    choices = {item: choices_of(item, recipe) if item in measured else (SIXTEEN,) for item in items}
 
     def price(item: str, bits: int) -> int:
         own = {f"{module}.weight": tensors[f"{module}.weight"] for module in items[item]}
@@ -228,5 +237,6 @@ def check_fit(name: str, recipe: AnyRecipe, config: Mapping[str, Any]) -> None:
     """
     shapes = {**linears(config), **vision_linears(config), EMBEDDINGS: embeddings_shape(config)}
     for item, modules in items_of(config).items():
-        if min(choices_of(item, recipe)) < SIXTEEN:
+        free = len(choices_of(item, recipe)) > 1 and not item.startswith("layers.")
+        if min(choices_of(item, recipe)) < SIXTEEN and not free:
             check_group_size(name, recipe, {module: shapes[module] for module in modules})

@@ -11,13 +11,13 @@ from PIL import Image
 from colqwen3.checkpoint.headers import Checkpoint
 from colqwen3.checkpoint.packing import dense_weight, round_to_nearest
 from colqwen3.model.loading import load_model, load_processor
-from stages.quantization import sensitivity
+from stages.budget import sensitivity
+from stages.budget.sensitivity import measure, parts_of
 from stages.quantization.activations import Sample
 from stages.quantization.deepstack import fold_deepstack, fold_into_layer
 from stages.quantization.gptq import quantize_weight
 from stages.quantization.layers import load_front, load_layer
 from stages.quantization.sample_packs import attend_within_samples
-from stages.quantization.sensitivity import measure, parts_of
 
 DEMO = Path("demo/model")
 CPU, F32 = torch.device("cpu"), torch.float32
@@ -33,6 +33,18 @@ def samples() -> list[Sample]:
         dict(processor.process_images([page])),
         dict(processor.process_texts(["what is the share of the index"])),
     ]
+
+
+def rounded(
+    weight: torch.Tensor, _: torch.Tensor, bits: torch.Tensor, group_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round each row to nearest in its own bits, in place of GPTQ."""
+    pairs = [
+        round_to_nearest(row[None], int(width), group_size)
+        for row, width in zip(weight, bits, strict=True)
+    ]
+    codes, scales = zip(*pairs, strict=True)
+    return torch.cat(codes), torch.cat(scales)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +65,7 @@ def losses(samples: list[Sample]) -> dict[str, dict[str, dict[str, float]]]:
 
     kinds = ["queries", "pages", "queries"]
     patch = pytest.MonkeyPatch()
-    patch.setattr(sensitivity, "quantize_weight", lambda w, _, b, g: round_to_nearest(w, b, g))
+    patch.setattr(sensitivity, "quantize_weight", rounded)
     patch.setattr(sensitivity, "BITS", (3, 8))
     try:
         return measure(samples, kinds, CONFIG, 128, front, layer, CPU)
@@ -76,7 +88,7 @@ def test_the_loss_of_a_part_is_that_of_the_whole_model(
 ) -> None:
     model: Any = load_model(DEMO, F32, CPU)
     original = embeddings(model, samples)
-    for name in parts_of(CONFIG)[part]:
+    for name in parts_of(CONFIG, 128)[part]:
         weight = model.get_submodule(name).weight
         weight.data = dense_weight(*round_to_nearest(weight.data, 3, 128))
     apart = [
@@ -93,24 +105,26 @@ def test_the_loss_of_a_part_is_that_of_the_whole_model(
 
 
 def test_every_part_has_its_losses(losses: dict[str, Any]) -> None:
-    assert losses.keys() == parts_of(CONFIG).keys()
+    assert losses.keys() == parts_of(CONFIG, 128).keys()
     assert {tuple(item) for item in losses.values()} == {("3", "8")}
     vision = [part for part in losses if part.startswith("vision_")]
     assert len(vision) == 3 + CONFIG["vision_config"]["depth"]
     assert all(losses[part]["3"]["queries"] < 1e-6 for part in vision)
 
 
-def test_linears_are_quantized_by_gptq_and_come_back() -> None:
-    linear = torch.nn.Linear(64, 8)
-    module = torch.nn.Sequential(linear)
-    before = linear.weight.data.clone()
+def test_linears_are_quantized_by_gptq_at_all_widths_and_come_back() -> None:
+    one, two = torch.nn.Linear(64, 8), torch.nn.Linear(64, 4)
+    module = torch.nn.Sequential(one, two)
     tokens = torch.randn(200, 64, generator=torch.Generator().manual_seed(1)).double()
     hessian = tokens.T @ tokens
-    with sensitivity.quantized(module, ["0"], 3, 32, {"0": hessian}):
-        expected = dense_weight(*quantize_weight(before, hessian, 3, 32))
-        torch.testing.assert_close(linear.weight.data, expected)
-    assert torch.equal(linear.weight.data, before)
-    with pytest.raises(RuntimeError), sensitivity.quantized(module, ["0"], 3, 32, {}):
-        assert not torch.equal(linear.weight.data, before)
+    weights = sensitivity.quantized_weights(module, ["0", "1"], 32, hessian)
+    assert weights.keys() == {2, 3, 4, 8}
+    for bits, at_width in weights.items():
+        for name, linear in (("0", one), ("1", two)):
+            expected = dense_weight(*quantize_weight(linear.weight.data, hessian, bits, 32))
+            torch.testing.assert_close(at_width[name], expected)
+    before = one.weight.data.clone()
+    with pytest.raises(RuntimeError), sensitivity.replaced(module, weights[3]):
+        assert torch.equal(one.weight.data, weights[3]["0"])
         raise RuntimeError
-    assert torch.equal(linear.weight.data, before)
+    assert torch.equal(one.weight.data, before)

@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from colqwen3.serving import timing
+from stages.evaluation import timing
 
 CPU = torch.device("cpu")
 

@@ -1,0 +1,1 @@
+"""What widths cost and how a budget is spent on them."""
