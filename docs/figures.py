@@ -7,8 +7,8 @@ A figure stands between two comments, in the middle of a line or as a block of i
 Its name is that of a function or a value below, which says which file and which key it comes from.
 Without an option the files are rewritten; ``--check`` changes nothing and fails, naming each figure
 that differs. Sources are ``metrics/reference/`` (the authors' results; no run writes there),
-``metrics/size/``, ``metrics/scale/``, ``metrics/gguf/``, ``metrics/demo_training.json`` and the
-ablation's metrics.
+``metrics/size/``, ``metrics/scale/``, ``metrics/gguf/``, ``metrics/stores.json``,
+``metrics/demo_training.json`` and the ablation's metrics.
 """
 
 import argparse
@@ -92,6 +92,49 @@ def gb(count: float, digits: int = 1) -> str:
 def times(ratio: float) -> str:
     """Return a ratio."""
     return f"{ratio:.2f}\N{MULTIPLICATION SIGN}"
+
+
+# ---- the demo: indexes and stores ----------------------------------------------------------------
+@figure
+def index_formats() -> str:
+    """Bytes per page, nDCG@5 and overlap of each format; metrics/reference/index/<recipe>.json."""
+    both = {recipe: read(f"metrics/reference/index/{recipe}.json")["formats"] for recipe in RECIPES}
+    formats = both[DEFAULT]
+
+    def cells(values: Mapping[str, float]) -> tuple[str, str]:
+        return f"{values['ndcg_at_5']:.4f}", f"{100 * values['top5_overlap']:.1f} %"
+
+    head = ("format", "bytes per page", "original: nDCG@5", "top-5 overlap")
+    for recipe in RECIPES:
+        head += (f"`{recipe}`: nDCG@5", "top-5 overlap")
+    rows = [
+        (
+            f"`{name}`",
+            f"{values['bytes_per_page']:,}",
+            *cells(values["original"]),
+            *(cell for recipe in RECIPES for cell in cells(both[recipe][name]["quantized"])),
+        )
+        for name, values in sorted(
+            formats.items(), key=lambda item: item[1]["bytes_per_page"], reverse=True
+        )
+    ]
+    return table(head, *rows)
+
+
+@figure
+def stores() -> str:
+    """NDCG@5 and overlap of the stores of docs/corpus.md; metrics/stores.json."""
+    results = read("metrics/stores.json")
+    rows = [
+        (
+            f"{name} {values['version']}",
+            f"{values['ndcg_at_5']:.4f}",
+            f"{100 * values['top5_overlap']:.1f} %",
+        )
+        for name, values in sorted(results["stores"].items(), key=lambda item: item[0].lower())
+    ]
+    exact = ("exact MaxSim", f"{results['exact']['ndcg_at_5']:.4f}", "100 %")
+    return table(("", "nDCG@5", "top-5 overlap with exact"), exact, *rows)
 
 
 # ---- the demo: quality ---------------------------------------------------------------------------

@@ -33,7 +33,8 @@ from colqwen3.system.resume import work_key
 
 logger = logging.getLogger(__name__)
 
-MANIFEST, ERRORS = "manifest.json", "errors.jsonl"
+# a leading underscore hides them from what reads the folder as one Parquet data set
+MANIFEST, ERRORS = "_manifest.json", "_errors.jsonl"
 LIBRARIES = ("torch", "transformers", "pillow", "pypdfium2", "pyarrow", "humming-kernels")
 PAGE_PROMPT_TOKENS = 11
 GPU_BATCH, CPU_BATCH = 5120, 1280  # visual tokens
@@ -203,7 +204,7 @@ def embed_corpus(plan: Plan, device: torch.device, part: Part = Part()) -> None:
     Raises
     ------
     UserError
-        If pages could not be embedded (their number; ``errors.jsonl`` has the reasons), or the
+        If pages could not be embedded (their number; ``_errors.jsonl`` has the reasons), or the
         folder holds shards of another model, of other options or of more pages.
     """
     lock = Lock(plan.out / f".rank-{part.rank}.lock")

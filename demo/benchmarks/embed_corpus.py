@@ -236,7 +236,7 @@ def launched(model: Path, inputs: Path, out: Path, cards: int) -> Result:
     if done.returncode:
         return {"failed": (done.stderr.strip().splitlines() or [""])[-1][:300]}
     made = sorted(path.stat().st_mtime for path in out.glob("*.parquet"))
-    manifest = json.loads((out / "manifest.json").read_text())
+    manifest = json.loads((out / "_manifest.json").read_text())
     share = (len(made) - cards) / len(made)
     seconds = made[-1] - made[cards - 1]
     return {

@@ -30,7 +30,7 @@ DISTRIBUTIONS = {"PIL": "pillow", "huggingface_hub": "huggingface-hub"}
 """Import name -> name on the package index, where they differ."""
 EXTRAS = {
     "mteb": "benchmarks", "humming": "gpu", "auto_round_kernel": "cpu", "gguf": "gguf",
-    "pyarrow": "corpus", "sentence_transformers": "corpus",
+    "pyarrow": "corpus", "sentence_transformers": "corpus", "ray": "ray",
 }  # fmt: skip
 """Import name -> extra of pyproject.toml."""
 TRAVELS = Path("colqwen3/gguf/run_gguf.py")
