@@ -137,6 +137,42 @@ def stores() -> str:
     return table(("", "nDCG@5", "top-5 overlap with exact"), exact, *rows)
 
 
+@figure
+def corpus_cost() -> str:
+    """Rates and what a million pages take; metrics/size/corpus-cuda.json, once it is there."""
+    path = "metrics/size/corpus-cuda.json"
+    if not (ROOT / path).exists():
+        return (
+            "No measurement on a GPU is committed yet;\nwith `--out FILE` the command writes one."
+        )
+    results = read(path)
+    steps, gpu = results["steps"], results["machine"]["gpu"].split(",")[0]
+    alone, head = steps["runtime"], ("", "from PNG", "from PDF (scans)")
+    ways = [steps[kind] for kind in ("png", "pdf")]
+    prepared = [steps["prepare"][kind]["median"] for kind in ("png", "pdf")]
+    rates = [way.get("steady_pages_per_second", way["pages_per_second"]) for way in ways]
+
+    def row(name: str, *cells: str) -> tuple[str, ...]:
+        return name, *cells
+
+    rows = (
+        row("pages per second", *(f"{rate:.1f}" for rate in rates)),
+        row("by the runtime's own rate", *(times(r / alone["pages_per_second"]) for r in rates)),
+        row("CPU of a page's preparation", *(f"{ms:.0f} ms" for ms in prepared)),
+        row("host memory, peak", *(f"{way['host_memory']['peak_gb']:.1f} GB" for way in ways)),
+        row("GPU hours per million pages", *(f"{1e6 / rate / 3600:.1f}" for rate in rates)),
+        row(
+            "CPU cores per GPU",
+            *(f"{rate * ms / 1000:.1f}" for rate, ms in zip(rates, prepared, strict=True)),
+        ),
+        row("disk per million pages", *(gb(1e6 * way["bytes_per_page"], 0) for way in ways)),
+    )
+    own = (
+        f"{alone['pages_per_second']:.1f} pages per second in batches of {alone['pages_per_batch']}"
+    )
+    return f"{gpu}, weights: {results['weights']}; the runtime alone {own}.\n\n{table(head, *rows)}"
+
+
 # ---- the demo: quality ---------------------------------------------------------------------------
 @figure
 def gguf() -> str:

@@ -163,6 +163,11 @@ class Plan:
             return UserError(f"{page.id}: {error}")
 
 
+def model_digest(folder: Path) -> str:
+    """Return a SHA-256 of a model folder, wherever it lies; see `fingerprint`."""
+    return work_key({path.name: fingerprint(path) for path in model_files(folder)})
+
+
 def plan_corpus(
     model: Path, pages: Sequence[Source], out: Path, options: CorpusOptions, device: torch.device
 ) -> Plan:
@@ -180,7 +185,7 @@ def plan_corpus(
     quantization = quantization_config(model)
     config = read_json(model / "config.json", "give a complete model folder")
     settings = {
-        "model": work_key({path.name: fingerprint(path) for path in model_files(model)}),
+        "model": model_digest(model),
         "recipe": None if quantization is None else work_key(quantization),
         "embed_dim": config.get("embed_dim"),
         "format": options.format,

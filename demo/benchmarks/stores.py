@@ -42,7 +42,7 @@ Find = Callable[[torch.Tensor], list[str]]
 def recipe(name: str) -> str:
     """Return the code of a recipe, as the documentation has it."""
     text = PAGE.read_text(encoding="utf-8")
-    (code,) = re.findall(rf"^### {re.escape(name)}\n\n```python\n(.*?)^```", text, re.M | re.S)
+    (code,) = re.findall(rf"^### {re.escape(name)}\n[^#`]*```python\n(.*?)^```", text, re.M | re.S)
     return str(code)
 
 
@@ -62,7 +62,12 @@ def run_recipe(name: str, folder: Path) -> Find:
     names: dict[str, Any] = {}
     with inside(folder):
         exec(compile(recipe(name), f"docs/corpus.md, {name}", "exec"), names)
-    find: Find = names["find"]
+
+    def find(query: torch.Tensor) -> list[str]:
+        with inside(folder):
+            found: list[str] = names["find"](query)
+        return found
+
     return find
 
 
