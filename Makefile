@@ -5,6 +5,8 @@
 # make report         all results in artifacts/report/index.html, a file that opens offline
 # make clean-recipes  what recipes that are no longer in params.yaml have left behind
 # make check-release  the released folders in clean environments with transformers 4.57 and 5: minutes
+# make setup-corpus   a second environment with Ray, vector stores and the search page: 1 GB
+# make test-corpus    the tests that need it, a browser (chromium) for the last: minutes
 # make bench-size     time and memory at true size (4B, random weights) on this CPU: 10 minutes, 40 GB
 # make reference      the present results as the committed figures of README and docs, which are redrawn
 
@@ -14,7 +16,7 @@ INSTALLED := $(VENV)/.installed
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup repro report test lint clean-recipes check-release bench-size reference
+.PHONY: setup repro report test lint clean-recipes check-release setup-corpus test-corpus bench-size reference
 .DELETE_ON_ERROR:
 
 setup: $(INSTALLED)
@@ -59,6 +61,16 @@ check-release: setup
 	for folder in artifacts/release/*; do \
 		python -m tests.slow.check_release "$$folder" --environments .venv/release || exit 1; \
 	done
+
+setup-corpus: setup
+	@$(PYTHON) -m venv $(VENV)/corpus
+	@$(VENV)/corpus/bin/python -m pip install --quiet --disable-pip-version-check \
+		-r requirements.txt -r requirements-corpus.txt
+	@$(VENV)/corpus/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+
+test-corpus: setup-corpus
+	OMP_NUM_THREADS=1 $(VENV)/corpus/bin/python -m pytest tests/colqwen3/corpus tests/colqwen3/search \
+		tests/demo/benchmarks/test_stores.py
 
 bench-size: setup
 	python -m demo.benchmarks.size

@@ -8,6 +8,7 @@ from colqwen3.system.errors import run
 COMMANDS = {
     "embed": "embed",
     "embed-corpus": "embed_corpus",
+    "search": "search",
     "inspect": "inspect_model",
     "verify": "verify",
     "export-gguf": "export_gguf",

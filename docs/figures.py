@@ -7,8 +7,8 @@ A figure stands between two comments, in the middle of a line or as a block of i
 Its name is that of a function or a value below, which says which file and which key it comes from.
 Without an option the files are rewritten; ``--check`` changes nothing and fails, naming each figure
 that differs. Sources are ``metrics/reference/`` (the authors' results; no run writes there),
-``metrics/size/``, ``metrics/scale/``, ``metrics/gguf/``, ``metrics/demo_training.json`` and the
-ablation's metrics.
+``metrics/size/``, ``metrics/scale/``, ``metrics/gguf/``, ``metrics/stores.json``,
+``metrics/demo_training.json`` and the ablation's metrics.
 """
 
 import argparse
@@ -92,6 +92,85 @@ def gb(count: float, digits: int = 1) -> str:
 def times(ratio: float) -> str:
     """Return a ratio."""
     return f"{ratio:.2f}\N{MULTIPLICATION SIGN}"
+
+
+# ---- the demo: indexes and stores ----------------------------------------------------------------
+@figure
+def index_formats() -> str:
+    """Bytes per page, nDCG@5 and overlap of each format; metrics/reference/index/<recipe>.json."""
+    both = {recipe: read(f"metrics/reference/index/{recipe}.json")["formats"] for recipe in RECIPES}
+    formats = both[DEFAULT]
+
+    def cells(values: Mapping[str, float]) -> tuple[str, str]:
+        return f"{values['ndcg_at_5']:.4f}", f"{100 * values['top5_overlap']:.1f} %"
+
+    head = ("format", "bytes per page", "original: nDCG@5", "top-5 overlap")
+    for recipe in RECIPES:
+        head += (f"`{recipe}`: nDCG@5", "top-5 overlap")
+    rows = [
+        (
+            f"`{name}`",
+            f"{values['bytes_per_page']:,}",
+            *cells(values["original"]),
+            *(cell for recipe in RECIPES for cell in cells(both[recipe][name]["quantized"])),
+        )
+        for name, values in sorted(
+            formats.items(), key=lambda item: item[1]["bytes_per_page"], reverse=True
+        )
+    ]
+    return table(head, *rows)
+
+
+@figure
+def stores() -> str:
+    """NDCG@5 and overlap of the stores of docs/corpus.md; metrics/stores.json."""
+    results = read("metrics/stores.json")
+    rows = [
+        (
+            f"{name} {values['version']}",
+            f"{values['ndcg_at_5']:.4f}",
+            f"{100 * values['top5_overlap']:.1f} %",
+        )
+        for name, values in sorted(results["stores"].items(), key=lambda item: item[0].lower())
+    ]
+    exact = ("exact MaxSim", f"{results['exact']['ndcg_at_5']:.4f}", "100 %")
+    return table(("", "nDCG@5", "top-5 overlap with exact"), exact, *rows)
+
+
+@figure
+def corpus_cost() -> str:
+    """Rates and what a million pages take; metrics/size/corpus-cuda.json, once it is there."""
+    path = "metrics/size/corpus-cuda.json"
+    if not (ROOT / path).exists():
+        return (
+            "No measurement on a GPU is committed yet;\nwith `--out FILE` the command writes one."
+        )
+    results = read(path)
+    steps, gpu = results["steps"], results["machine"]["gpu"].split(",")[0]
+    alone, head = steps["runtime"], ("", "from PNG", "from PDF (scans)")
+    ways = [steps[kind] for kind in ("png", "pdf")]
+    prepared = [steps["prepare"][kind]["median"] for kind in ("png", "pdf")]
+    rates = [way.get("steady_pages_per_second", way["pages_per_second"]) for way in ways]
+
+    def row(name: str, *cells: str) -> tuple[str, ...]:
+        return name, *cells
+
+    rows = (
+        row("pages per second", *(f"{rate:.1f}" for rate in rates)),
+        row("by the runtime's own rate", *(times(r / alone["pages_per_second"]) for r in rates)),
+        row("CPU of a page's preparation", *(f"{ms:.0f} ms" for ms in prepared)),
+        row("host memory, peak", *(f"{way['host_memory']['peak_gb']:.1f} GB" for way in ways)),
+        row("GPU hours per million pages", *(f"{1e6 / rate / 3600:.1f}" for rate in rates)),
+        row(
+            "CPU cores per GPU",
+            *(f"{rate * ms / 1000:.1f}" for rate, ms in zip(rates, prepared, strict=True)),
+        ),
+        row("disk per million pages", *(gb(1e6 * way["bytes_per_page"], 0) for way in ways)),
+    )
+    own = (
+        f"{alone['pages_per_second']:.1f} pages per second in batches of {alone['pages_per_batch']}"
+    )
+    return f"{gpu}, weights: {results['weights']}; the runtime alone {own}.\n\n{table(head, *rows)}"
 
 
 # ---- the demo: quality ---------------------------------------------------------------------------

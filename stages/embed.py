@@ -4,7 +4,6 @@ from pathlib import Path
 
 from colqwen3.dataset.beir import read_queries
 from colqwen3.dataset.pages import find_pages
-from colqwen3.embedding.job import EmbeddingOptions, embed_to_file
 from colqwen3.system.errors import run
 from stages.pipeline.manifest import find_inspected_model, read_manifest
 from stages.pipeline.params import (
@@ -32,6 +31,9 @@ class Params(Sections):
 
 def main() -> None:
     """Write artifacts/embeddings/<name>.safetensors."""
+    # here: a process that prepares pages imports this module too, and needs no torch
+    from colqwen3.embedding.job import EmbeddingOptions, embed_to_file
+
     parser = stage_parser("embed", __doc__)
     parser.add_argument("name", help=f"{ORIGINAL!r}, or a recipe of params.yaml")
     name = parser.parse_args().name

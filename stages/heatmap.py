@@ -18,17 +18,12 @@ from typing import Any
 from colqwen3.dataset.beir import Dataset, read_dataset
 from colqwen3.dataset.pages import open_page
 from colqwen3.embedding.store import Embeddings, open_embeddings
+from colqwen3.search.maps import similarity_map, visual_tokens
 from colqwen3.system.errors import UserError, run
 from colqwen3.system.files import fresh_folder, publish_folder, read_json, write_file, write_json
 from stages.evaluation.changes import Result, choose_drawn
 from stages.evaluation.overlay import FULL, SMALL, Size, picture
-from stages.evaluation.similarity import (
-    check_names,
-    choose,
-    score,
-    similarity_map,
-    visual_tokens,
-)
+from stages.evaluation.similarity import check_names, choose, score
 from stages.pipeline.params import EvaluateParams, ModelParams, Sections, load_params
 from stages.pipeline.paths import CHECKPOINTS, EMBEDDINGS, HEATMAPS, PLOTS, QUERY_METRICS
 from stages.pipeline.stage import claim, parse_recipe

@@ -1,6 +1,6 @@
 """Embed queries and pages with any ColQwen3 folder, original or quantized.
 
-The output has one float32 tensor [tokens, embed_dim] per query (query/<_id>) and page
+The output has one tensor [tokens, embed_dim] per query (query/<_id>) and page
 (page/<file stem>). A run that is interrupted continues where it stopped.
 """
 
@@ -11,6 +11,7 @@ EXAMPLE = (
     "colqwen3 embed --model DIR --queries queries.jsonl --pages scans/ --out vectors.safetensors"
 )
 DTYPES = ("float32", "bfloat16")
+OUTPUTS = ("float32", "float16", "bfloat16")
 MINIMUM_VISUAL_TOKENS = 4
 
 
@@ -24,6 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pages", type=Path, metavar="DIR", help="folder of page images or PDFs")
     parser.add_argument("--out", type=Path, metavar="FILE.safetensors", required=True)
     add_model_options(parser)
+    parser.add_argument(
+        "--output-dtype", choices=OUTPUTS, default="float32",
+        help="of the vectors (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument(
         "--visual-tokens-per-batch", type=positive, default=1280, metavar="N",
         help="bound of a batch of pages (default: %(default)s)",
@@ -101,6 +106,7 @@ def execute(args: argparse.Namespace) -> None:
     code = Path(__file__).parents[1]
     options = EmbeddingOptions(
         dtype=args.dtype,
+        output=args.output_dtype,
         device=args.device,
         max_num_visual_tokens=args.max_num_visual_tokens,
         queries_per_batch=args.queries_per_batch,

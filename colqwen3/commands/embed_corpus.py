@@ -1,7 +1,7 @@
 """Embed the pages of a whole collection into Parquet shards, as fast as the GPU can.
 
 Inputs are folders, patterns, files and lists (.jsonl or .parquet with path, page, id). A run that
-is killed continues with the missing shards; a page that cannot be read goes to errors.jsonl. With
+is killed continues with the missing shards; a page that cannot be read goes to _errors.jsonl. With
 several GPUs: accelerate launch --num_processes N -m colqwen3 embed-corpus ...
 """
 
@@ -49,6 +49,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers", type=whole, metavar="N",
         help="processes that prepare pages (default: every core but one on a GPU, 0 on a CPU)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--engine", choices=("process", "ray"), default="process",
+        help="ray: a Ray cluster, or this machine if RAY_ADDRESS is not set (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--actors", type=positive, default=1, metavar="N",
+        help="embedding actors of Ray, one GPU each (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--strict", action="store_true", help="end at the first page that cannot be embedded"
@@ -111,7 +119,12 @@ def execute(args: argparse.Namespace) -> None:
     device = choose_device(args.device, part.local_rank)
     model = find_model(args.model, args.revision, args.trust_remote_code)
     plan = plan_corpus(model, find_sources(args.inputs), args.out, options, device)
-    embed_corpus(plan, device, part)
+    if args.engine == "ray":
+        from colqwen3.corpus.ray_engine import embed_with_ray
+
+        embed_with_ray(plan, device, args.actors)
+    else:
+        embed_corpus(plan, device, part)
 
 
 def find_part() -> "Part":

@@ -33,7 +33,8 @@ from colqwen3.system.resume import work_key
 
 logger = logging.getLogger(__name__)
 
-MANIFEST, ERRORS = "manifest.json", "errors.jsonl"
+# a leading underscore hides them from what reads the folder as one Parquet data set
+MANIFEST, ERRORS = "_manifest.json", "_errors.jsonl"
 LIBRARIES = ("torch", "transformers", "pillow", "pypdfium2", "pyarrow", "humming-kernels")
 PAGE_PROMPT_TOKENS = 11
 GPU_BATCH, CPU_BATCH = 5120, 1280  # visual tokens
@@ -162,6 +163,11 @@ class Plan:
             return UserError(f"{page.id}: {error}")
 
 
+def model_digest(folder: Path) -> str:
+    """Return a SHA-256 of a model folder, wherever it lies; see `fingerprint`."""
+    return work_key({path.name: fingerprint(path) for path in model_files(folder)})
+
+
 def plan_corpus(
     model: Path, pages: Sequence[Source], out: Path, options: CorpusOptions, device: torch.device
 ) -> Plan:
@@ -179,7 +185,7 @@ def plan_corpus(
     quantization = quantization_config(model)
     config = read_json(model / "config.json", "give a complete model folder")
     settings = {
-        "model": work_key({path.name: fingerprint(path) for path in model_files(model)}),
+        "model": model_digest(model),
         "recipe": None if quantization is None else work_key(quantization),
         "embed_dim": config.get("embed_dim"),
         "format": options.format,
@@ -203,7 +209,7 @@ def embed_corpus(plan: Plan, device: torch.device, part: Part = Part()) -> None:
     Raises
     ------
     UserError
-        If pages could not be embedded (their number; ``errors.jsonl`` has the reasons), or the
+        If pages could not be embedded (their number; ``_errors.jsonl`` has the reasons), or the
         folder holds shards of another model, of other options or of more pages.
     """
     lock = Lock(plan.out / f".rank-{part.rank}.lock")

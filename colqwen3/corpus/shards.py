@@ -18,6 +18,7 @@ import numpy as np
 from colqwen3.corpus.formats import DTYPES, Encoded, Kind
 from colqwen3.corpus.parquet import parquet
 from colqwen3.corpus.sources import Source
+from colqwen3.dataset.pages import Page
 from colqwen3.system.errors import UserError
 from colqwen3.system.files import write_file
 
@@ -150,6 +151,16 @@ def read_state(path: Path) -> dict[str, Any] | None:
         return {"key": state["key"], "failed": list(state["failed"]), "rows": metadata.num_rows}
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def read_sources(folder: Path) -> dict[str, Page]:
+    """Return where each page of a folder of shards comes from, by id."""
+    pages = {}
+    for path in sorted(folder.glob(PATTERN)):
+        table = parquet().read_table(path, columns=["id", "source", "page"])
+        for row in table.to_pylist():
+            pages[row["id"]] = Page(Path(row["source"]), row["page"])
+    return pages
 
 
 def read_vectors(folder: Path) -> Iterator[tuple[str, Encoded]]:

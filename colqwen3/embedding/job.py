@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from colqwen3.checkpoint.fingerprint import fingerprint, model_files
 from colqwen3.dataset.pages import Page
 from colqwen3.embedding.embedder import Embedder, embed_pages, embed_texts, load_embedder
@@ -24,6 +26,7 @@ LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pil
 # around the visual tokens of a page, and after the text of a query
 PAGE_PROMPT_TOKENS, QUERY_SUFFIX_TOKENS = 11, 10
 FLOAT32_BYTES = 4
+OUTPUTS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,9 @@ class EmbeddingOptions:
     Attributes
     ----------
     dtype
-        Of the arithmetic, a key of ``DTYPES``; embeddings are float32.
+        Of the arithmetic, a key of ``DTYPES``.
+    output
+        Of the embeddings: ``float32``, ``float16`` or ``bfloat16``.
     device
         ``auto``, ``cpu`` or ``cuda``.
     max_num_visual_tokens
@@ -48,6 +53,7 @@ class EmbeddingOptions:
     """
 
     dtype: str = "float32"
+    output: str = "float32"
     device: str = "auto"
     max_num_visual_tokens: int = 1280
     queries_per_batch: int = 16
@@ -93,7 +99,7 @@ def embed_to_file(
     device = choose_device(options.device)
     embedder = load_embedder(
         folder, DTYPES[options.dtype], device, options.max_num_visual_tokens,
-        options.trust_remote_code,
+        options.trust_remote_code, OUTPUTS[options.output],
     )  # fmt: skip
     key = work_key(determinants(folder, queries, pages, options, embedder, code))
     needed = maximum_bytes(queries, pages, options.max_num_visual_tokens, embedder.embed_dim)
@@ -102,7 +108,8 @@ def embed_to_file(
     check_space(out.parent, max(0, 2 * needed - scratch.bytes()), "the embeddings")
     with scratch:
         parts = embed_into(scratch, embedder, queries, pages, options)
-        write_embeddings(out, parts.of("query", queries), parts.of("page", pages))
+        stored = parts.of("query", queries), parts.of("page", pages)
+        write_embeddings(out, *stored, dtype=OUTPUTS[options.output])
         scratch.remove()
 
 

@@ -41,6 +41,11 @@ def prepare_page(cutter: Cutter, page: Page) -> PreparedPage:
     return cutter.cut(open_page(page))
 
 
+def prepare_or_reason(cutter: Cutter, page: Page) -> PreparedPage | UserError:
+    """Return a prepared page, or why it cannot be prepared."""
+    return _result(lambda: prepare_page(cutter, page), page)
+
+
 def prepare_pages(
     pages: Iterable[tuple[Key, Page]], cutter: Cutter, workers: int
 ) -> Iterator[tuple[Key, PreparedPage | UserError]]:
@@ -58,7 +63,7 @@ def prepare_pages(
     """
     if workers == 0:
         for key, page in pages:
-            yield key, _result(lambda page=page: prepare_page(cutter, page), page)  # type: ignore[misc]
+            yield key, prepare_or_reason(cutter, page)
         return
     pool = Pool(cutter, workers)
     try:

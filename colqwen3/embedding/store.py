@@ -1,4 +1,4 @@
-"""The embeddings file: one float32 tensor [tokens, embed_dim] per query or page, in safetensors."""
+"""The embeddings file: one tensor [tokens, embed_dim] per query or page, in safetensors."""
 
 import contextlib
 import json
@@ -18,6 +18,8 @@ KINDS = {"queries": "query", "pages": "page"}
 # safetensors writes several metadata keys in an order that changes from run to run; one key keeps
 # the bytes deterministic
 ORDER = "order"
+STORED = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+"""Types of the numbers, and their names in the file."""
 
 
 @dataclass(frozen=True)
@@ -29,9 +31,13 @@ class Embeddings:
 
 
 def write_embeddings(
-    path: Path, queries: Mapping[str, torch.Tensor], pages: Mapping[str, torch.Tensor]
+    path: Path,
+    queries: Mapping[str, torch.Tensor],
+    pages: Mapping[str, torch.Tensor],
+    *,
+    dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Write embeddings as float32 under ``query/<_id>`` and ``page/<stem>``, by rename.
+    """Write embeddings under ``query/<_id>`` and ``page/<stem>``, all as `dtype`, by rename.
 
     safetensors sorts its entries, so the input order is stored in the metadata: key ``order``, JSON
     of the lists ``queries`` and ``pages``. Equal input gives equal bytes. Items are read
@@ -50,7 +56,7 @@ def write_embeddings(
             shape = tuple(items[name].shape)
             if len(shape) != 2 or 0 in shape:
                 raise ValueError(f"{kind}/{name}: {list(shape)} is not [tokens, embed_dim]")
-            specs[f"{kind}/{name}"] = ("F32", shape)
+            specs[f"{kind}/{name}"] = (STORED[dtype], shape)
     order = json.dumps({"queries": list(queries), "pages": list(pages)})
     partial = path.with_name(path.name + ".partial")
     try:
@@ -58,7 +64,7 @@ def write_embeddings(
         with TensorFile(partial, specs, {ORDER: order}) as file:
             for kind, items in (("query", queries), ("page", pages)):
                 for name in items:
-                    file.write(f"{kind}/{name}", items[name].detach().float())
+                    file.write(f"{kind}/{name}", items[name].detach().to(dtype))
         os.replace(partial, path)
     except OSError as error:
         with contextlib.suppress(OSError):
@@ -92,8 +98,13 @@ def open_embeddings(path: Path) -> Embeddings:
         raise UserError(f"{path}: cannot be read (there is no {missing[0]}); {fix}")
     if keys != stored.keys():
         raise UserError(f"{path}: contains tensors that its order does not name; {fix}")
-    if any(len(t.shape) != 2 or 0 in t.shape or t.dtype != "F32" for t in stored.values()):
-        raise UserError(f"{path}: contains a tensor that is not float32 [tokens, embed_dim]; {fix}")
+    kinds = {tensor.dtype for tensor in stored.values()}
+    shapes = [tensor.shape for tensor in stored.values()]
+    if len(kinds) > 1 or kinds - set(STORED.values()) or any(len(x) != 2 or 0 in x for x in shapes):
+        raise UserError(
+            f"{path}: its tensors are not all [tokens, embed_dim] in float32, float16 or bfloat16; "
+            f"{fix}"
+        )
     return Embeddings(
         **{
             kind: StoredTensors(path.parent, {name: stored[key] for name, key in pairs})

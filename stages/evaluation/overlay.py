@@ -6,17 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
+
+from colqwen3.search.maps import STEPS, Map, colour, overlay, scale_colours
 
 MARGIN, BAR, MIN_WIDTH = 16, 12, 640
 LONGEST = 600  # characters of a title; fewer fit
-# from white, which leaves the page as it is, to red; darker is a better match
-COLOURS = ((255, 255, 255), (255, 237, 160), (254, 178, 76), (252, 98, 42), (214, 24, 32))
-DARKEST = 48  # grey that black is shown as
-STEPS = 16  # of the colours, times 16 greys: the 256 entries of a PNG palette
-
-Map = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -31,37 +26,6 @@ FULL = Size((640, 560, 480, 400, 320, 240), 150_000)
 """A picture that Git tracks."""
 SMALL = Size((400, 320, 240), 80_000)
 """One of several pictures in a report."""
-
-
-def colour(values: Map, low: float, high: float) -> Image.Image:
-    """Return one pixel a value, by the scale from `low` (or less) to `high` in STEPS colours."""
-    position = (values - low) / (high - low) if high > low else np.zeros_like(values)
-    step = np.clip(np.floor(position * STEPS), 0, STEPS - 1).astype(int)
-    return Image.fromarray(_colours()[step])
-
-
-def _colours() -> NDArray[np.uint8]:
-    """Return the STEPS colours of the scale [STEPS, 3]."""
-    here, stops = np.linspace(0, 1, STEPS), np.linspace(0, 1, len(COLOURS))
-    channels = [np.interp(here, stops, channel) for channel in zip(*COLOURS, strict=True)]
-    return np.stack(channels, -1).round().astype(np.uint8)
-
-
-def overlay(page: Image.Image, values: Map, low: float, high: float, height: int) -> Image.Image:
-    """Return the page in grey with its cells coloured, shrunk or enlarged to fit.
-
-    Multiplying keeps print darker than its cell, whatever the colour. That needs a light page: a
-    dark one is shown as its negative, and black is lifted a little.
-    """
-    rows, columns = values.shape
-    scale = min(height / rows, 0.8 * height / columns)
-    size = (max(1, round(columns * scale)), max(1, round(rows * scale)))
-    grey = page.convert("RGB").convert("L").resize(size, Image.Resampling.LANCZOS)
-    if np.asarray(grey).mean() < 128:
-        grey = ImageOps.invert(grey)
-    lifted = grey.point([round(DARKEST + level * (255 - DARKEST) / 255) for level in range(256)])
-    cells = colour(values, low, high).resize(size, Image.Resampling.NEAREST)
-    return ImageChops.multiply(lifted.convert("RGB"), cells)
 
 
 def draw(
@@ -130,7 +94,7 @@ def encode(image: Image.Image) -> bytes:
     """Return the picture as PNG, each colour of the scale in 16 greys; equal in, equal out."""
     greys = np.linspace(0, 1, 256 // STEPS)[None, :, None]
     palette = Image.new("P", (1, 1))
-    palette.putpalette((_colours()[:, None] * greys).round().astype(np.uint8).tobytes())
+    palette.putpalette((scale_colours()[:, None] * greys).round().astype(np.uint8).tobytes())
     file = io.BytesIO()
     few = image.quantize(palette=palette, dither=Image.Dither.NONE)
     few.save(file, "PNG", optimize=True)

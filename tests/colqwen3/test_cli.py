@@ -33,6 +33,7 @@ def subparsers() -> dict[str, argparse.ArgumentParser]:
 def test_each_subcommand_has_a_module_and_help() -> None:
     assert set(COMMANDS) == {
         "embed",
+        "search",
         "embed-corpus",
         "inspect",
         "verify",

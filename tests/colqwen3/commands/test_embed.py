@@ -85,3 +85,15 @@ def test_a_page_gets_at_least_the_tokens_of_one_patch_group(
     assert caught.value.code == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.endswith("argument --max-num-visual-tokens: 3 is less than 4")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_vectors_are_of_the_dtype_asked_for(
+    queries: Path, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    name = str(dtype).removeprefix("torch.")
+    words: list[str | Path] = ["--model", GOLDEN / "model", "--queries", queries, "--out"]
+    execute("embed", *words, tmp_path / "wide.safetensors")
+    execute("embed", *words, tmp_path / "out.safetensors", "--output-dtype", name)
+    wide, stored = (load_file(tmp_path / f"{name}.safetensors") for name in ("wide", "out"))
+    assert all(torch.equal(stored[key], wide[key].to(dtype)) for key in wide)

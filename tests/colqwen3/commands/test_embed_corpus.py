@@ -30,13 +30,13 @@ def test_command_embeds_what_it_can_and_says_what_it_could_not(scans: Path, tmp_
     words: list[str | Path] = ["--model", MODEL, scans, "--max-num-visual-tokens", "16", "--out"]
     done = run_command("embed-corpus", *words, tmp_path / "out", "--workers", "1")
     assert error_line(done).endswith(
-        "errors.jsonl: 1 of 5 pages could not be embedded; replace them and run the command again"
+        "_errors.jsonl: 1 of 5 pages could not be embedded; replace them and run the command again"
     )
     assert "pages: 5 of 5" in done.stderr
     stored = dict(read_vectors(tmp_path / "out"))
     assert [Path(key).name for key in stored] == ["a.png", *(f"m.pdf#page={n}" for n in (1, 2, 3))]
     assert stored[str(scans / "a.png")].values.dtype == "float16"
-    (entry,) = map(json.loads, (tmp_path / "out/errors.jsonl").read_text().splitlines())
+    (entry,) = map(json.loads, (tmp_path / "out/_errors.jsonl").read_text().splitlines())
     assert "b.png: is not a PNG or JPEG image" in entry["reason"]
     with pytest.raises(UserError, match=r"b\.png"):
         execute("embed-corpus", *words, tmp_path / "strict", "--strict")

@@ -72,7 +72,7 @@ def contents(out: str) -> dict[str, bytes]:
 
 def test_shards_hold_the_vectors_of_the_pages(folder: Path, embedder: Plain) -> None:
     run("out", format="float32")
-    names = ["manifest.json", *(f"shard-{n:06}.parquet" for n in range(4))]
+    names = ["_manifest.json", *(f"shard-{n:06}.parquet" for n in range(4))]
     assert list(contents("out")) == names
     stored = {key: decode(value, "float32") for key, value in read_vectors(Path("out"))}
     assert list(stored) == [f"in/p{number:02}.png" for number in range(14)]
@@ -80,7 +80,7 @@ def test_shards_hold_the_vectors_of_the_pages(folder: Path, embedder: Plain) -> 
     for key, vectors in stored.items():
         ((expected),) = embed_pages(alone, {key: Page(Path(key))}, 1)
         torch.testing.assert_close(vectors, expected[key], atol=1e-5, rtol=0)
-    manifest = json.loads(Path("out/manifest.json").read_text())
+    manifest = json.loads(Path("out/_manifest.json").read_text())
     assert (manifest["complete"], manifest["embedded"], manifest["failed"]) == (True, 14, 0)
     assert manifest["bytes"] == sum(path.stat().st_size for path in Path("out").glob("*.parquet"))
     assert manifest["settings"]["recipe"] is None
@@ -163,9 +163,9 @@ def test_what_cannot_be_embedded_is_listed_and_counted(folder: Path) -> None:
     (folder / "in/q.pdf").write_bytes(b"%PDF-1.4 cut")
     for number in (8, 9, 10, 11):  # a whole shard
         (folder / f"in/p{number:02}.png").write_bytes(b"none")
-    with pytest.raises(UserError, match=r"^out/errors.jsonl: 7 of 15 pages could not be embedded"):
+    with pytest.raises(UserError, match=r"^out/_errors.jsonl: 7 of 15 pages could not be embedded"):
         run("out")
-    entries = [json.loads(line) for line in Path("out/errors.jsonl").read_text().splitlines()]
+    entries = [json.loads(line) for line in Path("out/_errors.jsonl").read_text().splitlines()]
     names = ["p02.png", "p06.png", "p08.png", "p09.png", "p10.png", "p11.png", "q.pdf"]
     assert [entry["id"] for entry in entries] == [f"in/{name}" for name in names]
     reasons = {entry["id"]: entry["reason"] for entry in entries}
@@ -174,7 +174,7 @@ def test_what_cannot_be_embedded_is_listed_and_counted(folder: Path) -> None:
     assert "is damaged, not a PDF" in reasons["in/q.pdf"]
     good = [number for number in range(14) if number not in (2, 6, 8, 9, 10, 11)]
     assert [key for key, _ in read_vectors(Path("out"))] == [f"in/p{n:02}.png" for n in good]
-    manifest = json.loads(Path("out/manifest.json").read_text())
+    manifest = json.loads(Path("out/_manifest.json").read_text())
     assert (manifest["embedded"], manifest["failed"], manifest["complete"]) == (8, 7, True)
     # again: nothing to do, and still an error
     with pytest.raises(UserError, match="7 of 15"):
@@ -192,7 +192,7 @@ def test_replaced_pages_leave_no_list_of_errors(folder: Path) -> None:
         run("out")
     (folder / "in/p06.png").write_bytes(good)
     run("out")
-    assert "errors.jsonl" not in contents("out")
+    assert "_errors.jsonl" not in contents("out")
 
 
 @pytest.mark.parametrize("file", ["p06.png", "q.pdf"])
@@ -200,7 +200,7 @@ def test_strict_ends_at_the_first(folder: Path, file: str) -> None:
     (folder / "in" / file).write_bytes(b"none")
     with pytest.raises(UserError, match=file):
         run("out", strict=True)
-    assert not Path("out/errors.jsonl").exists()
+    assert not Path("out/_errors.jsonl").exists()
 
 
 def test_vectors_that_are_not_finite_are_an_error_of_their_page(
@@ -218,7 +218,7 @@ def test_vectors_that_are_not_finite_are_an_error_of_their_page(
     monkeypatch.setattr(Plain, "embed_batches", broken)
     with pytest.raises(UserError, match="1 of 14"):
         run("out")
-    (entry,) = map(json.loads, Path("out/errors.jsonl").read_text().splitlines())
+    (entry,) = map(json.loads, Path("out/_errors.jsonl").read_text().splitlines())
     assert entry["id"] == "in/p03.png"
     assert "NaN or infinite" in entry["reason"]
     with pytest.raises(UserError, match="NaN or infinite"):
@@ -239,7 +239,7 @@ def test_another_model_or_other_options_need_another_folder(folder: Path) -> Non
         ({"max_num_visual_tokens": 8}, "max_num_visual_tokens"),
         ({"dtype": "bfloat16"}, "dtype"),
     ):
-        with pytest.raises(UserError, match=rf"^out/manifest.json: {key} is .*; give --out a new"):
+        with pytest.raises(UserError, match=rf"^out/_manifest.json: {key} is .*; give --out a new"):
             run("out", **changes)
     assert contents("out") == before
 
@@ -285,7 +285,7 @@ def test_the_format_is_that_asked_for(folder: Path, name: str) -> None:
     run("out", format=name)
     run("exact", format="float32")
     exact = {key: decode(value, "float32") for key, value in read_vectors(Path("exact"))}
-    manifest = json.loads(Path("out/manifest.json").read_text())
+    manifest = json.loads(Path("out/_manifest.json").read_text())
     assert manifest["settings"]["format"] == name
     for key, value in read_vectors(Path("out")):
         decoded = decode(value, FORMATS[name].kind)

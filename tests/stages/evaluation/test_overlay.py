@@ -4,18 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFont
 
-from stages.evaluation.overlay import (
-    COLOURS,
-    FULL,
-    SMALL,
-    Map,
-    Size,
-    colour,
-    encode,
-    overlay,
-    picture,
-    wrap,
-)
+from colqwen3.search.maps import COLOURS, Map
+from stages.evaluation.overlay import FULL, SMALL, Size, encode, picture, wrap
 
 WHITE, RED = COLOURS[0], COLOURS[-1]
 CAPTIONS = ("original", "recipe")
@@ -25,43 +15,6 @@ def spot(row: int, column: int, value: float = 1.0) -> Map:
     values = np.zeros((4, 3))
     values[row, column] = value
     return values
-
-
-def centre(panel: Image.Image, row: int, column: int) -> tuple[int, ...]:
-    pixel = panel.getpixel(
-        (round((column + 0.5) * panel.width / 3), round((row + 0.5) * panel.height / 4))
-    )
-    assert isinstance(pixel, tuple)
-    return pixel
-
-
-def test_colours_run_from_white_at_low_or_less_to_red_at_high() -> None:
-    row = colour(np.array([[-9.0, 0.0, 0.5, 1.0]]), 0, 1)
-    assert [row.getpixel((x, 0)) for x in (0, 1, 3)] == [WHITE, WHITE, RED]
-    ladder = np.asarray(colour(np.linspace(0, 1, 50)[None], 0, 1)).astype(int).sum(-1)[0]
-    assert (np.diff(ladder) <= 0).all()
-    assert len(set(ladder.tolist())) == 16
-
-
-def test_equal_values_are_white() -> None:
-    assert colour(np.full((1, 1), 0.3), 0.3, 0.3).getpixel((0, 0)) == WHITE
-
-
-def test_cells_lie_where_the_map_says() -> None:
-    panel = overlay(Image.new("RGB", (300, 400), "white"), spot(2, 1), 0, 1, 400)
-    assert panel.size == (300, 400)
-    assert centre(panel, 2, 1) == RED
-    assert {centre(panel, row, column) for row, column in ((1, 2), (2, 0), (0, 1))} == {WHITE}
-
-
-def test_print_stays_darker_than_its_cell_and_dark_pages_turn_light() -> None:
-    page = Image.new("L", (300, 400), 255)
-    page.paste(0, (100, 0, 200, 100))
-    panel = overlay(page, spot(0, 1), 0, 1, 400)
-    assert max(centre(panel, 0, 1)) < max(RED) / 3
-    dark = overlay(Image.new("L", (300, 400), 5), spot(0, 1), 0, 1, 400)
-    assert min(centre(dark, 3, 2)) > 240
-    assert centre(dark, 0, 1)[0] > 200
 
 
 def count_red(maps: list[Map]) -> list[int]:

@@ -1,6 +1,7 @@
 """The measurement of collections runs on a CPU, and its figures are those of what it did."""
 
 import json
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 from PIL import Image
 
 from colqwen3.corpus.sources import find_sources
-from demo.benchmarks import drawn_pages, embed_corpus
+from demo.benchmarks import corpus_steps, drawn_pages, embed_corpus
 
 MODEL = "tests/golden/model"
 
@@ -28,9 +29,9 @@ def test_all_steps_run_on_a_cpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # processes would import all of this anew
-    monkeypatch.setattr(embed_corpus, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(2))
-    monkeypatch.setattr(embed_corpus, "write_png", small_png)
-    monkeypatch.setattr(embed_corpus, "write_pdf", small_pdf)
+    monkeypatch.setattr(corpus_steps, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(2))
+    monkeypatch.setattr(corpus_steps, "write_png", small_png)
+    monkeypatch.setattr(corpus_steps, "write_pdf", small_pdf)
     out = tmp_path / "figures.json"
     words = ["--model", MODEL, "--weights", "golden", "--out", str(out), "--pages", "5",
              "--distinct", "2", "--workers", "1", "--seconds", "0.1"]  # fmt: skip
@@ -58,3 +59,15 @@ def small_png(folder: Path, seed: int) -> None:
 def small_pdf(folder: Path, first: int, count: int) -> None:
     sheets = [Image.effect_noise((96, 128), 50) for _ in range(count)]
     sheets[0].save(folder / f"scan-{first:06d}.pdf", save_all=True, append_images=sheets[1:])
+
+
+def test_workers_import_nothing_heavy() -> None:
+    """They import the main module of the program that starts them."""
+    for module in ("demo.benchmarks.embed_corpus", "stages.embed", "colqwen3.cli"):
+        code = (
+            f"import sys, {module}; print(sorted({{'torch', 'transformers'}} & sys.modules.keys()))"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        )  # fmt: skip
+        assert done.stdout == "[]\n", module
