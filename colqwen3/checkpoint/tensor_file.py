@@ -86,6 +86,12 @@ def same_bytes(a: Path, first: TensorInfo, b: Path, second: TensorInfo) -> bool:
     return all(left == right for left, right in pairs)
 
 
+def _raw(tensor: torch.Tensor) -> memoryview:
+    """Return the bytes of a tensor, in order."""
+    # flat first: a last dimension of size 1 counts as contiguous whatever its stride
+    return tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data
+
+
 class TensorFile:
     """A safetensors file of known tensors, written one by one in any order.
 
@@ -153,9 +159,7 @@ class TensorFile:
         start, _, (dtype, shape) = self._places[name]
         if tensor.dtype != DTYPES[dtype] or tuple(tensor.shape) != shape:
             raise ValueError(f"{name}: {tensor.dtype} {list(tensor.shape)} differs from its spec")
-        self._write(
-            self._data + start, tensor.cpu().contiguous().view(torch.uint8).numpy().data.cast("B")
-        )
+        self._write(self._data + start, _raw(tensor))
 
     def write_rows(self, name: str, first: int, rows: torch.Tensor) -> None:
         """Write some rows of one tensor, from row `first`.
@@ -170,7 +174,7 @@ class TensorFile:
         if rows.dtype != DTYPES[dtype] or not fits:
             raise ValueError(f"{name}: {rows.dtype} {list(rows.shape)} does not fit its spec")
         place = self._data + start + first * (nbytes // shape[0])
-        self._write(place, rows.contiguous().view(torch.uint8).numpy().data.cast("B"))
+        self._write(place, _raw(rows))
 
     def _write(self, place: int, data: memoryview | bytes) -> None:
         """Write at a place, without moving any file position: threads may write at once."""

@@ -136,3 +136,13 @@ def test_some_rows_of_a_stored_tensor_are_read(tmp_path: Path) -> None:
             for count in range(1, len(tensor) - first + 1):
                 rows = read_rows(tmp_path, stored[name], first, count)
                 assert torch.equal(rows, tensor[first : first + count])
+
+
+def test_a_column_is_written_whatever_its_stride(tmp_path: Path) -> None:
+    column = torch.arange(6, dtype=torch.float16)[None].T.contiguous()  # scales of a single group
+    path = tmp_path / "t.safetensors"
+    with TensorFile(path, {"a": ("F16", (6, 1)), "b": ("F16", (6, 1))}) as file:
+        file.write("a", column)
+        file.write_rows("b", 0, column)
+    stored = load_file(path)
+    assert torch.equal(stored["a"], column) and torch.equal(stored["b"], column)
