@@ -98,10 +98,13 @@ def embed_with_ray(plan: Plan, device: torch.device, actors: int) -> None:
         rows = [to_row(shard, key) for shard, key in missing]
         here = os.getcwd()
         data = ray.data.from_items(rows, override_num_blocks=len(rows))
-        data = data.map(partial(prepare, cut=cutter(processor), folder=here), num_cpus=1)
+        data = data.map(
+            partial(prepare, cut=cutter(processor), folder=here), num_cpus=1 if on_gpu else 0.4
+        )
         pool = ray.data.ActorPoolStrategy(min_size=1, max_size=actors)
-        # other resources than those of a task that prepares: else Ray makes one of the two
-        resources = {"num_gpus": 1} if on_gpu else {"num_cpus": 2}
+        # of a CPU both take a part, so that one core suffices, and not the same part: Ray would
+        # make a single step of the two
+        resources = {"num_gpus": 1} if on_gpu else {"num_cpus": 0.5}
         arguments = (plan, device.type, here)
         data = data.map(Embed, fn_constructor_args=arguments, compute=pool, **resources)
         with Progress("pages", total, total - left) as progress:

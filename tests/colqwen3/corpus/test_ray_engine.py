@@ -84,12 +84,12 @@ def plan_of(folder: Path, out: str, pages: list[Source]) -> Plan:
 
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A local Ray of six CPUs, whose workers import what this process does."""
+    """A local Ray of two CPUs, whose workers import what this process does."""
     ray = pytest.importorskip("ray", reason="Ray is an extra: make test-corpus")
     monkeypatch.setenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     root = str(Path(__file__).parents[3])
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([root, *filter(None, sys.path)]))
-    ray.init(num_cpus=6, object_store_memory=200 << 20, include_dashboard=False,
+    ray.init(num_cpus=2, object_store_memory=200 << 20, include_dashboard=False,
              logging_level="error", log_to_driver=False)  # fmt: skip
     yield
     ray.shutdown()
