@@ -115,16 +115,17 @@ def execute(args: argparse.Namespace) -> None:
         strict=args.strict,
         trust_remote_code=args.trust_remote_code,
     )
-    part = find_part()
-    device = choose_device(args.device, part.local_rank)
     model = find_model(args.model, args.revision, args.trust_remote_code)
-    plan = plan_corpus(model, find_sources(args.inputs), args.out, options, device)
+    pages = find_sources(args.inputs)
     if args.engine == "ray":
-        from colqwen3.corpus.ray_engine import embed_with_ray
+        from colqwen3.corpus.ray_engine import embed_with_ray, start_ray
 
-        embed_with_ray(plan, device, args.actors)
+        device = start_ray(args.device)
+        embed_with_ray(plan_corpus(model, pages, args.out, options, device), device, args.actors)
     else:
-        embed_corpus(plan, device, part)
+        part = find_part()
+        device = choose_device(args.device, part.local_rank)
+        embed_corpus(plan_corpus(model, pages, args.out, options, device), device, part)
 
 
 def find_part() -> "Part":

@@ -219,7 +219,7 @@ def embed_corpus(plan: Plan, device: torch.device, part: Part = Part()) -> None:
             f"{plan.out}: process {lock.holder()} is working on it; wait for it or stop it"
         )
     try:
-        start_manifest(plan, device)
+        start_manifest(plan, device_name(device))
         mine = plan.shards[part.rank :: part.ranks]
         missing = find_missing(plan, mine)
         total = sum(len(shard.pages) for shard in mine)
@@ -305,8 +305,8 @@ class Writer:
             logger.warning("%s", error)
 
 
-def start_manifest(plan: Plan, device: torch.device) -> None:
-    """Write the manifest, or compare it with that of an earlier run.
+def start_manifest(plan: Plan, machine: str) -> None:
+    """Write the manifest, or compare it with that of an earlier run; `machine` is for it.
 
     Raises
     ------
@@ -315,7 +315,7 @@ def start_manifest(plan: Plan, device: torch.device) -> None:
         under the option ``strict``, if a file could not give its pages.
     """
     path = plan.out / MANIFEST
-    made_by = {"machine": device_name(device), "versions": _versions()}
+    made_by = {"machine": machine, "versions": _versions()}
     if path.exists():
         fix = "give --out a new folder"
         before = read_json(path, fix)

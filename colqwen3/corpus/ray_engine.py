@@ -8,6 +8,7 @@ machines share.
 
 import json
 import logging
+import os
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -22,6 +23,7 @@ from colqwen3.dataset.patches import Cutter, PreparedPage
 from colqwen3.embedding.embedder import cutter, embed_groups
 from colqwen3.embedding.preparing import prepare_or_reason
 from colqwen3.model.loading import load_processor
+from colqwen3.system.device import device_name
 from colqwen3.system.errors import UserError
 from colqwen3.system.progress import Progress
 
@@ -32,8 +34,38 @@ Row = dict[str, Any]
 Result = PreparedPage | UserError
 
 
+def start_ray(device: str) -> torch.device:
+    """Connect to the cluster that ``RAY_ADDRESS`` names, or start Ray on this machine.
+
+    Parameters
+    ----------
+    device
+        ``auto``: GPUs if the cluster has any, whether or not this machine has one.
+
+    Returns
+    -------
+    torch.device
+        What actors embed on.
+
+    Raises
+    ------
+    UserError
+        If Ray is not installed, or the cluster lacks the GPUs that are asked for.
+    """
+    try:
+        import ray
+    except ImportError:
+        raise UserError(f"ray is not installed; run `pip install '{RAY}'`") from None
+    if not ray.is_initialized():
+        ray.init(logging_level="warning", log_to_driver=False)
+    gpus = ray.cluster_resources().get("GPU", 0)
+    if device == "cuda" and not gpus:
+        raise UserError("the device is cuda, but the Ray cluster has no GPU; choose auto or cpu")
+    return torch.device("cuda" if gpus and device != "cpu" else "cpu")
+
+
 def embed_with_ray(plan: Plan, device: torch.device, actors: int) -> None:
-    """Make the missing shards on the cluster that ``RAY_ADDRESS`` names, or on this machine.
+    """Make the missing shards on the cluster of `start_ray`.
 
     Parameters
     ----------
@@ -47,32 +79,34 @@ def embed_with_ray(plan: Plan, device: torch.device, actors: int) -> None:
     Raises
     ------
     UserError
-        If Ray is not installed, or as for `embed_corpus`.
+        As for `embed_corpus`.
     """
-    try:
-        import ray
-    except ImportError:
-        raise UserError(f"ray is not installed; run `pip install '{RAY}'`") from None
+    import ray
+
     plan.out.mkdir(parents=True, exist_ok=True)
-    start_manifest(plan, device)
+    on_gpu = device.type == "cuda"
+    start_manifest(plan, "GPUs of a Ray cluster" if on_gpu else device_name(device))
     missing = find_missing(plan, plan.shards)
     total = sum(len(shard.pages) for shard in plan.shards)
     left = sum(len(shard.pages) for shard, _ in missing)
     if missing:
-        if not ray.is_initialized():
-            ray.init(logging_level="warning", log_to_driver=False)
         # without a bar of its own: progress is that of the command
         ray.data.DataContext.get_current().enable_progress_bars = False
         processor = load_processor(
             plan.model, plan.options.max_num_visual_tokens, plan.options.trust_remote_code
         )
         rows = [to_row(shard, key) for shard, key in missing]
+        here = os.getcwd()
         data = ray.data.from_items(rows, override_num_blocks=len(rows))
-        data = data.map(partial(prepare, cut=cutter(processor)), num_cpus=1)
+        data = data.map(
+            partial(prepare, cut=cutter(processor), folder=here), num_cpus=1 if on_gpu else 0.4
+        )
         pool = ray.data.ActorPoolStrategy(min_size=1, max_size=actors)
-        # other resources than those of a task that prepares: else Ray makes one of the two
-        resources = {"num_gpus": 1} if device.type == "cuda" else {"num_cpus": 2}
-        data = data.map(Embed, fn_constructor_args=(plan, device.type), compute=pool, **resources)
+        # of a CPU both take a part, so that one core suffices, and not the same part: Ray would
+        # make a single step of the two
+        resources = {"num_gpus": 1} if on_gpu else {"num_cpus": 0.5}
+        arguments = (plan, device.type, here)
+        data = data.map(Embed, fn_constructor_args=arguments, compute=pool, **resources)
         with Progress("pages", total, total - left) as progress:
             for row in data.iter_rows():
                 for reason in json.loads(row["failed"]):
@@ -93,8 +127,9 @@ def to_shard(row: Row) -> Shard:
     return Shard(row["number"], [Source(*page) for page in json.loads(row["pages"])])
 
 
-def prepare(row: Row, cut: Cutter) -> Row:
-    """Read the pages of a shard and cut them into patches; runs on a CPU."""
+def prepare(row: Row, cut: Cutter, folder: str) -> Row:
+    """Read the pages of a shard, paths relative to `folder`, and cut them into patches."""
+    os.chdir(folder)
     pages = [page for page in to_shard(row).pages if not page.problem]
     results = {page.id: prepare_or_reason(cut, page.file_page) for page in pages}
     return {**row, "prepared": pack(results)}
@@ -109,9 +144,12 @@ class Embed:
         What is to be done.
     device
         ``cpu`` or ``cuda``.
+    folder
+        What its paths are relative to.
     """
 
-    def __init__(self, plan: Plan, device: str) -> None:
+    def __init__(self, plan: Plan, device: str, folder: str) -> None:
+        os.chdir(folder)
         self._plan = plan
         self._embedder = plan.load(torch.device(device))
 

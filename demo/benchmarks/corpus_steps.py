@@ -37,7 +37,7 @@ from colqwen3.dataset.pages import Page, open_page
 from colqwen3.embedding.embedder import Embedder, OnRuntime, cutter
 from colqwen3.embedding.preparing import default_workers, prepare_page
 from colqwen3.serving import load_runtime
-from colqwen3.system.device import choose_device
+from colqwen3.system.device import choose_device, device_name
 from colqwen3.system.errors import UserError, first_line
 from colqwen3.system.files import write_json
 from demo.benchmarks.drawn_pages import PAGE, PDF_PAGES, write_pdf, write_png
@@ -178,7 +178,7 @@ class HostMemory:
 def end_to_end(plan: Plan, embedder: Embedder, device: torch.device) -> Result:
     """Embed a collection as the command does, model loaded before, and measure it."""
     plan.out.mkdir(parents=True)
-    start_manifest(plan, device)
+    start_manifest(plan, device_name(device))
     missing = find_missing(plan, plan.shards)
     times, pages, errors = [], 0, 0
     with HostMemory() as host:

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -244,20 +245,30 @@ def test_another_model_or_other_options_need_another_folder(folder: Path) -> Non
     assert contents("out") == before
 
 
-def test_two_processes_make_what_one_makes(folder: Path) -> None:
+def start_part(rank: int) -> int:
+    """Run one of two parts in a process; its status is 1 on a user's error."""
+    process = os.fork()
+    if process == 0:
+        try:
+            run("out", Part(rank, 2, rank, 2))
+            os._exit(0)
+        except UserError:
+            os._exit(1)
+    return process
+
+
+def test_two_processes_make_what_one_makes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "in/p06.png").write_bytes(b"none")
     with pytest.raises(UserError, match="1 of 14"):
         run("whole")
-    children = []
-    for rank in (1, 0):
-        process = os.fork()
-        if process == 0:
-            try:
-                run("out", Part(rank, 2, rank, 2))
-                os._exit(0)
-            except UserError:
-                os._exit(1)
-        children.append(process)
+    monkeypatch.setattr(job, "POLL", 0.05)
+    first = start_part(0)
+    mine = [Path(f"out/shard-{number:06}.parquet") for number in (0, 2)]
+    while not all(path.exists() for path in mine):
+        time.sleep(0.02)
+    time.sleep(0.5)
+    assert os.waitpid(first, os.WNOHANG) == (0, 0)  # it waits: its launcher would end the others
+    children = [start_part(1), first]
     statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
     assert statuses == [0, 1]  # the first process alone tells of the errors
     assert contents("out") == contents("whole")

@@ -17,7 +17,15 @@ import torch
 from PIL import Image
 
 from colqwen3.corpus.job import CorpusOptions, Plan, embed_corpus, plan_corpus
-from colqwen3.corpus.ray_engine import embed_with_ray, pack, prepare, to_row, to_shard, unpack
+from colqwen3.corpus.ray_engine import (
+    embed_with_ray,
+    pack,
+    prepare,
+    start_ray,
+    to_row,
+    to_shard,
+    unpack,
+)
 from colqwen3.corpus.shards import Shard
 from colqwen3.corpus.sources import Source, find_sources
 from colqwen3.dataset.patches import Cutter, PreparedPage
@@ -54,18 +62,16 @@ def test_a_shard_travels_as_a_row(tmp_path: Path) -> None:
                       Source("c", "c.pdf", None, "c.pdf: is damaged")])  # fmt: skip
     row = to_row(shard, "key")
     assert (to_shard(row), row["key"]) == (shard, "key")
-    prepared = unpack(prepare(row, CUTTER)["prepared"])
+    prepared = unpack(prepare(row, CUTTER, os.getcwd())["prepared"])
     assert list(prepared) == ["a", "b"]
     assert isinstance(prepared["a"], PreparedPage)
     assert "b.pdf: cannot be read" in str(prepared["b"])
 
 
-def test_without_ray_one_line_says_what_to_install(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_ray_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UserError, match=r"^ray is not installed; run `pip install 'ray\[data\]"):
-        embed_with_ray(plan_of(tmp_path, "out", []), CPU, 1)
+        start_ray("auto")
     pyproject = Path(__file__).parents[3] / "pyproject.toml"
     from colqwen3.corpus.ray_engine import RAY
 
@@ -78,12 +84,12 @@ def plan_of(folder: Path, out: str, pages: list[Source]) -> Plan:
 
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A local Ray of six CPUs, whose workers import what this process does."""
+    """A local Ray of two CPUs, whose workers import what this process does."""
     ray = pytest.importorskip("ray", reason="Ray is an extra: make test-corpus")
     monkeypatch.setenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     root = str(Path(__file__).parents[3])
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([root, *filter(None, sys.path)]))
-    ray.init(num_cpus=6, object_store_memory=200 << 20, include_dashboard=False,
+    ray.init(num_cpus=2, object_store_memory=200 << 20, include_dashboard=False,
              logging_level="error", log_to_driver=False)  # fmt: skip
     yield
     ray.shutdown()
@@ -94,14 +100,18 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_two_actors_make_what_one_process_makes_although_workers_are_killed(
-    tmp_path: Path, cluster: None
+    tmp_path: Path, cluster: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "in").mkdir()
     for number in range(23):  # large, so that preparing takes a while
         page = Image.effect_noise((900, 1200 + 200 * (number % 3)), 60)
         page.convert("RGB").save(tmp_path / f"in/p{number:02}.png")
     (tmp_path / "in/p05.png").write_bytes(b"none")
-    pages = find_sources([str(tmp_path / "in")])
+    monkeypatch.chdir(tmp_path)  # paths are relative to where the command runs
+    pages = find_sources(["in"])
+    assert start_ray("auto") == CPU
+    with pytest.raises(UserError, match="the Ray cluster has no GPU"):
+        start_ray("cuda")
     with pytest.raises(UserError, match=r"1 of 23 pages could not be embedded"):
         embed_corpus(plan_of(tmp_path, "single", pages), CPU)
     killed: list[str] = []

@@ -21,6 +21,7 @@ from colqwen3.embedding.embedder import (
 )
 from colqwen3.model.loading import load_model, load_processor
 from colqwen3.serving import load_runtime
+from colqwen3.serving.runtime import Mode
 from colqwen3.system.errors import UserError
 
 MODEL = Path("tests/golden/model")
@@ -162,3 +163,25 @@ def test_a_cpu_gets_transformers_and_a_gpu_the_runtime(monkeypatch: pytest.Monke
     options = {"max_num_visual_tokens": 64, "trust_remote_code": True}
     assert asked == [(MODEL, "cuda", options)]
     assert embedder.GROUP >= 16  # pages of one size need others to go with
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("mode", ["eager", "graphs"])
+def test_batches_that_overlap_on_a_gpu_are_those_of_single_ones(
+    plain: Plain, corpus: Path, mode: Mode
+) -> None:
+    runtime = load_runtime(MODEL, "cuda", torch.float32, mode, 64)
+    embeds = OnRuntime(runtime)
+    pages = dict(find_pages(corpus))
+    names = [f"{name}-{copy}" for copy in range(6) for name in pages]  # sizes come up again
+    many = {name: pages[name.partition("-")[0]] for name in names}
+    first = joined(embed_pages(embeds, many, 20))
+    second = joined(embed_pages(embeds, many, 20))
+    expected = joined(embed_pages(plain, pages, 20))
+    for name in names:
+        assert torch.equal(first[name], second[name])
+        cosine = torch.cosine_similarity(first[name], expected[name.partition("-")[0]], dim=-1)
+        assert float(cosine.min()) > 0.9999
+    patches = torch.arange(256, dtype=torch.uint8).repeat(4, 3)
+    on_cpu = embeds.processor.pixel_values(patches)
+    assert torch.equal(embeds.processor.pixel_values(patches.cuda()).cpu(), on_cpu)
