@@ -5,7 +5,6 @@ Weights, configs, model code, licence, model card, and quantization_metadata.jso
 them take the place of weights, configs and model code.
 """
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -88,19 +87,11 @@ def failed_text(name: str, verdict: dict[str, Any]) -> str:
     )
 
 
-def copy_checkpoint(checkpoint: Path, folder: Path, weights: bool) -> None:
-    """Put a checkpoint's files into another folder; weights as hard links where the disk has them."""
+def copy_configs(checkpoint: Path, folder: Path) -> None:
+    """Put a checkpoint's files except the weights into another folder."""
     for path in model_files(checkpoint):
-        target = folder / path.name
         if path.suffix != ".safetensors":
-            shutil.copyfile(path, target)
-            continue
-        if not weights:
-            continue
-        try:
-            os.link(path.resolve(), target)
-        except OSError:  # another filesystem, or one without links
-            shutil.copyfile(path, target)
+            shutil.copyfile(path, folder / path.name)
 
 
 def copy_licences(source: Path, folder: Path) -> list[str]:
@@ -238,14 +229,10 @@ def main() -> None:
         limit = params.model.max_num_visual_tokens
         export_gguf(CHECKPOINTS / name, partial, max_num_visual_tokens=limit)
     else:
-        copy_checkpoint(CHECKPOINTS / name, partial, weights=weight_format == "auto_round")
-        if weight_format != "auto_round":
-            check_space(
-                partial,
-                sum(path.stat().st_size for path in weight_files(CHECKPOINTS / name)),
-                "the weights",
-            )
-            export_weights(CHECKPOINTS / name, partial, weight_format)
+        copy_configs(CHECKPOINTS / name, partial)
+        size = sum(path.stat().st_size for path in weight_files(CHECKPOINTS / name))
+        check_space(partial, size, "the weights")
+        export_weights(CHECKPOINTS / name, partial, weight_format)
         ship_code(partial)
         ship_sentence_transformers(partial)
     licences = copy_licences(source, partial)
