@@ -23,6 +23,7 @@ from colqwen3.release.provenance import (
     shown_params,
     shown_path,
 )
+from colqwen3.system.device import choose_device
 from colqwen3.system.disk import check_space
 from colqwen3.system.errors import UserError, run
 from colqwen3.system.files import (
@@ -38,6 +39,7 @@ from colqwen3.system.files import (
 from stages.evaluation.limits import WORSE
 from stages.pipeline.manifest import find_inspected_model, read_manifest
 from stages.pipeline.params import (
+    ComputeParams,
     EmbedParams,
     EvaluateParams,
     ModelParams,
@@ -63,10 +65,19 @@ from stages.publishing.card import (
     read_source_card,
     write_card,
 )
+from stages.publishing.engines import (
+    BARS,
+    SIZE,
+    VLLM_VERSIONS,
+    expected_numbers,
+    ship_for_engines,
+)
 from stages.publishing.formats import export_weights
 from stages.publishing.options import ReleaseOptions
 
 FAILED = "FAILED.txt"
+QUERY_TOKENS = 768
+"""What a context of this many tokens beyond those of a page leaves for a long query."""
 LICENCES = ("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*")
 
 
@@ -76,6 +87,7 @@ class Params(Sections):
     model: ModelParams
     embed: EmbedParams
     evaluate: EvaluateParams
+    compute: ComputeParams
     release: dict[str, ReleaseOptions] = Field(default_factory=dict)
 
 
@@ -192,6 +204,11 @@ def card_facts(
             f"{key} {provenance['libraries'][key]}" for key in sorted(libraries)
         ),
         "max_num_visual_tokens": params["model"]["max_num_visual_tokens"],
+        "max_model_len": params["model"]["max_num_visual_tokens"] + QUERY_TOKENS,
+        "expected": provenance["expected"],
+        "sample_size": SIZE,
+        "sample_bars": BARS,
+        "vllm_versions": VLLM_VERSIONS,
         "dataset": dataset,
         "measured_on": f"{data['pages']} pages and {data['queries']} queries of {dataset} "
         f"({params['embed']['dtype']})",
@@ -225,8 +242,9 @@ def main() -> None:
     source_card = read_source_card(source)
     partial = fresh_folder(RELEASES / name)
     weight_format = params.release.get(name, ReleaseOptions()).format
+    limit = params.model.max_num_visual_tokens
+    expected = None
     if weight_format == "gguf":
-        limit = params.model.max_num_visual_tokens
         export_gguf(CHECKPOINTS / name, partial, max_num_visual_tokens=limit)
     else:
         copy_configs(CHECKPOINTS / name, partial)
@@ -235,8 +253,12 @@ def main() -> None:
         export_weights(CHECKPOINTS / name, partial, weight_format)
         ship_code(partial)
         ship_sentence_transformers(partial)
+        ship_for_engines(partial, limit)
+        device = choose_device(params.compute.device)
+        expected = expected_numbers(CHECKPOINTS / name, params.embed.dtype, device, limit)
     licences = copy_licences(source, partial)
     provenance = describe_provenance(name, params, quantized, source_card, verdict)
+    provenance["expected"] = expected
     facts = card_facts(provenance, metrics, model, licences)
     facts["gguf_bytes"] = f"{sum(path.stat().st_size for path in partial.glob('*.gguf')):,}"
     write_card(partial, source_card, facts)
