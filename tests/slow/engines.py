@@ -43,9 +43,20 @@ Vectors = dict[str, torch.Tensor]
 
 
 def pip(python: Path, *arguments: str | Path) -> None:
-    """Install into an environment."""
+    """Install into an environment, which sees no package of this one's."""
     command = [str(python), "-m", "pip", "install", "--quiet", *map(str, arguments)]
-    subprocess.run(command, check=True, cwd=ROOT)
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    subprocess.run(command, check=True, cwd=python.parent, env=env)
+
+
+def copied_project(folder: Path) -> Path:
+    """Copy what the wheel is built of, since a build leaves files beside it."""
+    folder.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copyfile(ROOT / name, folder / name)
+    without = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "colqwen3", folder / "colqwen3", ignore=without)
+    return folder
 
 
 def environment(folder: Path, *arguments: str | Path) -> Path:
@@ -61,6 +72,16 @@ def environment(folder: Path, *arguments: str | Path) -> Path:
         pip(python, *arguments)
         complete.write_text(expected)
     return python
+
+
+def pinned(requirements: Path) -> dict[str, str]:
+    """Return the versions that a requirements file pins, by package."""
+    lines = (line.partition("==") for line in requirements.read_text().splitlines())
+    return {
+        name.partition("[")[0]: version.lstrip("=")
+        for name, equals, version in lines
+        if equals and not name.startswith("#")
+    }
 
 
 def outside(work: Path, **more: str) -> dict[str, str]:
@@ -83,6 +104,7 @@ def probe(python: Path, name: str, work: Path, *arguments: str | Path, **more: s
         command, cwd=work, env=outside(work, PATH=path, **more), capture_output=True, text=True,
         timeout=1200, check=False,
     )  # fmt: skip
+    (work / "log.out").write_text(done.stdout)
     (work / "log.txt").write_text(done.stdout + done.stderr)
     return why(done.stdout + done.stderr) if done.returncode else None
 
