@@ -13,6 +13,7 @@ from pydantic import Field
 
 from colqwen3.checkpoint.fingerprint import model_files
 from colqwen3.checkpoint.headers import weight_files
+from colqwen3.checkpoint.layout import vector_width
 from colqwen3.release.provenance import (
     FORMAT_VERSION,
     METADATA,
@@ -68,6 +69,7 @@ from stages.publishing.card import (
 from stages.publishing.engines import (
     BARS,
     SIZE,
+    TRANSFORMERS_VERSIONS,
     VLLM_VERSIONS,
     expected_numbers,
     ship_for_engines,
@@ -165,6 +167,12 @@ def describe_provenance(
     }
 
 
+def model_width(name: str) -> int:
+    """Return the numbers in a vector of a recipe's checkpoint."""
+    path = CHECKPOINTS / name / "config.json"
+    return vector_width(read_json(path, f"run `dvc repro -f quantize@{name}`"))
+
+
 def card_facts(
     provenance: dict[str, Any],
     metrics: dict[str, Any],
@@ -209,6 +217,8 @@ def card_facts(
         "sample_size": SIZE,
         "sample_bars": BARS,
         "vllm_versions": VLLM_VERSIONS,
+        "transformers_versions": TRANSFORMERS_VERSIONS.get(provenance["format"]),
+        "vector_width": model_width(recipe["name"]),
         "dataset": dataset,
         "measured_on": f"{data['pages']} pages and {data['queries']} queries of {dataset} "
         f"({params['embed']['dtype']})",

@@ -17,6 +17,12 @@ from colqwen3.system.files import read_json, write_json
 FIX = "run `dvc repro -f quantize`"
 TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 VLLM_VERSIONS = "0.30.0, 0.32.0"
+TRANSFORMERS_VERSIONS = {
+    "auto_round": "4.57.6 and 5.24.0",
+    "auto_gptq": "5.23.0",
+    "llm_compressor": "4.57.6 and 5.24.0",
+}
+"""What `make check-release` ran; metrics/engines/ has the figures, and a test holds both together."""
 QUERY = "total of the invoice"
 SIZE, BARS = (128, 96), ((16, 16, 80, 32), (16, 48, 112, 56))
 """A page that needs no font and no resizing: its pixels are the same everywhere."""

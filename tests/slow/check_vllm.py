@@ -54,8 +54,9 @@ VERSIONS = ("0.32.0", "0.30.0")
 PINS = REQUIREMENTS / "vllm.txt"
 LEAST = 0.9999
 """Minimum cosine of a token in float32."""
-NOISE = 1.1
-"""Mean loss in bfloat16, as a multiple of that of transformers in bfloat16."""
+NOISE = 1.3
+"""Mean loss in bfloat16, as a multiple of that of transformers in bfloat16: on pages of the demo model it is 1.24,
+for the original as for what is released."""
 SETTINGS = {
     "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "WARNING",

@@ -89,6 +89,22 @@ def test_code_of_the_card_runs_as_it_is_printed(released: Path, tmp_path: Path) 
     assert 0 < alone < first  # a blank page
 
 
+@pytest.mark.parametrize("width", [128, 320])
+@pytest.mark.parametrize("kind", ["auto_round", "auto_gptq"])
+def test_the_card_says_where_the_folder_loads(tmp_path: Path, kind: str, width: int) -> None:
+    expected = {"query": "a", "maxsim": 1.0, "query_vector": [0.5], "page_vector": [0.25]}
+    facts = {
+        **FACTS, "format": kind, "vector_width": width, "expected": expected,
+        "transformers_versions": "5.0", "vllm_versions": "0.1",
+    }  # fmt: skip
+    write_card(tmp_path, {}, facts)
+    text = " ".join((tmp_path / "README.md").read_text().split())
+    assert "transformers 5.0, vLLM 0.1" in text
+    assert ("sentence-transformers 6.2.0, mteb" in text) == (kind == "auto_round")
+    assert ("`colqwen3 export-colpali`" in text) == ((kind, width) == ("auto_round", 320))
+    assert "computes with random weights without an error" in text
+
+
 def test_licence_language_and_tags_come_from_the_source(tmp_path: Path) -> None:
     source = {
         "license": "other",
