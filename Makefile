@@ -4,7 +4,8 @@
 # make lint           ruff and mypy
 # make report         all results in artifacts/report/index.html, a file that opens offline
 # make clean-recipes  what recipes that are no longer in params.yaml have left behind
-# make check-release  the released folders in clean environments with transformers 4.57 and 5: minutes
+# make check-release  the releases in clean environments: transformers 4.57 and 5, mteb, colpali-engine, vLLM: an hour
+# make check-vllm     the releases in vLLM on a CPU, offline and served: 15 minutes, 8 GB
 # make setup-corpus   a second environment with Ray, vector stores and the search page: 1 GB
 # make test-corpus    the tests that need it, a browser (chromium) for the last: minutes
 # make bench-size     time and memory at true size (4B, random weights) on this CPU: 10 minutes, 40 GB
@@ -16,7 +17,7 @@ INSTALLED := $(VENV)/.installed
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup repro report test lint clean-recipes check-release setup-corpus test-corpus bench-size reference
+.PHONY: setup repro report test lint clean-recipes check-release check-vllm setup-corpus test-corpus bench-size reference
 .DELETE_ON_ERROR:
 
 setup: $(INSTALLED)
@@ -57,10 +58,17 @@ lint: setup
 clean-recipes: setup
 	python -m stages.tools.clean_recipes
 
-check-release: setup
+check-release: setup check-vllm
 	for folder in artifacts/release/*; do \
 		python -m tests.slow.check_release "$$folder" --environments .venv/release || exit 1; \
 	done
+	for check in transformers mteb colpali; do \
+		python -m tests.slow.check_$$check --environments .venv/release || exit 1; \
+	done
+	python docs/figures.py
+
+check-vllm: setup
+	python -m tests.slow.check_vllm --environments .venv/release
 
 setup-corpus: setup
 	@$(PYTHON) -m venv $(VENV)/corpus

@@ -12,6 +12,8 @@ COMMANDS = {
     "inspect": "inspect_model",
     "verify": "verify",
     "export-gguf": "export_gguf",
+    "export-colpali": "export_colpali",
+    "oracle": "oracle",
     "benchmark-vidore": "benchmark_vidore",
 }
 """Subcommand -> module of `colqwen3.commands`."""

@@ -149,8 +149,6 @@ def check_layout(
         if layout.is_unused(stored_name):
             continue
         name, where = layout.published_name(stored_name), f"{folder / tensor.file}: {stored_name}"
-        if name in tensors:
-            raise UserError(f"{where} is stored under two names; remove one")
         if name not in expected:
             raise UserError(
                 f"{where} is not a tensor of a ColQwen3 with this config; check config.json"

@@ -146,7 +146,7 @@ def register(source: str, revision: str | None, options: EmbeddingOptions) -> An
         loader_kwargs={"source": source, "options": options},
         name=f"local/{folder.resolve().name}" if Path(source).is_dir() else source,
         revision=revision,
-        embed_dim=config.get("embed_dim"),
+        embed_dim=config.get("embed_dim") or config.get("vector_dim"),
         similarity_fn_name=ScoringFunction.MAX_SIM,
         model_type=["late-interaction"],
         modalities=["image", "text"],

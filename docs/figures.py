@@ -7,7 +7,7 @@ A figure stands between two comments, in the middle of a line or as a block of i
 Its name is that of a function or a value below, which says which file and which key it comes from.
 Without an option the files are rewritten; ``--check`` changes nothing and fails, naming each figure
 that differs. Sources are ``metrics/reference/`` (the authors' results; no run writes there),
-``metrics/size/``, ``metrics/scale/``, ``metrics/gguf/``, ``metrics/stores.json``,
+``metrics/size/``, ``metrics/scale/``, ``metrics/gguf/``, ``metrics/engines/``, ``metrics/stores.json``,
 ``metrics/demo_training.json`` and the ablation's metrics.
 """
 
@@ -26,6 +26,7 @@ MARK = re.compile(r"(?<!`)<!-- figure (?P<name>\S+) -->(?P<text>.*?)<!-- end -->
 RECIPES = ("w4g128", "rtn-w4g128")
 ABLATION = ROOT / "demo/studies/ablation"
 DEFAULT, ROUNDING = RECIPES
+ENGINES = ("transformers", "mteb", "colpali-engine", "vllm")
 
 FIGURES: dict[str, Callable[[], str]] = {}
 """Name of a figure -> what writes it."""
@@ -206,6 +207,94 @@ def gguf_size() -> str:
         f"a conversion peaks at {size['convert']['peak_resident_bytes'] / 1e9:.1f} GB; queries take "
         f"{size['queries']['peak_resident_bytes'] / 1e9:.1f} GB, of which all but "
         f"{size['queries']['peak_own_bytes'] / 1e9:.1f} GB is the mapped file."
+    )
+
+
+def engine(name: str) -> Any:
+    """Return metrics/engines/<name>.json."""
+    return read(f"metrics/engines/{name}.json")
+
+
+def minimum(row: Mapping[str, Any], kind: str) -> str:
+    """Return the minimum cosine of a query's or page's tokens in a row of an engine."""
+    value = row.get(f"{kind}_minimum", row.get("minimum"))
+    return "" if value is None else f"{value:.5f}"
+
+
+def outcome(row: Mapping[str, Any]) -> str:
+    """Return in a few words what an engine made of a folder."""
+    if row["result"] == "runs":
+        return "runs"
+    reason = "a shape does not fit" if "Attempted to load" in row["result"] else ""
+    reason = "by name" if "lacks the tensor" in row["result"] else reason
+    return f"rejected: {reason}" if reason else row["result"]
+
+
+@figure
+def engines() -> str:
+    """Engine by format: minimum cosines and what is rejected; metrics/engines/."""
+    rows = [("engine", "folder", "computes in", "query tokens", "page tokens", "result")]
+    for row in engine("transformers")["rows"]:
+        name = f"transformers {row['version']}"
+        cosines = (minimum(row, "query"), minimum(row, "page"))
+        rows.append((name, f"`{row['format']}`", row["dtype"], *cosines, outcome(row)))
+    versions = engine("mteb")["versions"]
+    names = {
+        "ColQwen3Wrapper": f"mteb {versions['mteb']}, its own wrapper",
+        "MultiVectorWrapper": f"sentence-transformers {versions['sentence-transformers']}, through mteb",
+    }
+    for row in engine("mteb")["rows"]:
+        ndcg = f"nDCG@5 {row['ndcg_at_5']:.4f}, ours {row['ndcg_at_5_of_evaluate']:.4f}"
+        rows.append((names[row["route"]], f"`{row['format']}`", row["dtype"], "", "", ndcg))
+    name = f"colpali-engine {engine('colpali-engine')['versions']['colpali-engine']}"
+    for row in engine("colpali-engine")["rows"]:
+        kind = row["format"].replace("auto_round", "`auto_round`")
+        cosines = (minimum(row, "query"), minimum(row, "page"))
+        rows.append((name, kind, row["dtype"], *cosines, outcome(row)))
+    for row in engine("vllm")["rows"]:
+        name = f"vLLM {row['version']}, {row['mode']}{', plugin' if row['plugin'] else ''}"
+        kind = row["format"].replace("auto_", "`auto_").replace("llm_compressor", "`llm_compressor")
+        kind = re.sub(r"`\w+", r"\g<0>`", kind)
+        cosines = (minimum(row, "query"), minimum(row, "page"))
+        rows.append((name, kind, row["dtype"], *cosines, outcome(row)))
+    return table(*rows)
+
+
+@figure
+def engines_date() -> str:
+    """When the engines were checked."""
+    return max(engine(name)["date"] for name in ENGINES)
+
+
+@figure
+def vllm_bias_loss() -> str:
+    """Mean page loss in stock vLLM of the published layout; metrics/engines/vllm.json."""
+    return f"{published_row(plugin=False)['page_loss']:.5f}"
+
+
+@figure
+def vllm_noise() -> str:
+    """Mean page loss by bfloat16 in vLLM and in transformers, of the released default format."""
+    (row,) = (
+        row
+        for row in engine("vllm")["rows"]
+        if row["mode"] == "server" and row["format"] == "auto_round"
+    )
+    return f"{row['page_loss']:.6f}, in transformers {row['page_loss_of_transformers']:.6f}"
+
+
+@figure
+def uneven_resize() -> str:
+    """Minimum cosine of a page that is shrunk one way and enlarged the other, in float32."""
+    return f"{published_row(plugin=True)['page_resized_unevenly_minimum']:.4f}"
+
+
+def published_row(plugin: bool) -> Any:
+    """Return the first row of the original in the published layout."""
+    return next(
+        row
+        for row in engine("vllm")["rows"]
+        if row["format"] == "published" and row["plugin"] == plugin
     )
 
 

@@ -5,7 +5,6 @@ Weights, configs, model code, licence, model card, and quantization_metadata.jso
 them take the place of weights, configs and model code.
 """
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from pydantic import Field
 
 from colqwen3.checkpoint.fingerprint import model_files
 from colqwen3.checkpoint.headers import weight_files
+from colqwen3.checkpoint.layout import vector_width
 from colqwen3.release.provenance import (
     FORMAT_VERSION,
     METADATA,
@@ -24,6 +24,7 @@ from colqwen3.release.provenance import (
     shown_params,
     shown_path,
 )
+from colqwen3.system.device import choose_device
 from colqwen3.system.disk import check_space
 from colqwen3.system.errors import UserError, run
 from colqwen3.system.files import (
@@ -39,6 +40,7 @@ from colqwen3.system.files import (
 from stages.evaluation.limits import WORSE
 from stages.pipeline.manifest import find_inspected_model, read_manifest
 from stages.pipeline.params import (
+    ComputeParams,
     EmbedParams,
     EvaluateParams,
     ModelParams,
@@ -65,10 +67,20 @@ from stages.publishing.card import (
     read_source_card,
     write_card,
 )
+from stages.publishing.engines import (
+    BARS,
+    SIZE,
+    TRANSFORMERS_VERSIONS,
+    VLLM_VERSIONS,
+    expected_numbers,
+    ship_for_engines,
+)
 from stages.publishing.formats import export_weights
 from stages.publishing.options import ReleaseOptions
 
 FAILED = "FAILED.txt"
+QUERY_TOKENS = 768
+"""What a context of this many tokens beyond those of a page leaves for a long query."""
 LICENCES = ("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*")
 
 
@@ -78,6 +90,7 @@ class Params(Sections):
     model: ModelParams
     embed: EmbedParams
     evaluate: EvaluateParams
+    compute: ComputeParams
     release: dict[str, ReleaseOptions] = Field(default_factory=dict)
 
 
@@ -89,19 +102,11 @@ def failed_text(name: str, verdict: dict[str, Any]) -> str:
     )
 
 
-def copy_checkpoint(checkpoint: Path, folder: Path, weights: bool) -> None:
-    """Put a checkpoint's files into another folder; weights as hard links where the disk has them."""
+def copy_configs(checkpoint: Path, folder: Path) -> None:
+    """Put a checkpoint's files except the weights into another folder."""
     for path in model_files(checkpoint):
-        target = folder / path.name
         if path.suffix != ".safetensors":
-            shutil.copyfile(path, target)
-            continue
-        if not weights:
-            continue
-        try:
-            os.link(path.resolve(), target)
-        except OSError:  # another filesystem, or one without links
-            shutil.copyfile(path, target)
+            shutil.copyfile(path, folder / path.name)
 
 
 def copy_licences(source: Path, folder: Path) -> list[str]:
@@ -164,6 +169,12 @@ def describe_provenance(
     }
 
 
+def model_width(name: str) -> int:
+    """Return the numbers in a vector of a recipe's checkpoint."""
+    path = CHECKPOINTS / name / "config.json"
+    return vector_width(read_json(path, f"run `dvc repro -f quantize@{name}`"))
+
+
 def card_facts(
     provenance: dict[str, Any],
     metrics: dict[str, Any],
@@ -204,6 +215,13 @@ def card_facts(
             f"{key} {provenance['libraries'][key]}" for key in sorted(libraries)
         ),
         "max_num_visual_tokens": params["model"]["max_num_visual_tokens"],
+        "max_model_len": params["model"]["max_num_visual_tokens"] + QUERY_TOKENS,
+        "expected": provenance["expected"],
+        "sample_size": SIZE,
+        "sample_bars": BARS,
+        "vllm_versions": VLLM_VERSIONS,
+        "transformers_versions": TRANSFORMERS_VERSIONS.get(provenance["format"]),
+        "vector_width": model_width(recipe["name"]),
         "dataset": dataset,
         "measured_on": f"{data['pages']} pages and {data['queries']} queries of {dataset} "
         f"({params['embed']['dtype']})",
@@ -237,22 +255,23 @@ def main() -> None:
     source_card = read_source_card(source)
     partial = fresh_folder(RELEASES / name)
     weight_format = params.release.get(name, ReleaseOptions()).format
+    limit = params.model.max_num_visual_tokens
+    expected = None
     if weight_format == "gguf":
-        limit = params.model.max_num_visual_tokens
         export_gguf(CHECKPOINTS / name, partial, max_num_visual_tokens=limit)
     else:
-        copy_checkpoint(CHECKPOINTS / name, partial, weights=weight_format == "auto_round")
-        if weight_format != "auto_round":
-            check_space(
-                partial,
-                sum(path.stat().st_size for path in weight_files(CHECKPOINTS / name)),
-                "the weights",
-            )
-            export_weights(CHECKPOINTS / name, partial, weight_format)
+        copy_configs(CHECKPOINTS / name, partial)
+        size = sum(path.stat().st_size for path in weight_files(CHECKPOINTS / name))
+        check_space(partial, size, "the weights")
+        export_weights(CHECKPOINTS / name, partial, weight_format)
         ship_code(partial)
         ship_sentence_transformers(partial)
+        ship_for_engines(partial, limit)
+        device = choose_device(params.compute.device)
+        expected = expected_numbers(CHECKPOINTS / name, params.embed.dtype, device, limit)
     licences = copy_licences(source, partial)
     provenance = describe_provenance(name, params, quantized, source_card, verdict)
+    provenance["expected"] = expected
     facts = card_facts(provenance, metrics, model, quantized["bits"], licences)
     facts["gguf_bytes"] = f"{sum(path.stat().st_size for path in partial.glob('*.gguf')):,}"
     write_card(partial, source_card, facts)

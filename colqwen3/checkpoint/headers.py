@@ -146,9 +146,11 @@ def read_headers(folder: Path) -> dict[str, TensorInfo]:
     Raises
     ------
     UserError
-        If a file is damaged, a tensor is stored twice, or index and files disagree.
+        If a file is damaged, a tensor is stored twice, under one name or two, or index and files
+        disagree.
     """
     tensors: dict[str, TensorInfo] = {}
+    published: dict[str, str] = {}
     for path in weight_files(folder):
         for name, tensor in read_header(path).items():
             if name in tensors:
@@ -156,6 +158,11 @@ def read_headers(folder: Path) -> dict[str, TensorInfo]:
                     f"{path}: contains {name}, which {tensors[name].file} contains too; remove one"
                 )
             tensors[name] = tensor
+            other = published.setdefault(published_name(name), name)
+            if other != name:
+                raise UserError(
+                    f"{path}: {name} and {other} are one tensor, stored under two names; remove one"
+                )
     if (folder / INDEX).exists():
         weight_map = read_json(folder / INDEX, "fetch it again")["weight_map"]
         for name, tensor in tensors.items():

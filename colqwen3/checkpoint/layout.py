@@ -27,10 +27,18 @@ LEGACY_KEY_MAPPING = {
     r"^language_model\.": "vlm.model.language_model.",
     r"^visual\.": "vlm.model.visual.",
     r"^custom_text_proj\.": "embedding_proj_layer.",
+    r"^embedding_proj_layer\.before_weight\.bias$": "embedding_proj_layer.bias",
 }
-"""Older key names (regular expression -> replacement) that loaders also accept."""
-UNUSED_KEYS = r"^(vlm\.)?lm_head\."
-"""The language-model head, stored by some checkpoints and never used in forward."""
+"""Other key names (regular expression -> replacement) that loaders also accept: older ones, and
+that of the bias in a released folder."""
+UNUSED_KEYS = r"^(vlm\.)?lm_head\.|^embedding_proj_layer\.guard_weight$"
+"""What is never used in forward: the language-model head, stored by some checkpoints, and the
+guard of a released folder."""
+RELEASED_BIAS = "embedding_proj_layer.before_weight.bias"
+RELEASED_GUARD = "embedding_proj_layer.guard_weight"
+"""Bias and guard of the projection in a released folder; docs/engines.md says why."""
+WIDTH_KEYS = ("embed_dim", "vector_dim")
+"""Where config.json has the width of a token's vector: in a published and in a released folder."""
 
 Shape = tuple[int, ...]
 
@@ -84,6 +92,22 @@ def component(name: str) -> str:
     if name.startswith("vlm.model.language_model."):
         return "language_model"
     return "projection"
+
+
+def vector_width(config: Mapping[str, Any]) -> int:
+    """Return the width of a token's vector from a config, published or released.
+
+    Raises
+    ------
+    KeyError
+        If it is absent.
+    ValueError
+        If it is not a whole number from 1, or given twice with different values.
+    """
+    widths = {_size(config, key) for key in WIDTH_KEYS if config.get(key) is not None}
+    if len(widths) > 1:
+        raise ValueError("embed_dim and vector_dim differ; remove one")
+    return widths.pop() if widths else _size(config, WIDTH_KEYS[0])
 
 
 def linears(config: Mapping[str, Any]) -> dict[str, Shape]:
@@ -149,7 +173,7 @@ def tensors(config: Mapping[str, Any]) -> dict[str, Shape]:
     KeyError, TypeError, ValueError
         If the config lacks a size, or contains something else in its place.
     """
-    hidden, width = _size(config["text_config"], "hidden_size"), _size(config, "embed_dim")
+    hidden, width = _size(config["text_config"], "hidden_size"), vector_width(config)
     shapes: dict[str, Shape] = {}
     shapes.update(_vision(config["vision_config"]))
     shapes.update(_language_model(config))

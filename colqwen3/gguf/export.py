@@ -14,7 +14,7 @@ from typing import IO, Any
 import torch
 
 from colqwen3.checkpoint.headers import Checkpoint
-from colqwen3.checkpoint.layout import EMBEDDINGS, all_linears, tensors
+from colqwen3.checkpoint.layout import EMBEDDINGS, all_linears, tensors, vector_width
 from colqwen3.checkpoint.packing import PACKED_TENSORS
 from colqwen3.checkpoint.quantization import (
     PACKED_TABLE,
@@ -387,7 +387,7 @@ def _write_vision_metadata(writer: Any, config: dict[str, Any], images: dict[str
     writer.add_vision_image_mean(images["mean"])
     writer.add_vision_image_std(images["std"])
     writer.add_vision_is_deepstack_layers([i in deepstack for i in range(vision["depth"])])
-    writer.add_uint32("colqwen3.embed_dim", config["embed_dim"])
+    writer.add_uint32("colqwen3.embed_dim", vector_width(config))
     writer.add_uint32("colqwen3.min_pixels", images["min_pixels"])
     writer.add_uint32("colqwen3.max_pixels", images["max_pixels"])
     writer.add_uint32("colqwen3.side", vision["patch_size"] * vision["spatial_merge_size"])

@@ -24,8 +24,9 @@ LEGACY_KEY_MAPPING = {
     r"^language_model\.": "vlm.model.language_model.",
     r"^visual\.": "vlm.model.visual.",
     r"^custom_text_proj\.": "embedding_proj_layer.",
+    r"^embedding_proj_layer\.before_weight\.bias$": "embedding_proj_layer.bias",
 }
-UNUSED_KEYS = r"^(vlm\.)?lm_head\."
+UNUSED_KEYS = r"^(vlm\.)?lm_head\.|^embedding_proj_layer\.guard_weight$"
 
 # transformers 4.57 locates the image tokens itself
 TAKES_TOKEN_TYPES = "mm_token_type_ids" in inspect.signature(Qwen3VLModel.forward).parameters

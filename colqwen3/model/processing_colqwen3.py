@@ -12,7 +12,7 @@ from PIL import ExifTags, Image, ImageChops, ImageCms
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
 
-from .scoring import max_sim
+from .scoring import BATCH, max_sim
 
 try:
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
@@ -335,7 +335,32 @@ class ColQwen3Processor(ProcessorMixin):  # type: ignore[misc]
         return self.process_images([images] if isinstance(images, Image.Image) else images)
 
     def score_multi_vector(
-        self, qs: Sequence[torch.Tensor] | torch.Tensor, ps: Sequence[torch.Tensor] | torch.Tensor
+        self,
+        qs: Sequence[torch.Tensor] | torch.Tensor,
+        ps: Sequence[torch.Tensor] | torch.Tensor,
+        batch_size: int | None = None,
+        device: torch.device | str | None = None,
     ) -> torch.Tensor:
-        """Score every query against every page by MaxSim, see `max_sim`."""
-        return max_sim(qs, ps)
+        """Score every query against every page by MaxSim, see `max_sim`.
+
+        Parameters
+        ----------
+        qs, ps
+            Queries and pages: one [tokens, embed_dim] tensor each, or one padded tensor.
+        batch_size
+            Queries and pages that are scored at a time; it changes memory, no score.
+        device
+            Where to compute; by default where the queries are.
+
+        Returns
+        -------
+        torch.Tensor
+            Float32 scores [queries, pages] on the CPU.
+
+        Raises
+        ------
+        ValueError
+            If there are no queries or no pages, or ``batch_size`` is below 1.
+        """
+        queries = qs if device is None else [query.to(device) for query in qs]
+        return max_sim(queries, ps, BATCH if batch_size is None else batch_size)

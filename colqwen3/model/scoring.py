@@ -9,7 +9,9 @@ BATCH = 16  # queries and pages at a time: 35 MB of similarities for 26 and 1271
 
 
 def max_sim(
-    queries: Sequence[torch.Tensor] | torch.Tensor, pages: Sequence[torch.Tensor] | torch.Tensor
+    queries: Sequence[torch.Tensor] | torch.Tensor,
+    pages: Sequence[torch.Tensor] | torch.Tensor,
+    batch_size: int = BATCH,
 ) -> torch.Tensor:
     """Score every query against every page: sum over query tokens of the best page token.
 
@@ -21,6 +23,8 @@ def max_sim(
     ----------
     queries, pages
         One [tokens, embed_dim] tensor each, or one padded tensor [items, tokens, embed_dim].
+    batch_size
+        Queries and pages that are scored at a time; it changes memory, no score.
 
     Returns
     -------
@@ -30,16 +34,22 @@ def max_sim(
     Raises
     ------
     ValueError
-        If there are no queries or no pages.
+        If there are no queries or no pages, or `batch_size` is below 1.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}, not a number above 0")
     if len(queries) == 0 or len(pages) == 0:
         raise ValueError("need at least one query and one page")
     rows = []
-    for q in range(0, len(queries), BATCH):
-        query = pad_sequence([item.float() for item in queries[q : q + BATCH]], batch_first=True)
+    for q in range(0, len(queries), batch_size):
+        query = pad_sequence(
+            [item.float() for item in queries[q : q + batch_size]], batch_first=True
+        )
         row = []
-        for p in range(0, len(pages), BATCH):
-            page = pad_sequence([item.float() for item in pages[p : p + BATCH]], batch_first=True)
+        for p in range(0, len(pages), batch_size):
+            page = pad_sequence(
+                [item.float() for item in pages[p : p + batch_size]], batch_first=True
+            )
             page = page.to(query.device)
             padding = (page == 0).all(-1)
             similarities = torch.einsum("qnd,pmd->qpnm", query, page)

@@ -2,6 +2,7 @@
 
 ``auto_gptq`` is read by transformers through optimum and gptqmodel, ``llm_compressor`` by
 compressed-tensors. Codes and scales stay the same numbers; only their layout and names change.
+The projection is stored as `colqwen3.release.projection` says, in every format.
 """
 
 import re
@@ -16,14 +17,21 @@ from colqwen3.checkpoint.layout import BLOCKS, VISION
 from colqwen3.checkpoint.packing import PACKED_TENSORS
 from colqwen3.checkpoint.quantization import linear_bits
 from colqwen3.checkpoint.tensor_file import TensorFile, read_tensor
+from colqwen3.release.projection import (
+    released_config,
+    released_name,
+    released_specs,
+    write_guard,
+    write_released,
+)
 from colqwen3.system.files import read_json, write_json
 
 FIX = "run `dvc repro -f quantize`"
-GPTQ, COMPRESSED = "auto_gptq", "llm_compressor"
+AUTO_ROUND, GPTQ, COMPRESSED = "auto_round", "auto_gptq", "llm_compressor"
 
 
 def export_weights(checkpoint: Path, folder: Path, kind: str) -> None:
-    """Write the weights of an ``auto_round`` checkpoint and its config in another format.
+    """Write the weights of an ``auto_round`` checkpoint and its config as a released folder has them.
 
     Parameters
     ----------
@@ -32,13 +40,16 @@ def export_weights(checkpoint: Path, folder: Path, kind: str) -> None:
     folder
         Where the weights go; its config.json gets the format's ``quantization_config``.
     kind
-        ``auto_gptq`` or ``llm_compressor``.
+        ``auto_round``, ``auto_gptq`` or ``llm_compressor``.
 
     Raises
     ------
     UserError
         If the checkpoint is damaged.
     """
+    if kind == AUTO_ROUND:
+        write_released(checkpoint, folder)
+        return
     stored = read_headers(checkpoint)
     config = read_json(folder / "config.json", FIX)
     quantization = config["quantization_config"]
@@ -55,20 +66,17 @@ def export_weights(checkpoint: Path, folder: Path, kind: str) -> None:
     }
     packed = {f"{linear}.{part}" for linear in linears for part in PACKED_TENSORS}
     unchanged = {name: tensor for name, tensor in stored.items() if name not in packed}
-    specs = {
-        **{name: (tensor.dtype, tensor.shape) for name, tensor in unchanged.items()},
-        **converted,
-    }
-    with TensorFile(folder / SINGLE, specs) as file:
+    with TensorFile(folder / SINGLE, {**released_specs(unchanged), **converted}) as file:
+        write_guard(file, unchanged)
         for name, tensor in unchanged.items():
-            file.copy(name, checkpoint, tensor)
+            file.copy(released_name(name), checkpoint, tensor)
         for linear in linears:
             parts = {
                 part: read_tensor(checkpoint, stored[f"{linear}.{part}"]) for part in PACKED_TENSORS
             }
             for part, value in convert(parts, bits[linear]).items():
                 file.write(f"{linear}.{part}", value)
-    write_json(folder / "config.json", config)
+    write_json(folder / "config.json", released_config(config))
     if kind == GPTQ:
         write_json(folder / "quantize_config.json", config["quantization_config"])
 

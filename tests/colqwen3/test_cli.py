@@ -32,14 +32,9 @@ def subparsers() -> dict[str, argparse.ArgumentParser]:
 
 def test_each_subcommand_has_a_module_and_help() -> None:
     assert set(COMMANDS) == {
-        "embed",
-        "search",
-        "embed-corpus",
-        "inspect",
-        "verify",
-        "export-gguf",
-        "benchmark-vidore",
-    }
+        "embed", "search", "embed-corpus", "inspect", "verify", "export-gguf", "export-colpali",
+        "oracle", "benchmark-vidore",
+    }  # fmt: skip
     assert set(subparsers()) == set(COMMANDS)
     overview = build_parser().format_help()
     for name, parser in subparsers().items():

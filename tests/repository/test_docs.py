@@ -319,6 +319,21 @@ def test_the_report_on_deepstack_is_short_and_true() -> None:
     assert float(told["visual"]) > 0.5
 
 
+@pytest.mark.parametrize("report", [path for path in REPORTS if "autoround" not in path.name])
+def test_the_code_of_a_report_is_the_file_beside_it(report: Path) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", report.read_text(), re.DOTALL)
+    assert code == report.with_name(report.stem.replace("-", "_") + ".py").read_text()
+
+
+def test_the_report_on_mteb_is_true() -> None:
+    pytest.importorskip("mteb")
+    folder = ROOT / "docs/upstream"
+    script = folder / "mteb_colqwen3_device.py"
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+    told = re.findall(r"^TypeError: .*$", (folder / "mteb-colqwen3-device.md").read_text(), re.M)
+    assert told == done.stderr.strip().splitlines()[-1:]
+
+
 @pytest.fixture(scope="module")
 def notebook() -> dict[str, Any]:
     """Return the example notebook."""

@@ -7,22 +7,27 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from colqwen3.checkpoint.layout import linears, vision_linears
+from colqwen3.dataset.beir import read_dataset
+from colqwen3.embedding.embedder import embed_all
 from colqwen3.model import ColQwen3, ColQwen3Config, ColQwen3Processor
 from colqwen3.model.loading import load_model, load_processor
 from colqwen3.model.scoring import max_sim
 from colqwen3.mteb_model import ColQwen3Encoder
 from colqwen3.release.verify import verify
+from stages.evaluation.retrieval import Run, measure
 from stages.publishing.model_code import ship_code
 from stages.quantization.allocation import Allocation
-from stages.release import copy_checkpoint, copy_licences
+from stages.release import copy_configs, copy_licences
 from stages.tools import upload
 from tests.conftest import RECIPE, run_stage, run_stages
 from tests.helpers.clone import change
@@ -111,16 +116,78 @@ def test_sentence_transformers_agree(released: Path, inputs: Path) -> None:
     )
 
 
-def test_weights_are_links_and_code_of_the_source_stays_behind(
+@pytest.fixture
+def folder_task(tmp_path: Path) -> Any:
+    """Return a task of mteb whose nDCG tells right scores from wrong ones."""
+    pytest.importorskip("mteb", reason="the benchmarks are an extra: pip install mteb")
+    from tests.helpers.mteb_task import FolderTask, draw_set
+
+    FolderTask.folder = draw_set(tmp_path / "set")
+    return FolderTask()
+
+
+def expected_ndcg(released: Path, folder: Path) -> float:
+    dataset = read_dataset(folder)
+    model = load_packed(released, torch.float32, torch.device("cpu"))
+    processor = load_processor(released, 1280)
+    queries, pages = embed_all(model, processor, dataset.queries, dataset.pages, 16, 1280)
+    scores = max_sim(list(queries.values()), list(pages.values())).numpy()
+    run = Run(tuple(queries), tuple(pages), scores)
+    return float(measure(run, dataset.relevance)["ndcg_at_5"].mean())
+
+
+def test_mtebs_own_wrapper_finishes_a_task(
+    released: Path, folder_task: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mteb
+    from mteb.models.model_implementations.colqwen_models import ColQwen3Wrapper, colqwen3_4b
+
+    for name in ("torchvision", "torchvision.transforms", "torchvision.transforms.functional"):
+        # imported for images that are tensors, which these are not
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    wrapper = ColQwen3Wrapper(str(released), dtype=torch.float32, device="cpu")
+    wrapper.mteb_model_meta = colqwen3_4b.model_copy(update={"name": "local/release"})
+    result = mteb.evaluate(wrapper, folder_task, cache=None, encode_kwargs={"batch_size": 4})
+    (scores,) = result.task_results[0].scores["test"]
+    assert scores["ndcg_at_5"] == pytest.approx(
+        expected_ndcg(released, folder_task.folder), abs=1e-4
+    )
+    assert 0.1 < scores["ndcg_at_5"] < 0.99
+
+
+def test_mteb_evaluates_it_through_sentence_transformers(released: Path, folder_task: Any) -> None:
+    import mteb
+    from mteb.models import MultiVectorWrapper
+
+    wrapper = MultiVectorWrapper(
+        str(released), device="cpu", trust_remote_code=True, model_kwargs={"dtype": torch.float32}
+    )
+    # mteb reads the modalities of a repository on the Hub; of a folder it supposes text alone
+    known = {"name": "local/release", "modalities": ["image", "text"]}
+    wrapper.mteb_model_meta = wrapper.mteb_model_meta.model_copy(update=known)
+    result = mteb.evaluate(wrapper, folder_task, cache=None, encode_kwargs={"batch_size": 4})
+    (scores,) = result.task_results[0].scores["test"]
+    assert scores["ndcg_at_5"] == pytest.approx(
+        expected_ndcg(released, folder_task.folder), abs=1e-4
+    )
+
+
+def test_weights_are_the_checkpoints_and_code_of_the_source_stays_behind(
     workspace: Path, released: Path, tmp_path: Path
 ) -> None:
     checkpoint = workspace / "artifacts/checkpoints/rtn-w4g128"
-    assert os.path.samefile(checkpoint / "model.safetensors", released / "model.safetensors")
+    before, after = (load_file(each / "model.safetensors") for each in (checkpoint, released))
+    before["embedding_proj_layer.before_weight.bias"] = before.pop("embedding_proj_layer.bias")
+    assert after.pop("embedding_proj_layer.guard_weight").tolist() == [0]
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
     assert {path.suffix for path in released.iterdir()} <= {
-        ".json", ".py", ".md", ".safetensors", "",
+        ".json", ".py", ".md", ".safetensors", ".jinja", "",
     }  # fmt: skip
-    copy_checkpoint(checkpoint, tmp_path, weights=False)
-    assert not (tmp_path / "model.safetensors").exists()
+    copy_configs(checkpoint, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        path.name for path in checkpoint.iterdir()
+    } - {"model.safetensors"}
 
 
 def test_licences_travel(tmp_path: Path) -> None:

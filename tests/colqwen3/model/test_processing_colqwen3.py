@@ -225,6 +225,10 @@ def test_call_takes_either_images_or_text(processor: ColQwen3Processor) -> None:
 def test_scores_are_max_sim(processor: ColQwen3Processor) -> None:
     query, page = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[0.6, 0.8], [0.0, -1.0]])
     assert processor.score_multi_vector([query], [page]).item() == pytest.approx(1.4)
+    # as mteb and colpali-engine call it
+    for options in ({"device": "cpu"}, {"batch_size": 1, "device": torch.device("cpu")}):
+        scores = processor.score_multi_vector(query[None], [page], **options)
+        assert scores.item() == pytest.approx(1.4)
 
 
 def test_threads_may_share_a_processor() -> None:

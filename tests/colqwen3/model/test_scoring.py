@@ -42,6 +42,18 @@ def test_is_the_sum_of_the_best_similarities() -> None:
     torch.testing.assert_close(scores, expected(), atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 100])
+def test_scores_do_not_depend_on_the_size_of_a_batch(batch_size: int) -> None:
+    scores = max_sim(QUERIES, PAGES, batch_size)
+    torch.testing.assert_close(scores, expected(), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_a_batch_of_nothing_is_an_error(batch_size: int) -> None:
+    with pytest.raises(ValueError, match="batch_size is"):
+        max_sim(QUERIES, PAGES, batch_size)
+
+
 def test_zero_rows_change_nothing() -> None:
     scores = max_sim(padded(QUERIES), padded(PAGES))
     torch.testing.assert_close(scores, expected(), atol=1e-6, rtol=0)

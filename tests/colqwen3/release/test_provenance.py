@@ -38,7 +38,7 @@ def test_released_metadata_tell_what_was_made(released: Path, workspace: Path) -
     with safe_open(weights, "pt") as file:
         packed = {name[: -len(".qweight")] for name in file.keys() if name.endswith(".qweight")}  # noqa: SIM118
         assert metadata["tensors"].keys() == set(file.keys())
-        for name in (f"{next(iter(packed))}.qweight", "embedding_proj_layer.bias"):
+        for name in (f"{next(iter(packed))}.qweight", "embedding_proj_layer.before_weight.bias"):
             raw = file.get_tensor(name).contiguous().view(torch.uint8).numpy().tobytes()
             assert metadata["tensors"][name]["sha256"] == hashlib.sha256(raw).hexdigest()
     assert {layer["name"] for layer in metadata["layers"]} == packed

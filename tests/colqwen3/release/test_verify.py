@@ -12,7 +12,7 @@ from colqwen3.release.provenance import METADATA, seal
 from colqwen3.release.verify import verify
 
 WEIGHTS = "model.safetensors"
-PROJECTION = "embedding_proj_layer.bias"
+PROJECTION = "embedding_proj_layer.before_weight.bias"
 
 
 @pytest.fixture

@@ -77,10 +77,10 @@ def test_figures_are_those_of_the_metrics_and_say_of_what(card: Any) -> None:
 
 def test_code_of_the_card_runs_as_it_is_printed(released: Path, tmp_path: Path) -> None:
     code = re.findall(r"```python\n(.*?)```", (released / "README.md").read_text(), re.DOTALL)
-    assert len(code) == 2
+    assert len(code) == 3
     env = {key: value for key, value in os.environ.items() if key in ("PATH", "OMP_NUM_THREADS")}
     finished = subprocess.run(
-        [sys.executable, "-c", "\n".join(code)],
+        [sys.executable, "-c", "\n".join(code[:2])],
         cwd=released, env={**env, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
@@ -88,6 +88,22 @@ def test_code_of_the_card_runs_as_it_is_printed(released: Path, tmp_path: Path) 
     first, second, third, fourth, alone = map(float, re.findall(r"\d+\.\d+", finished.stdout))
     assert first > second and third < fourth  # each query finds its page
     assert 0 < alone < first  # a blank page
+
+
+@pytest.mark.parametrize("width", [128, 320])
+@pytest.mark.parametrize("kind", ["auto_round", "auto_gptq"])
+def test_the_card_says_where_the_folder_loads(tmp_path: Path, kind: str, width: int) -> None:
+    expected = {"query": "a", "maxsim": 1.0, "query_vector": [0.5], "page_vector": [0.25]}
+    facts = {
+        **FACTS, "format": kind, "vector_width": width, "expected": expected,
+        "transformers_versions": "5.0", "vllm_versions": "0.1",
+    }  # fmt: skip
+    write_card(tmp_path, {}, facts)
+    text = " ".join((tmp_path / "README.md").read_text().split())
+    assert "transformers 5.0, vLLM 0.1" in text
+    assert ("sentence-transformers 6.2.0, mteb" in text) == (kind == "auto_round")
+    assert ("`colqwen3 export-colpali`" in text) == ((kind, width) == ("auto_round", 320))
+    assert "computes with random weights without an error" in text
 
 
 def test_licence_language_and_tags_come_from_the_source(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from colqwen3.checkpoint.layout import EMBEDDINGS, linears, vision_linears, vision_part
@@ -136,10 +137,17 @@ def test_compressed_tensors_have_a_group_for_every_width(tmp_path: Path) -> None
     assert whole["quantized_token_embeddings"] == {"bits": 8, "group_size": 32}
 
 
-@pytest.mark.parametrize("kind", ["auto_gptq", "llm_compressor"])
+@pytest.mark.parametrize("kind", ["auto_round", "auto_gptq", "llm_compressor"])
 def test_what_is_not_quantized_stays_as_it_is(checkpoint: Path, tmp_path: Path, kind: str) -> None:
     parts = ("qweight", "qzeros", "scales", "g_idx", "_packed", "_scale", "_shape")
     before = load_file(checkpoint / "model.safetensors")
+    before["embedding_proj_layer.before_weight.bias"] = before.pop("embedding_proj_layer.bias")
     after, _ = export(checkpoint, tmp_path, kind)
+    assert after.pop("embedding_proj_layer.guard_weight").shape == (1,)
     assert others(before, parts) == others(after, parts)
     assert all(torch.equal(before[name], after[name]) for name in others(before, parts))
+    # a loader that takes tensors by name or by place meets bias, guard and weight in this order
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        for names in (sorted(file.keys()), file.offset_keys()):
+            projection = [name.split(".")[1] for name in names if name.startswith("embedding_proj")]
+            assert projection == ["before_weight", "guard_weight", "weight"]
