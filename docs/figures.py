@@ -149,6 +149,18 @@ def corpus_cost() -> str:
     results = read(path)
     steps, gpu = results["steps"], results["machine"]["gpu"].split(",")[0]
     alone, head = steps["runtime"], ("", "from PNG", "from PDF (scans)")
+    own = (
+        f"{alone['pages_per_second']:.1f} pages per second in batches of {alone['pages_per_batch']}"
+    )
+    if "failed" in steps["png"]:
+        png, grey, pdf = (
+            steps["prepare"][kind]["median"] for kind in ("png", "png_without_colour", "pdf")
+        )
+        return (
+            f"{gpu}, weights: {results['weights']}; the runtime alone {own}.\nPreparing a page takes "
+            f"{png:.0f} ms of one core of that machine from PNG ({grey:.0f} without colour), {pdf:.0f} "
+            "ms from PDF.\nFrom files to shards was not measured there: pyarrow could not be loaded."
+        )
     ways = [steps[kind] for kind in ("png", "pdf")]
     prepared = [steps["prepare"][kind]["median"] for kind in ("png", "pdf")]
     rates = [way.get("steady_pages_per_second", way["pages_per_second"]) for way in ways]
@@ -167,9 +179,6 @@ def corpus_cost() -> str:
             *(f"{rate * ms / 1000:.1f}" for rate, ms in zip(rates, prepared, strict=True)),
         ),
         row("disk per million pages", *(gb(1e6 * way["bytes_per_page"], 0) for way in ways)),
-    )
-    own = (
-        f"{alone['pages_per_second']:.1f} pages per second in batches of {alone['pages_per_batch']}"
     )
     return f"{gpu}, weights: {results['weights']}; the runtime alone {own}.\n\n{table(head, *rows)}"
 
