@@ -501,6 +501,23 @@ def frontier() -> str:
 
 
 @figure
+def small_against_default() -> str:
+    """Return the losses of `small` over those of the default recipe, on both sets."""
+    from demo.studies.ablation.study import frontier_points
+
+    words = []
+    for kind in ("pages", "queries"):
+        ratios = []
+        for dataset in ("evaluation", "evaluation2"):
+            points = {point["recipe"]: point for point in frontier_points(dataset)}
+            ratios.append(f"{points['small'][kind] / points['w4'][kind]:.2f}")
+        words.append(f"{' and '.join(ratios)} × its loss of {kind}")
+    points = {point["recipe"]: point for point in frontier_points("evaluation")}
+    size = points["small"]["mb"] / points["w4"]["mb"]
+    return f"{size:.2f} × the bytes of `w4`, {' and '.join(words)}"
+
+
+@figure
 def sensitivity() -> str:
     """Return the loss of pages and queries with one part of the demo model quantized."""
     measured = read("demo/studies/ablation/metrics/sensitivity.json")
