@@ -306,7 +306,10 @@ def frontier_points(dataset: str) -> list[dict[str, Any]]:
             continue
         figures = read_json(path, FIX)[dataset]
         parts = recipe.token_embeddings is not None
-        way = "budget" if recipe.has_budget else "embeddings and vision too" if parts else "uniform"
+        budget = (
+            "budget of bytes" if recipe.bytes else "budget of bits" if recipe.has_budget else None
+        )
+        way = budget or ("embeddings and vision too" if parts else "uniform")
         points.append(
             {
                 "recipe": UNIFORM.get(name, name),
