@@ -39,12 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say how a model runs."""
+def add_model_options(parser: argparse.ArgumentParser, dtype: str | None = "float32") -> None:
+    """Add the options that say how a model runs; without a default `dtype` the device decides."""
+    usual = dtype or "bfloat16 on a GPU, float32 on a CPU"
     parser.add_argument(
-        "--dtype", choices=DTYPES, default="float32",
-        help="of the arithmetic (default: %(default)s)",
-    )  # fmt: skip
+        "--dtype", choices=DTYPES, default=dtype, help=f"of the arithmetic (default: {usual})"
+    )
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto",
         help="auto: the GPU when there is one (default: %(default)s)",

@@ -2,7 +2,7 @@
 
 Inputs are folders, patterns, files and lists (.jsonl or .parquet with path, page, id). A run that
 is killed continues with the missing shards; a page that cannot be read goes to _errors.jsonl. With
-several GPUs: accelerate launch --num_processes N -m colqwen3 embed-corpus ...
+several GPUs: accelerate launch --multi_gpu --num_processes N -m colqwen3 embed-corpus ...
 """
 
 import argparse
@@ -36,8 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--format", choices=FORMATS, default="float16",
         help="of the vectors (default: %(default)s)",
     )  # fmt: skip
-    add_model_options(parser)
-    parser.set_defaults(dtype=None)
+    add_model_options(parser, dtype=None)
     parser.add_argument(
         "--visual-tokens-per-batch", type=positive, metavar="N",
         help="bound of a batch of pages (default: 5120 on a GPU, 1280 on a CPU)",

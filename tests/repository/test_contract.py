@@ -373,8 +373,9 @@ def test_tests_mirror_the_folders() -> None:
     assert not homeless
 
 
-def test_requirements_are_pinned_and_name_no_address() -> None:
-    lines = Path("requirements.txt").read_text().splitlines()
+@pytest.mark.parametrize("file", ["requirements.txt", "requirements-corpus.txt"])
+def test_requirements_are_pinned_and_name_no_address(file: str) -> None:
+    lines = Path(file).read_text().splitlines()
     pins = [line for line in lines if not line.startswith("#")]
     assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[\w.]+", pin) for pin in pins)
     assert "torchvision" not in {pin.split("==")[0] for pin in pins}
