@@ -40,6 +40,7 @@ from tests.slow.engines import (
     compare,
     copied_project,
     environment,
+    limited,
     make_inputs,
     original_as_released,
     outside,
@@ -61,6 +62,8 @@ SETTINGS = {
     "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "WARNING",
 }  # fmt: skip
+LIMIT = 64
+"""Of visual tokens, in place of 1280."""
 FLOAT32, BFLOAT16 = "float32", "bfloat16"
 
 
@@ -129,6 +132,25 @@ class Check:
         if fails:
             row["result"] = "loads, and should not"
             self.broken.append(f"{row}: should be rejected")
+
+    def limit(self, folder: Path, model: Path) -> None:
+        """Embed with another limit of visual tokens: pages must have as many tokens as here."""
+        row: dict[str, Any] = {"version": self.version, "mode": "offline"}
+        row |= {"format": f"auto_round, {LIMIT} visual tokens", "dtype": BFLOAT16, "plugin": False}
+        out = self.work / "vllm.safetensors"
+        out.unlink(missing_ok=True)
+        error = probe(
+            self.python, "probe_vllm.py", self.work, folder, self.inputs, out, BFLOAT16,
+            VLLM_PLUGINS="none", **SETTINGS,
+        )  # fmt: skip
+        expected = reference(model, self.inputs, torch.float32, LIMIT)
+        try:
+            row |= {"result": "runs", **compare(load_file(out), expected)}
+        except (OSError, RuntimeError) as wrong:
+            row["result"] = f"wrong: {error or wrong}"
+            self.broken.append(f"{row}")
+        self.rows.append(row)
+        print(json.dumps(row), flush=True)
 
     def served(self, name: str, folder: Path, model: Path, dtype: str) -> None:
         """Embed through the server; run the card's own client where there is a card."""
@@ -263,6 +285,7 @@ def main() -> None:
             if version == args.versions[0]:
                 check.offline("original", original, ORIGINAL, BFLOAT16)
                 check.offline("auto_round", packed, checkpoint, BFLOAT16, plugin=True)
+                check.limit(limited(packed, work / "limited", LIMIT), checkpoint)
                 check.offline(
                     "auto_round, bias removed", bad["auto_round", "removed"], checkpoint, BFLOAT16,
                     plugin=True, fails="lacks the tensor embedding_proj_layer.bias",

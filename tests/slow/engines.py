@@ -193,10 +193,17 @@ def changed(folder: Path, target: Path, bias: str) -> Path:
     return target
 
 
-def reference(folder: Path, inputs: Path, dtype: torch.dtype) -> Vectors:
+def limited(folder: Path, target: Path, limit: int) -> Path:
+    """Copy a released folder with another limit of visual tokens."""
+    shutil.copytree(folder, target)
+    ship_for_engines(target, limit)
+    return target
+
+
+def reference(folder: Path, inputs: Path, dtype: torch.dtype, limit: int = 1280) -> Vectors:
     """Return what this project's loader gives for the inputs, with dense weights, on the CPU."""
     model = load_model(folder, dtype, torch.device("cpu"))
-    processor = load_processor(folder, 1280)
+    processor = load_processor(folder, limit)
     queries = json.loads((inputs / "queries.json").read_text(encoding="utf-8"))
     result = {f"query/{key}": processor.process_texts([text]) for key, text in queries.items()}
     for path in sorted((inputs / "pages").glob("*.png")):
