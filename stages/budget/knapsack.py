@@ -111,7 +111,7 @@ def fits(modules: Sequence[str], config: Mapping[str, Any], group_size: int) -> 
 def choices_of(item: str, recipe: AnyRecipe) -> tuple[int, ...]:
     """Return the widths that an item may have: what the recipe names, else all that there are."""
     if item.startswith("layers."):
-        return recipe.widths
+        return tuple(recipe.widths)
     table = item == "token_embeddings"
     part = item.removeprefix("vision_")
     named = recipe.token_embeddings if table else getattr(recipe.vision, part)

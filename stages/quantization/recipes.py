@@ -44,9 +44,7 @@ class WeightFormat(Section):
 
     bits: Annotated[int | float | None, BeforeValidator(_width)] = None
     bytes: Annotated[int | float, Field(ge=1)] | None = None
-    widths: tuple[Literal[2, 3, 4, 8], ...] = Field(
-        default=(2, 3, 4, 8), min_length=1, strict=False
-    )
+    widths: list[Literal[2, 3, 4, 8]] = Field(default=[2, 3, 4, 8], min_length=1)
     group_size: Annotated[Literal[32, 64, 128], Integer]
     sym: bool
     token_embeddings: Literal[16, 8, 4] | None = None
@@ -77,7 +75,7 @@ class WeightFormat(Section):
     def _one_size(self) -> "WeightFormat":
         if (self.bits is None) == (self.bytes is None):
             raise ValueError("needs one of bits and bytes: a width, or a budget")
-        if not self.has_budget and self.widths != BITS:
+        if not self.has_budget and self.widths != list(BITS):
             raise ValueError("widths are for a budget: bytes, or an average of bits such as 3.5")
         return self
 
