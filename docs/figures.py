@@ -510,11 +510,11 @@ def small_against_default() -> str:
         ratios = []
         for dataset in ("evaluation", "evaluation2"):
             points = {point["recipe"]: point for point in frontier_points(dataset)}
-            ratios.append(f"{points['small'][kind] / points['w4'][kind]:.2f}")
-        words.append(f"{' and '.join(ratios)} × its loss of {kind}")
+            ratios.append(times(points["small"][kind] / points["w4"][kind]))
+        words.append(f"{' and '.join(ratios)} its loss of {kind}")
     points = {point["recipe"]: point for point in frontier_points("evaluation")}
-    size = points["small"]["mb"] / points["w4"]["mb"]
-    return f"{size:.2f} × the bytes of `w4`, {' and '.join(words)}"
+    size = times(points["small"]["mb"] / points["w4"]["mb"])
+    return f"{size} the bytes of `w4`, {' and '.join(words)}"
 
 
 @figure
@@ -973,6 +973,12 @@ def scale_spread_queries() -> str:
 
 
 # ---- true size, random weights -------------------------------------------------------------------
+@figure
+def size_4b_small() -> str:
+    """Return the bytes at true size with 8-bit token embeddings and vision tower."""
+    return gb(cpu("rtn-8")["files_bytes"], 2)
+
+
 @figure
 def size_4b() -> str:
     """Return the bytes of the 4B checkpoint, original and 4-bit."""
