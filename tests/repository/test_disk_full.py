@@ -11,7 +11,13 @@ from tests.helpers.command import fork_stage
 from tests.helpers.work import make_work, results
 
 # how many bytes are left free: too few in each case, for what is written or for what is asked for
-STAGES = {"inspect_model": 0, "calibrate": 20_000, "quantize rtn": 20_000, "embed original": 20_000}
+STAGES = {
+    "inspect_model": 0,
+    "calibrate": 20_000,
+    "allocate": 0,
+    "quantize rtn": 20_000,
+    "embed original": 20_000,
+}
 
 
 @pytest.fixture

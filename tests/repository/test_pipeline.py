@@ -138,8 +138,12 @@ def test_no_secret_is_written_anywhere(clone: Path) -> None:
 @pytest.mark.parametrize(
     ("keys", "value", "requested"),
     [
-        (("recipes", "rtn-w4g128", "group_size"), 64, {"quantize@rtn-w4g128", *OF_ALL_RECIPES}),
-        (("recipes", "w4g128", "iters"), 3, {"quantize@w4g128", *OF_ALL_RECIPES}),
+        (
+            ("recipes", "rtn-w4g128", "group_size"),
+            64,
+            {"allocate", "quantize@rtn-w4g128", *OF_ALL_RECIPES},
+        ),
+        (("recipes", "w4g128", "iters"), 3, {"allocate", "quantize@w4g128", *OF_ALL_RECIPES}),
         (("calibration", "sets", "mixed", "pages"), 1, {"calibrate"}),
         (("benchmark", "repeats"), 2, {f"benchmark@{recipe}" for recipe in RECIPES}),
         (
@@ -175,9 +179,10 @@ def test_change_makes_only_its_branch_stale(
         ("stages/summary.py", {"summary"}),
         ("stages/publishing/formats.py", {"release"}),
         ("stages/evaluation/overlay.py", {"evaluate", "heatmap", "summary"}),
-        ("colqwen3/serving/runtime.py", {"benchmark"}),
+        ("colqwen3/serving/runtime.py", {"benchmark", "embed", "embed_original"}),
         ("colqwen3/embedding/parts.py", {"embed", "embed_original"}),
-        ("stages/quantization/deepstack.py", {"quantize"}),
+        ("stages/quantization/deepstack.py", {"quantize", "sensitivity"}),
+        ("stages/budget/knapsack.py", {"check", "allocate", "sensitivity"}),
     ],
 )
 def test_an_edit_makes_only_what_it_can_change_stale(

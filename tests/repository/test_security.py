@@ -13,7 +13,8 @@ from tests.helpers.command import fork_stage
 from tests.helpers.work import make_work, write_params
 
 STAGES = (
-    ["inspect_model"], ["calibrate"], ["quantize", "rtn"], ["embed", "original"], ["embed", "rtn"],
+    ["inspect_model"], ["calibrate"], ["allocate"], ["quantize", "rtn"], ["embed", "original"],
+    ["embed", "rtn"],
 )  # fmt: skip
 AUTO_MAP = {
     "AutoConfig": "evil.ColQwen3Config",

@@ -149,6 +149,6 @@ def test_code_digest_follows_the_folders_of_the_stage(
     assert changed("stages/evaluation/retrieval.py") == set()
     assert changed("stages/quantization/recipes.py") == {"quantize"}
     assert changed("colqwen3/embedding/store.py") == {"embed"}
-    assert changed("colqwen3/serving/runtime.py") == {"benchmark"}
+    assert changed("colqwen3/serving/runtime.py") == {"embed", "benchmark"}
     assert changed("colqwen3/model/scoring.py") == {"quantize", "embed", "benchmark"}
     assert changed("stages/embed.py") == {"embed"}
