@@ -63,6 +63,7 @@ from stages.publishing.card import (
     describe_fallback,
     describe_method,
     describe_weights,
+    has_one_width,
     licence_of,
     read_source_card,
     write_card,
@@ -209,6 +210,7 @@ def card_facts(
         "failed": provenance["verdict"]["verdict"] == WORSE,
         "quantized": quantized,
         "unquantized": unquantized,
+        "one_width": has_one_width(weight_bits),
         "method": describe_method(values),
         "calibration": describe_calibration(provenance["calibration"]),
         "libraries": ", ".join(

@@ -107,6 +107,12 @@ def describe_weights(bits: Mapping[str, Any]) -> tuple[str, str]:
     return "; ".join(parts), f"{kept[0].upper()}{kept[1:]} {'are' if unquantized else 'is'}"
 
 
+def has_one_width(bits: Mapping[str, Any]) -> bool:
+    """Whether the linears of the language model have one width, and nothing else is quantized."""
+    others = {key for key in bits if key not in ("language_model", "token_embeddings")}
+    return not others and bits["token_embeddings"] == 16 and len(bits["language_model"]) == 1
+
+
 def _whole_tower(words: list[str]) -> list[str]:
     """Return parts in words, the vision tower as one where all of its parts are there."""
     tower = [PARTS[part] for part in PARTS if part.startswith("vision_")]
