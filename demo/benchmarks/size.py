@@ -99,7 +99,11 @@ class Bench:
         """
         log = self.work / f"{name}.log"
         paths = filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
-        environment = {"PYTHONPATH": os.pathsep.join(paths), "TOKENIZERS_PARALLELISM": "false"}
+        environment = {
+            "PYTHONPATH": os.pathsep.join(paths),
+            "PYTHONUNBUFFERED": "1",  # else what is printed comes after the error that ends it
+            "TOKENIZERS_PARALLELISM": "false",
+        }
         words = [sys.executable, *command]
         usage = run_measured(words, folder or ROOT, log, environment, enough)
         if usage.status and not (enough and enough()):
