@@ -69,9 +69,10 @@ def misleading_names(params: Params) -> list[str]:
     for name, recipe in params.recipes.items():
         said = NAMED_FORMAT.search(name)
         if said and said.groups() != (str(recipe.bits), str(recipe.group_size)):
+            size = f"{recipe.bits:g} bits" if recipe.bits is not None else "a budget of bytes"
             lines.append(
-                f"recipes.{name} has {recipe.bits} bits and group size {recipe.group_size}, which "
-                "its name contradicts; rename it"
+                f"recipes.{name} has {size} and group size {recipe.group_size}, which its name "
+                "contradicts; rename it"
             )
     return lines
 

@@ -119,9 +119,15 @@ def test_names_that_contradict_their_recipe_are_told(
     def rename(_: Path, values: dict[str, Any]) -> None:
         values["recipes"]["rtn-w4g32"] = values["recipes"].pop("rtn")
         values["recipes"]["w4g128-new"] = values["recipes"].pop("tuned")
+        budget = {**values["recipes"]["rtn-w4g32"], "bytes": 5e6}
+        values["recipes"]["rtn-w3g128"] = {k: v for k, v in budget.items() if k != "bits"}
+        values["sensitivity"].update(
+            calibration=next(iter(values["calibration"]["sets"])), group_size=128
+        )
 
     change(work, rename)
     check.main()
+    assert "recipes.rtn-w3g128 has a budget of bytes and group size 128" in caplog.text
     assert "recipes.rtn-w4g32 has 4 bits and group size 128" in caplog.text
     assert "w4g128-new" not in caplog.text
 
