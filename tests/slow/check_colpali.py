@@ -7,7 +7,6 @@ stay as they are. Token pooling and similarity maps of the library run on the re
 metrics/engines/colpali-engine.json. Takes a package index, 6 GB of disk and a few minutes.
 """
 
-import argparse
 import json
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from tests.slow.engines import (
     ORIGINAL,
     REQUIREMENTS,
     ROOT,
+    check_parser,
     compare,
     environment,
     make_inputs,
@@ -38,11 +38,7 @@ LEAST = 0.9999
 
 def main() -> None:
     """Run the check."""
-    parser = argparse.ArgumentParser(
-        prog="PYTHONPATH=. python tests/slow/check_colpali.py", description=__doc__
-    )
-    parser.add_argument("--recipe", default="w4g128")
-    parser.add_argument("--environments", type=Path, help="keep them here, and use what is there")
+    parser = check_parser("check_colpali", __doc__)
     args = parser.parse_args()
     checkpoint = ROOT / "artifacts" / "checkpoints" / args.recipe
     rows: list[dict[str, Any]] = []

@@ -7,7 +7,6 @@ In an environment of its own, offline, on the demo pages; nDCG@5 must equal that
 disk and about five minutes.
 """
 
-import argparse
 import json
 import sys
 import tempfile
@@ -18,6 +17,7 @@ from tests.slow.engines import (
     DATASET,
     REQUIREMENTS,
     ROOT,
+    check_parser,
     environment,
     pinned,
     probe,
@@ -33,11 +33,7 @@ NEAR = 2e-4
 
 def main() -> None:
     """Run the check."""
-    parser = argparse.ArgumentParser(
-        prog="PYTHONPATH=. python tests/slow/check_mteb.py", description=__doc__
-    )
-    parser.add_argument("--recipe", default="w4g128")
-    parser.add_argument("--environments", type=Path, help="keep them here, and use what is there")
+    parser = check_parser("check_mteb", __doc__)
     args = parser.parse_args()
     quality = json.loads((ROOT / f"metrics/quality/{args.recipe}.json").read_text())
     expected = quality["retrieval"]["ndcg_at_5"]["quantized"]

@@ -11,11 +11,9 @@ is installed.
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
-import venv
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from colqwen3.release.provenance import METADATA
+from tests.slow.engines import environment, outside
 
 TESTS = Path(__file__).parents[1]
 PROBE = TESTS / "helpers" / "probe_release.py"
@@ -76,12 +75,6 @@ def probe(
 ) -> tuple[dict[str, Any], Vectors]:
     """Run the probe in another process, from which nothing of this project can be imported."""
     out = work / "probe.safetensors"
-    env = {
-        key: value
-        for key, value in os.environ.items()
-        if key in ("PATH", "HOME", "OMP_NUM_THREADS", "LD_LIBRARY_PATH")
-    }
-    env |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(work / "hf"), "TOKENIZERS_PARALLELISM": "false"}
     command = [
         str(python),
         str(PROBE),
@@ -93,7 +86,9 @@ def probe(
     with tempfile.TemporaryDirectory() as elsewhere:
         # -P: not even the probe's own folder
         command.insert(1, "-P")
-        done = subprocess.run(command, cwd=elsewhere, env=env, capture_output=True, text=True)
+        done = subprocess.run(
+            command, cwd=elsewhere, env=outside(work), capture_output=True, text=True
+        )
     if done.returncode:
         raise RuntimeError(done.stderr)
     return json.loads(done.stdout.strip().splitlines()[-1]), load_file(out)
@@ -101,13 +96,7 @@ def probe(
 
 def make_environment(folder: Path, version: str, owners: Iterable[str]) -> Path:
     """Return the interpreter of an environment with one version of transformers."""
-    python, complete = folder / "bin" / "python", folder / "complete"
-    expected = [f"transformers=={version}", *PACKAGES, *owners]
-    if not complete.exists() or complete.read_text() != repr(expected):
-        venv.create(folder, clear=True, with_pip=True)
-        subprocess.run([str(python), "-m", "pip", "install", "--quiet", *expected], check=True)
-        complete.write_text(repr(expected))
-    return python
+    return environment(folder, f"transformers=={version}", *PACKAGES, *owners)
 
 
 def main() -> None:

@@ -6,7 +6,6 @@ As `check_release.py` does for one folder; the formats are released anew from on
 metrics/engines/transformers.json. Takes a package index, 20 GB of disk and about ten minutes.
 """
 
-import argparse
 import json
 import subprocess
 import sys
@@ -24,7 +23,7 @@ from tests.slow.check_release import (
     probe,
     worst_cosine,
 )
-from tests.slow.engines import FORMATS, ROOT, release_as, why, write_table
+from tests.slow.engines import FORMATS, ROOT, check_parser, release_as, why, write_table
 
 CONFLICTS = {("auto_gptq", "4.57.6"): "gptqmodel 7.7 and transformers 4.57.6 exclude one another"}
 """What cannot be installed together."""
@@ -34,13 +33,9 @@ INSTEAD = {("auto_gptq", "5.24.0"): "5.23.0"}
 
 def main() -> None:
     """Run the check."""
-    parser = argparse.ArgumentParser(
-        prog="PYTHONPATH=. python tests/slow/check_transformers.py", description=__doc__
-    )
+    parser = check_parser("check_transformers", __doc__)
     parser.add_argument("--versions", nargs="+", default=VERSIONS)
     parser.add_argument("--formats", nargs="+", default=FORMATS, choices=FORMATS)
-    parser.add_argument("--recipe", default="w4g128")
-    parser.add_argument("--environments", type=Path, help="keep them here, and use what is there")
     args = parser.parse_args()
     checkpoint = ROOT / "artifacts" / "checkpoints" / args.recipe
     rows: list[dict[str, Any]] = []

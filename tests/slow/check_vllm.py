@@ -8,7 +8,6 @@ tried on the published layout. Writes metrics/engines/vllm.json, and fails when 
 Takes a package index, 8 GB of disk and about ten minutes.
 """
 
-import argparse
 import base64
 import contextlib
 import json
@@ -37,6 +36,7 @@ from tests.slow.engines import (
     ROOT,
     Vectors,
     changed,
+    check_parser,
     compare,
     copied_project,
     environment,
@@ -242,14 +242,10 @@ def card_client(folder: Path, port: int) -> str:
 
 def main() -> None:
     """Run the check."""
-    parser = argparse.ArgumentParser(
-        prog="PYTHONPATH=. python tests/slow/check_vllm.py", description=__doc__
-    )
+    parser = check_parser("check_vllm", __doc__)
     parser.add_argument(
         "--versions", nargs="+", default=VERSIONS, help="the first is checked in full"
     )
-    parser.add_argument("--recipe", default="w4g128")
-    parser.add_argument("--environments", type=Path, help="keep them here, and use what is there")
     args = parser.parse_args()
     checkpoint = ROOT / "artifacts" / "checkpoints" / args.recipe
     rows: list[dict[str, Any]] = []

@@ -4,6 +4,7 @@ An engine runs in an environment of its own, from which nothing of this project 
 unless its plugin was installed there on purpose.
 """
 
+import argparse
 import datetime
 import json
 import os
@@ -40,6 +41,16 @@ UNEVEN = "report_850x1100_rgb"
 torchvision differ from Pillow by up to 23 grey levels."""
 
 Vectors = dict[str, torch.Tensor]
+
+
+def check_parser(name: str, description: str | None) -> argparse.ArgumentParser:
+    """Return the parser of a check, with the options that all have."""
+    parser = argparse.ArgumentParser(
+        prog=f"PYTHONPATH=. python tests/slow/{name}.py", description=description
+    )
+    parser.add_argument("--recipe", default="w4g128")
+    parser.add_argument("--environments", type=Path, help="keep them here, and use what is there")
+    return parser
 
 
 def pip(python: Path, *arguments: str | Path) -> None:
