@@ -305,6 +305,20 @@ def rounded(bench: Bench, name: str, parts: Mapping[str, Any]) -> Result:
     return result
 
 
+def step_serve_small(bench: Bench) -> Result:
+    """Serve a checkpoint with embeddings and vision tower in 8 bits: what it takes of the memory."""
+    name = "rtn-8"
+    recipe = {"method": "rtn", "calibration": "none", **EIGHT}
+    quantize(bench, name, prepare_run(bench, name, recipe, {}))
+    _, evaluation = prepare_data(bench)
+    model, pages = bench.checkpoint(name), evaluation / "corpus"
+    result = bench.call(
+        "serve-small", "-m", "demo.benchmarks.size_steps", "serve", model, pages
+    )  # fmt: skip
+    shutil.rmtree(model)  # disk
+    return result
+
+
 def step_sensitivity(bench: Bench) -> Result:
     """Measure the sensitivity of all parts by streaming."""
     recipe = {"method": "rtn", "calibration": "none"}
@@ -503,6 +517,7 @@ STEPS: dict[str, dict[str, Callable[[Bench], Result]]] = {
         "tune-0": lambda bench: tune(bench, "tune-0", 0, MIXED),
         "gptq": step_gptq,
         "tune-small": step_tune_small,
+        "serve-small": step_serve_small,
         "sensitivity": step_sensitivity,
         "tune-50": lambda bench: tune(bench, "tune-50", 50, MIXED),
         "tune-200": lambda bench: tune(bench, "tune-200", 200, MIXED),

@@ -160,6 +160,28 @@ def seconds_of(work: Callable[[], object], times: int) -> float:
     return statistics.median(taken[1:])
 
 
+def serve(model: Path, pages: Path) -> None:
+    """Load a checkpoint into the serving runtime, and embed queries and a page with it."""
+    from colqwen3.dataset.pages import find_pages, open_page
+    from colqwen3.serving import load_runtime
+
+    start = time.monotonic()
+    runtime = load_runtime(model)
+    files = sum(path.stat().st_size for path in weight_files(model))
+    report(load_seconds=time.monotonic() - start, kernel=runtime.kernel, mode=runtime.mode)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        loaded = torch.cuda.memory_allocated()
+        report(files_bytes=files, loaded_bytes=loaded, loaded_to_files=loaded / files)
+    page = open_page(next(iter(find_pages(pages).values())))
+    texts = ["total outlay by year"]
+    report(
+        query_seconds=seconds_of(lambda: runtime.embed_queries(texts), 20),
+        page_seconds=seconds_of(lambda: runtime.embed_pages([page]), 5),
+        **gpu_peak(),
+    )
+
+
 def embed(
     model: Path, pages: Path, queries: Path, count: int, budgets: list[int], dtype: str, cap: float
 ) -> None:
@@ -250,6 +272,9 @@ def main() -> None:
     part.add_argument("module")
     part.add_argument("words", nargs="*")
     parts.add_parser("peak_rates")
+    part = parts.add_parser("serve")
+    part.add_argument("model", type=Path)
+    part.add_argument("pages", type=Path)
     part = parts.add_parser("embed")
     part.add_argument("--model", type=Path)
     part.add_argument("--pages", type=Path)

@@ -3,7 +3,7 @@
 Calibration samples run through the model one decoder layer at a time, all in one pack. Every part
 at every width is a variant with hidden states of its own: it begins where its part stands, and each
 later layer is loaded once and run on all variants. Memory holds the front of the model or one
-layer, whatever the model's size, and all variants' states.
+layer, whatever the model's size, and all variants' states, on a GPU where they fit there.
 
 Linears are quantized by GPTQ, whose losses are close to those of tuning; rounding would tell
 otherwise, since what can be made up for differs from part to part. Token embeddings are rounded.
@@ -154,6 +154,8 @@ def measure(
         base = capture(front, samples, len(samples))[0]
     hessians = {f"{VISION}.{name}": hessian for name, hessian in seen.items()}
     lengths = base["lengths"].flatten().tolist()
+    variants = len(BITS) * len(parts)
+    kept_on = room_for(variants * base["hidden_states"].nbytes, device)
     states: dict[Variant, Hidden] = {}
     features: dict[Variant, torch.Tensor] = {}
     found: dict[str, Weights] = {}
@@ -169,7 +171,7 @@ def measure(
             for bits in BITS:
                 with replaced(front, {name: found[name][bits][name] for name in names}):
                     given = capture(front, samples, len(samples))[0]
-                states[Variant(part, bits)] = [given["hidden_states"]]
+                states[Variant(part, bits)] = [given["hidden_states"].to(kept_on)]
                 if part != "token_embeddings":
                     features[Variant(part, bits)] = given["deepstack"]
                 progress.advance()
@@ -182,9 +184,9 @@ def measure(
             prefix = f"{BLOCKS}.{index}."
             for variant, state in states.items():
                 inputs = {**base, "deepstack": features.get(variant, base["deepstack"])}
-                states[variant] = _advance(layer, inputs, state, device)
+                states[variant] = _advance(layer, inputs, state, device, kept_on)
             with watch_hessians(layer) as own:
-                after = _advance(layer, base, original, device)
+                after = _advance(layer, base, original, device, kept_on)
             for part, names in parts.items():
                 if not names[0].startswith(prefix):
                     continue
@@ -192,7 +194,9 @@ def measure(
                 at_widths = quantized_weights(layer, inside, group_size, own[inside[0]])
                 for bits, weights in at_widths.items():
                     with replaced(layer, weights):
-                        states[Variant(part, bits)] = _advance(layer, base, original, device)
+                        states[Variant(part, bits)] = _advance(
+                            layer, base, original, device, kept_on
+                        )
             original = after
             del layer, own
             progress.advance()
@@ -215,8 +219,19 @@ def measure(
     return losses
 
 
+def room_for(nbytes: int, device: torch.device) -> torch.device:
+    """Return where to keep so many bytes: the device if they take at most half of what is free."""
+    if device.type == "cuda" and nbytes > torch.cuda.mem_get_info(device)[0] // 2:
+        return torch.device("cpu")
+    return device
+
+
 def _advance(
-    layer: torch.nn.Module, inputs: Sample, hidden: Hidden, device: torch.device
+    layer: torch.nn.Module,
+    inputs: Sample,
+    hidden: Hidden,
+    device: torch.device,
+    kept_on: torch.device,
 ) -> Hidden:
-    """Return the output of a layer on the CPU."""
-    return [output.cpu() for output in layer_outputs(layer, [inputs], hidden, device)]
+    """Return the output of a layer, where it is to be kept."""
+    return [output.to(kept_on) for output in layer_outputs(layer, [inputs], hidden, device)]

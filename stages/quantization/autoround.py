@@ -117,7 +117,7 @@ def run_autoround(
         iters=recipe.iters + 1 if recipe.iters else 0,
         seed=recipe.seed,
         device_map=0 if device.type == "cuda" else "cpu",
-        amp=device.type != "cpu",  # on a CPU always float32, whether or not it has bfloat16
+        amp=next(layer.parameters()).dtype != torch.float32,  # float32 stays so, on any device
         enable_torch_compile=False,  # other bits, and minutes of compiling on a CPU
         enable_deterministic_algorithms=True,
         **options,

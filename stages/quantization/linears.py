@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 TABLE_ROWS = 4096
 """Rows of the token embeddings in memory at a time."""
-MAX_GAP = 0.4
+MAX_GAP = 0.1
 """Steps that a 16-bit weight may be away from a whole code after tuning; half a step is no code."""
 
 
@@ -199,7 +199,6 @@ def tune_tower(job: Job, file: TensorFile) -> Filled:
     UserError
         If a sample is lost, or the calibration set has no pages.
     """
-    from colqwen3.model.loading import source_dtype
     from stages.quantization.layers import load_front
     from stages.quantization.vision import tune_vision
 
@@ -211,8 +210,8 @@ def tune_tower(job: Job, file: TensorFile) -> Filled:
             known = {name: Outcome(**outcome) for name, outcome in record["tower"].items()}
             return Filled(record["errors"], [], known)
         job.scratch.forget("the vision tower in it is damaged")
-    dtype = torch.float32 if job.device.type == "cpu" else source_dtype(job.source)
-    tower: Any = load_front(job.source, dtype, job.device).vlm.model.visual
+    # in float32 on a GPU too: bfloat16 cannot tell the steps of 8 bits apart
+    tower: Any = load_front(job.source, torch.float32, job.device).vlm.model.visual
     widths = {name: job.allocation.linears[name] for name in vision}
     errors, outcomes = {}, {}
     for done in tune_vision(tower, job.samples, recipe, widths, job.device):

@@ -127,6 +127,20 @@ def test_codes_of_a_rounded_weight_are_found_again() -> None:
     assert packing.restore_codes(rounded, scales, 4)[1] == pytest.approx(0.5, abs=1e-3)
 
 
+def test_codes_of_eight_bits_are_found_in_a_weight_rounded_to_bfloat16() -> None:
+    """Rounding moves 127 scales by up to half a scale, which is no sign of a wrong code."""
+    weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(3))
+    codes, scales = packing.round_to_nearest(weight, 8, 32)
+    rounded = packing.dense_weight(codes, scales).bfloat16()
+    steps = rounded.float().view(64, 4, 32) / scales.float().unsqueeze(-1)
+    assert (steps - steps.round()).abs().max() > 0.3
+    actual, gap = packing.restore_codes(rounded, scales, 8)
+    assert torch.equal(actual, codes)
+    assert gap < 0.02
+    rounded[5, :32] += 0.3 * scales[5, 0]  # small codes, which rounding leaves in place
+    assert packing.restore_codes(rounded, scales, 8)[1] > 0.1
+
+
 def test_relative_error_by_hand() -> None:
     weight = torch.tensor([[3.0, 4.0], [0.0, 0.0]])
     codes = torch.tensor([[2, 4], [0, 0]], dtype=torch.int8)
@@ -159,9 +173,9 @@ def test_restored_codes_stay_within_their_range(bits: int) -> None:
     scales = torch.full((32, 1), 0.5, dtype=torch.float16)
     codes, gap = packing.restore_codes(steps * 0.5, scales, bits)
     assert codes[0, :4].tolist() == [-most, -most, most - 1, most - 1]
-    assert gap == 1
+    assert gap == pytest.approx(1, abs=1e-4)
     steps[0, 3] = most + 2  # farther above the range than below it
-    assert packing.restore_codes(steps * 0.5, scales, bits)[1] == 3
+    assert packing.restore_codes(steps * 0.5, scales, bits)[1] == pytest.approx(3, abs=1e-4)
     # one too many on one end alone
     assert packing.restore_codes(steps.clamp(min=0) * 0.5, scales, bits)[0][0, 3] == most - 1
 

@@ -274,3 +274,22 @@ def test_inputs_that_are_not_finite_are_named() -> None:
     states[2][0, 0, 0] = torch.inf
     with pytest.raises(NonFiniteWeightsError, match="first is given NaN or infinite inputs"):
         run_gptq(layer, inputs, states, None, recipe(), BITS, CPU)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_recorded_group_is_rounded_as_an_unrecorded_one() -> None:
+    generator = torch.Generator("cuda").manual_seed(3)
+    recorded = gptq.RecordedGroup()
+    limit = torch.tensor([2, 8, 128] * 32, device="cuda")
+    for _ in range(3):  # recorded, then replayed on other numbers
+        block, factors = (
+            torch.randn(rows, 32, generator=generator, device="cuda", dtype=torch.float64)
+            for rows in (96, 32)
+        )
+        factors = factors.triu() + 8 * torch.eye(32, device="cuda", dtype=torch.float64)
+        scale = block.abs().amax(1) / limit
+        actual = [item.clone() for item in recorded(block, factors, scale, limit)]
+        for ours, expected in zip(
+            actual, gptq.round_group(block, factors, scale, limit), strict=True
+        ):
+            assert torch.equal(ours, expected)
