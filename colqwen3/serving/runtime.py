@@ -118,9 +118,11 @@ class Runtime:
         recorded of either.
         """
         self.mode, self._operations = "eager", PLAIN
-        expected = self._trial()
+        with self._at_home():
+            expected = self._trial()
+            if mode != "eager":
+                self._operations = self._compiled(expected)
         if mode != "eager":
-            self._operations = self._compiled(expected)
             records = mode == "graphs" and self.device.type == "cuda"
             self.mode = "graphs" if records else self._unrecorded_mode()
 
@@ -142,6 +144,11 @@ class Runtime:
     def runs(self, mode: Mode) -> bool:
         """Whether it computes in this mode, with compiled kernels unless the mode is ``eager``."""
         return self.mode == mode and (mode == "eager" or self._operations is not PLAIN)
+
+    def _at_home(self) -> contextlib.AbstractContextManager[object]:
+        """Make the runtime's GPU the current one: kernels and graphs that name none are for it."""
+        on_gpu = self.device.type == "cuda"
+        return torch.cuda.device(self.device) if on_gpu else contextlib.nullcontext()
 
     @torch.inference_mode()
     def _trial(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -188,6 +195,10 @@ class Runtime:
         torch.Tensor
             Float32 [at least len(rows), at least the longest row, embed_dim].
         """
+        with self._at_home():
+            return self._run_queries(rows)
+
+    def _run_queries(self, rows: Sequence[torch.Tensor]) -> torch.Tensor:
         longest = max(map(len, rows))
         tokens = -(-longest // TOKEN_STEP) * TOKEN_STEP
         batch = next(size for size in BATCHES if size >= len(rows))
@@ -274,6 +285,10 @@ class Runtime:
     @torch.inference_mode()
     def run_placed(self, batch: PageBatch) -> torch.Tensor:
         """Embed the pages of one batch that is on the device, see `run_pages`."""
+        with self._at_home():
+            return self._run_placed(batch)
+
+    def _run_placed(self, batch: PageBatch) -> torch.Tensor:
         if not self._records(batch.ids.numel()):
             return self._pages(batch, batch.pixels)
         # the prompt of a page is always the same, so its grid determines all but the pixels

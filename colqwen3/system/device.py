@@ -16,6 +16,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def choose_device(name: str, number: int = 0) -> torch.device:
     """Return the device of a name; ``auto`` takes a CUDA GPU when there is one.
 
+    A GPU becomes the current one of the process: kernels and graphs that name none are for it.
+
     Parameters
     ----------
     name
@@ -36,6 +38,8 @@ def choose_device(name: str, number: int = 0) -> torch.device:
         )
     on_gpu = available and name != "cpu"
     device = torch.device(f"cuda:{number % torch.cuda.device_count()}" if on_gpu else "cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
     logger.info(
         "running on %s", torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
     )

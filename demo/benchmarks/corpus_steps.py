@@ -206,7 +206,7 @@ def end_to_end(plan: Plan, embedder: Embedder, device: torch.device) -> Result:
 
 
 def launched(model: Path, inputs: Path, out: Path, cards: int) -> Result:
-    """Run the command by ``accelerate launch``; the rate is that between the first and last files."""
+    """Run the command by ``accelerate launch``; the rate is that between each card's first and last files."""
     words = ["-m", "accelerate.commands.launch", "--num_processes", str(cards)]
     words += ["--multi_gpu"] if cards > 1 else []
     words += [
@@ -223,13 +223,18 @@ def launched(model: Path, inputs: Path, out: Path, cards: int) -> Result:
     done = subprocess.run([sys.executable, *words], capture_output=True, text=True)
     if done.returncode:
         return {"failed": (done.stderr.strip().splitlines() or [""])[-1][:300]}
-    made = sorted(path.stat().st_mtime for path in out.glob("*.parquet"))
+    problems = [line for line in done.stderr.splitlines() if "WARNING" in line]
+    times = [path.stat().st_mtime for path in sorted(out.glob("*.parquet"))]
+    parts = [times[rank::cards] for rank in range(cards)]  # as the command deals shards out
     manifest = json.loads((out / "_manifest.json").read_text())
-    share = (len(made) - cards) / len(made)
-    seconds = made[-1] - made[cards - 1]
+    pages = manifest["embedded"] / len(times)
+    rates = [pages * (len(part) - 1) / (max(part) - min(part)) for part in parts]
     return {
         "seconds": round(time.monotonic() - start, 1),
-        "pages_per_second": round(manifest["embedded"] * share / seconds, 3) if seconds else None,
+        "pages_per_second": round(sum(rates), 3),
+        "of_each": [round(rate, 3) for rate in rates],
+        "began_apart_seconds": round(max(map(min, parts)) - min(map(min, parts)), 1),
+        "warnings": problems[:4],
     }
 
 
@@ -318,7 +323,15 @@ def main(description: str | None) -> None:
 
     def gpus() -> Result:
         counts = range(1, min(2, torch.cuda.device_count()) + 1)
-        return {str(n): launched(args.model, work / "png", work / f"gpus-{n}", n) for n in counts}
+        outs = {n: work / f"gpus-{n}" for n in counts}
+        result: Result = {
+            str(n): launched(args.model, work / "png", out, n) for n, out in outs.items()
+        }
+        rates = [result[str(n)].get("pages_per_second") for n in counts]
+        if len(rates) == 2 and all(rates):
+            result["speedup"] = round(rates[1] / rates[0], 3)
+            result["same_bytes"] = same_bytes(outs[1], outs[2])
+        return result
 
     def pages_of(kind: str) -> list[Source]:
         return find_sources([str(work / kind)])

@@ -173,6 +173,22 @@ def test_gpu_is_as_near_to_float32_as_transformers(quantized: Path) -> None:
     assert runtime.kernel == ("humming" if find_spec("humming") else "dense")
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_the_second_gpu_serves_as_the_first_does(quantized: Path) -> None:
+    """While the first one is the process's current one, as for whoever says nothing of it."""
+    texts, images = list(QUERIES.values()), [page(stem) for stem in PAGES[:3]]
+    first, second = (load_runtime(quantized, f"cuda:{number}") for number in range(2))
+    for _ in range(3):
+        for embed_all in ("embed_queries", "embed_pages"):
+            inputs = texts if embed_all == "embed_queries" else images
+            pairs = zip(
+                getattr(first, embed_all)(inputs), getattr(second, embed_all)(inputs), strict=True
+            )
+            assert all(torch.equal(ours.cpu(), theirs.cpu()) for ours, theirs in pairs)
+    assert second.runs("graphs")
+    assert second.kernel == first.kernel
+
+
 def test_positions_are_those_of_transformers() -> None:
     model = load_model(GOLDEN / "model", torch.float32, CPU).vlm.model
     for grid, start, after in (((1, 6, 4), 3, 5), ((1, 2, 8), 1, 2), ((1, 4, 4), 4, 7)):
