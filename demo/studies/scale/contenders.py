@@ -8,6 +8,8 @@ GROUP_SIZES = (128, 64, 32)
 BATCH_SIZE = 8
 ROUNDING = "rounding"
 TEXT = "text"
+END_TO_END = 200
+"""Steps."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,10 @@ class Contender:
         Whether it runs with every seed, and not just the first.
     method : str
         ``autoround`` or ``gptq``; of no meaning without samples.
+    end_to_end : int
+        Steps of end-to-end tuning after the layers; 0 for none.
+    codes : bool
+        Whether these tune codes beside group scales.
     """
 
     queries: int = 0
@@ -32,6 +38,8 @@ class Contender:
     deepstack: bool = True
     many_seeds: bool = False
     method: str = "autoround"
+    end_to_end: int = 0
+    codes: bool = True
 
     @property
     def tuned(self) -> bool:
@@ -48,6 +56,10 @@ CONTENDERS = {
     "mixed-passages64": Contender(queries=96, pages=48, passages=64),
     "gptq": Contender(queries=96, pages=48, method="gptq"),
     "gptq-passages32": Contender(queries=96, pages=48, passages=32, method="gptq"),
+    "mixed-e2e": Contender(queries=96, pages=48, end_to_end=END_TO_END),
+    "gptq-e2e": Contender(queries=96, pages=48, method="gptq", end_to_end=END_TO_END),
+    "mixed-passages32-e2e": Contender(queries=96, pages=48, passages=32, end_to_end=END_TO_END),
+    "mixed-e2e-scales": Contender(queries=96, pages=48, end_to_end=END_TO_END, codes=False),
 }
 """By name, those that say most first."""
 
@@ -173,6 +185,12 @@ def pipeline_params(
                 "deepstack": contender.deepstack,
                 "batch_size": BATCH_SIZE,
             }
+            if contender.end_to_end:
+                recipe["end_to_end"] = {
+                    "steps": contender.end_to_end,
+                    "seed": run.seed,
+                    **({} if contender.codes else {"codes_lr": 0.0}),
+                }
             if contender.method == "autoround":
                 recipe |= {
                     "iters": iters,
