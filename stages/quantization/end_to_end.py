@@ -37,7 +37,7 @@ DRAWN = {"page": 4, "query": 8, "passage": 2}
 HELD_BACK = 8
 """One sample of so many of a kind is not tuned on: it tells whether tuning helped."""
 WARM_UP = 10
-"""Steps until the step size is reached."""
+"""Steps until the step size is reached, a tenth of all at most."""
 Losses = dict[str, float]
 """Kind of sample -> 1 - mean cosine of its tokens to the full-precision model's."""
 
@@ -275,8 +275,10 @@ def updated_in_backward(network: Network, recipe: EndToEnd) -> Iterator[Callable
                 if linear.offset.requires_grad:
                     attend(linear.offset, recipe.codes_lr)
 
+    warm_up = max(1, min(WARM_UP, recipe.steps // 10))
+
     def set_step(step: int) -> None:
-        factor = min(1.0, (step + 1) / WARM_UP) * (1 - step / recipe.steps)
+        factor = min(1.0, (step + 1) / warm_up) * (1 - step / recipe.steps)
         for optimizer, rate in optimizers:
             optimizer.param_groups[0]["lr"] = rate * factor
 
