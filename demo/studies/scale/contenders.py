@@ -8,8 +8,6 @@ GROUP_SIZES = (128, 64, 32)
 BATCH_SIZE = 8
 ROUNDING = "rounding"
 TEXT = "text"
-END_TO_END = 200
-"""Steps."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +54,15 @@ CONTENDERS = {
     "mixed-passages64": Contender(queries=96, pages=48, passages=64),
     "gptq": Contender(queries=96, pages=48, method="gptq"),
     "gptq-passages32": Contender(queries=96, pages=48, passages=32, method="gptq"),
-    "mixed-e2e": Contender(queries=96, pages=48, end_to_end=END_TO_END),
-    "gptq-e2e": Contender(queries=96, pages=48, method="gptq", end_to_end=END_TO_END),
-    "mixed-passages32-e2e": Contender(queries=96, pages=48, passages=32, end_to_end=END_TO_END),
-    "mixed-e2e-scales": Contender(queries=96, pages=48, end_to_end=END_TO_END, codes=False),
+    "mixed-e2e": Contender(queries=96, pages=48, end_to_end=200),
+    "gptq-e2e": Contender(queries=96, pages=48, method="gptq", end_to_end=200),
+    "mixed-e2e-600": Contender(queries=96, pages=48, end_to_end=600),
+    "gptq-e2e-600": Contender(queries=96, pages=48, method="gptq", end_to_end=600),
+    "gptq-passages32-e2e": Contender(
+        queries=96, pages=48, passages=32, method="gptq", end_to_end=200
+    ),
+    "mixed-e2e-scales": Contender(queries=96, pages=48, end_to_end=200, codes=False),
+    "gptq-e2e-scales": Contender(queries=96, pages=48, method="gptq", end_to_end=200, codes=False),
 }
 """By name, those that say most first."""
 
