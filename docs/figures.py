@@ -634,6 +634,26 @@ GPTQ_WAYS = {
 }
 
 
+BEYOND = tuple(
+    f"beyond-{model}"
+    for model in ("demo", "39m", "150m")
+    if (ROOT / f"metrics/scale/beyond-{model}.json").exists()
+)
+"""Models on which end-to-end tuning was measured."""
+BEYOND_WAYS = {
+    "rounding": "rounding",
+    "text": "AutoRound, 16 passages",
+    "mixed": "AutoRound: the default",
+    "mixed-e2e-scales": "AutoRound, then scales end to end",
+    "mixed-e2e": "AutoRound, then codes and scales",
+    "gptq": "GPTQ, the samples of the default",
+    "gptq-e2e-scales": "GPTQ, then scales end to end",
+    "gptq-e2e": "**GPTQ, then codes and scales**",
+    "gptq-e2e-600": "the same, 600 steps",
+    "gptq-passages32-e2e": "the same with 32 passages more",
+}
+
+
 def study_loss(model: str, contender: str, bits: int, page_set: str, kind: str) -> float:
     """Return a loss in the scale study, the mean over seeds."""
     losses = [
@@ -857,6 +877,72 @@ def gptq_time() -> str:
     recipes = read(f"metrics/scale/{BESIDE}.json")["recipes"]
     seconds = (recipes[f"{name}-w4-seed1"]["quantize_seconds"] for name in ("gptq", "mixed"))
     return " and ".join(f"{value:.0f} s" for value in seconds)
+
+
+@figure
+def beyond_losses() -> str:
+    """Return the losses with and without end-to-end tuning, of what was measured."""
+    from demo.studies.scale.summary import UNIT, significant
+
+    rows: list[tuple[str, ...]] = [
+        ("study model", "made by", "page loss, 1e-6: 4 bits", "3 bits", "query loss, 1e-6: 4 bits",
+         "3 bits")
+    ]  # fmt: skip
+    for model in BEYOND:
+        measured = {
+            recipe["contender"] for recipe in read(f"metrics/scale/{model}.json")["recipes"].values()
+        }
+        for contender in (name for name in BEYOND_WAYS if name in measured):
+            cells = (
+                " / ".join(
+                    significant(study_loss(model, contender, bits, page_set, kind) / UNIT)
+                    for page_set in PAGE_SETS
+                )
+                for kind in ("pages", "queries")
+                for bits in WIDTHS
+            )
+            rows.append((f"`{model.removeprefix('beyond-')}`", BEYOND_WAYS[contender], *cells))
+    return table(*rows)
+
+
+def _beyond(contender: str, other: str, kind: str) -> str:
+    return _between(study_ratios(contender, other, kind, models=BEYOND))
+
+
+@figure
+def beyond_pages() -> str:
+    """Return the range of the page loss of GPTQ tuned end to end over the default's."""
+    return _beyond("gptq-e2e", "mixed", "pages")
+
+
+@figure
+def beyond_queries() -> str:
+    """Return the same for queries."""
+    return _beyond("gptq-e2e", "mixed", "queries")
+
+
+@figure
+def beyond_autoround_pages() -> str:
+    """Return the range of the page loss of AutoRound tuned end to end over the default's."""
+    return _beyond("mixed-e2e", "mixed", "pages")
+
+
+@figure
+def beyond_autoround_queries() -> str:
+    """Return the same for queries."""
+    return _beyond("mixed-e2e", "mixed", "queries")
+
+
+@figure
+def beyond_scales_pages() -> str:
+    """Return the range of the page loss of GPTQ with scales tuned end to end over GPTQ's."""
+    return _beyond("gptq-e2e-scales", "gptq", "pages")
+
+
+@figure
+def beyond_scales_queries() -> str:
+    """Return the same for queries."""
+    return _beyond("gptq-e2e-scales", "gptq", "queries")
 
 
 @figure
