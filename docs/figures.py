@@ -890,7 +890,8 @@ def beyond_losses() -> str:
     ]  # fmt: skip
     for model in BEYOND:
         measured = {
-            recipe["contender"] for recipe in read(f"metrics/scale/{model}.json")["recipes"].values()
+            recipe["contender"]
+            for recipe in read(f"metrics/scale/{model}.json")["recipes"].values()
         }
         for contender in (name for name in BEYOND_WAYS if name in measured):
             cells = (
@@ -933,16 +934,36 @@ def beyond_autoround_queries() -> str:
     return _beyond("mixed-e2e", "mixed", "queries")
 
 
-@figure
-def beyond_scales_pages() -> str:
-    """Return the range of the page loss of GPTQ with scales tuned end to end over GPTQ's."""
-    return _beyond("gptq-e2e-scales", "gptq", "pages")
+def _tried(way: str, start: str) -> str:
+    """Return the page losses of a trial of end-to-end tuning over those of where it started."""
+    trials = read("metrics/scale/beyond-tried.json")
+    return _between([trials[way][name][0] / trials[start][name][0] for name in PAGE_SETS])
 
 
 @figure
-def beyond_scales_queries() -> str:
-    """Return the same for queries."""
-    return _beyond("gptq-e2e-scales", "gptq", "queries")
+def tried_scales() -> str:
+    """Return the page loss of GPTQ with scales alone tuned end to end over GPTQ's."""
+    return _tried("gptq, scales alone, 100 steps", "gptq")
+
+
+@figure
+def tried_norms() -> str:
+    """Return the page loss of AutoRound with scales and norms tuned end to end over AutoRound's."""
+    return _tried("autoround, scales and norms, 200 steps", "autoround")
+
+
+@figure
+def tried_no_norms() -> str:
+    """Return the same with scales alone."""
+    return _tried("autoround, scales alone, 200 steps", "autoround")
+
+
+@figure
+def tried_reach() -> str:
+    """Return the share of GPTQ's codes that are more than one step from their weight."""
+    trials = read("metrics/scale/beyond-tried.json")
+    shares = trials["share of gptq's codes more than one step from their weight"]
+    return " and ".join(f"{100 * shares[str(bits)]:.1f} %" for bits in WIDTHS)
 
 
 @figure
