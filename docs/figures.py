@@ -889,20 +889,21 @@ def beyond_losses() -> str:
          "3 bits")
     ]  # fmt: skip
     for model in BEYOND:
-        measured = {
-            recipe["contender"]
-            for recipe in read(f"metrics/scale/{model}.json")["recipes"].values()
-        }
-        for contender in (name for name in BEYOND_WAYS if name in measured):
+        recipes = read(f"metrics/scale/{model}.json")["recipes"].values()
+        measured = {(recipe["contender"], recipe["bits"]) for recipe in recipes}
+        for contender, words in BEYOND_WAYS.items():
+            if contender not in {name for name, _ in measured}:
+                continue
             cells = (
                 " / ".join(
                     significant(study_loss(model, contender, bits, page_set, kind) / UNIT)
                     for page_set in PAGE_SETS
+                    if (contender, bits) in measured
                 )
                 for kind in ("pages", "queries")
                 for bits in WIDTHS
             )
-            rows.append((f"`{model.removeprefix('beyond-')}`", BEYOND_WAYS[contender], *cells))
+            rows.append((f"`{model.removeprefix('beyond-')}`", words, *cells))
     return table(*rows)
 
 
@@ -920,18 +921,6 @@ def beyond_pages() -> str:
 def beyond_queries() -> str:
     """Return the same for queries."""
     return _beyond("gptq-e2e", "mixed", "queries")
-
-
-@figure
-def beyond_autoround_pages() -> str:
-    """Return the range of the page loss of AutoRound tuned end to end over the default's."""
-    return _beyond("mixed-e2e", "mixed", "pages")
-
-
-@figure
-def beyond_autoround_queries() -> str:
-    """Return the same for queries."""
-    return _beyond("mixed-e2e", "mixed", "queries")
 
 
 def _tried(way: str, start: str) -> str:
@@ -956,6 +945,44 @@ def tried_norms() -> str:
 def tried_no_norms() -> str:
     """Return the same with scales alone."""
     return _tried("autoround, scales alone, 200 steps", "autoround")
+
+
+def _held_back(way: str) -> str:
+    trials = read("metrics/scale/beyond-tried.json")
+    pages, queries = trials[f"{way}, codes and scales, 200 steps, codes_lr 0.003"]["held_back"]
+    return f"{pages:.2f} and {queries:.2f}"
+
+
+@figure
+def tried_gptq() -> str:
+    """Return losses of pages and queries held back over those before, from GPTQ."""
+    return _held_back("gptq")
+
+
+@figure
+def tried_autoround() -> str:
+    """Return the same from AutoRound."""
+    return _held_back("autoround")
+
+
+@figure
+def tried_max_sim() -> str:
+    """Return losses of pages and queries held back over those before, with much weight on scores."""
+    trials = read("metrics/scale/beyond-tried.json")
+    pages, queries = trials["gptq, codes and scales, 200 steps, squared error of MaxSim x 20000"][
+        "held_back"
+    ]
+    return f"{pages:.2f} and {queries:.2f}"
+
+
+@figure
+def tried_little_max_sim() -> str:
+    """Return the same with little weight on scores."""
+    trials = read("metrics/scale/beyond-tried.json")
+    pages, queries = trials["gptq, codes and scales, 200 steps, squared error of MaxSim x 0.03"][
+        "held_back"
+    ]
+    return f"{pages:.2f} and {queries:.2f}"
 
 
 @figure
