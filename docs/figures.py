@@ -634,6 +634,26 @@ GPTQ_WAYS = {
 }
 
 
+BEYOND = tuple(
+    f"beyond-{model}"
+    for model in ("demo", "39m", "150m")
+    if (ROOT / f"metrics/scale/beyond-{model}.json").exists()
+)
+"""Models on which end-to-end tuning was measured."""
+BEYOND_WAYS = {
+    "rounding": "rounding",
+    "text": "AutoRound, 16 passages",
+    "mixed": "AutoRound: the default",
+    "mixed-e2e-scales": "AutoRound, then scales end to end",
+    "mixed-e2e": "AutoRound, then codes and scales",
+    "gptq": "GPTQ, the samples of the default",
+    "gptq-e2e-scales": "GPTQ, then scales end to end",
+    "gptq-e2e": "**GPTQ, then codes and scales**",
+    "gptq-e2e-600": "the same, 600 steps",
+    "gptq-passages32-e2e": "the same with 32 passages more",
+}
+
+
 def study_loss(model: str, contender: str, bits: int, page_set: str, kind: str) -> float:
     """Return a loss in the scale study, the mean over seeds."""
     losses = [
@@ -857,6 +877,120 @@ def gptq_time() -> str:
     recipes = read(f"metrics/scale/{BESIDE}.json")["recipes"]
     seconds = (recipes[f"{name}-w4-seed1"]["quantize_seconds"] for name in ("gptq", "mixed"))
     return " and ".join(f"{value:.0f} s" for value in seconds)
+
+
+@figure
+def beyond_losses() -> str:
+    """Return the losses with and without end-to-end tuning, of what was measured."""
+    from demo.studies.scale.summary import UNIT, significant
+
+    rows: list[tuple[str, ...]] = [
+        ("study model", "made by", "page loss, 1e-6: 4 bits", "3 bits", "query loss, 1e-6: 4 bits",
+         "3 bits")
+    ]  # fmt: skip
+    for model in BEYOND:
+        recipes = read(f"metrics/scale/{model}.json")["recipes"].values()
+        measured = {(recipe["contender"], recipe["bits"]) for recipe in recipes}
+        for contender, words in BEYOND_WAYS.items():
+            if contender not in {name for name, _ in measured}:
+                continue
+            cells = (
+                " / ".join(
+                    significant(study_loss(model, contender, bits, page_set, kind) / UNIT)
+                    for page_set in PAGE_SETS
+                    if (contender, bits) in measured
+                )
+                for kind in ("pages", "queries")
+                for bits in WIDTHS
+            )
+            rows.append((f"`{model.removeprefix('beyond-')}`", words, *cells))
+    return table(*rows)
+
+
+def _beyond(contender: str, other: str, kind: str) -> str:
+    return _between(study_ratios(contender, other, kind, models=BEYOND))
+
+
+@figure
+def beyond_pages() -> str:
+    """Return the range of the page loss of GPTQ tuned end to end over the default's."""
+    return _beyond("gptq-e2e", "mixed", "pages")
+
+
+@figure
+def beyond_queries() -> str:
+    """Return the same for queries."""
+    return _beyond("gptq-e2e", "mixed", "queries")
+
+
+def _tried(way: str, start: str) -> str:
+    """Return the page losses of a trial of end-to-end tuning over those of where it started."""
+    trials = read("metrics/scale/beyond-tried.json")
+    return _between([trials[way][name][0] / trials[start][name][0] for name in PAGE_SETS])
+
+
+@figure
+def tried_scales() -> str:
+    """Return the page loss of GPTQ with scales alone tuned end to end over GPTQ's."""
+    return _tried("gptq, scales alone, 100 steps", "gptq")
+
+
+@figure
+def tried_norms() -> str:
+    """Return the page loss of AutoRound with scales and norms tuned end to end over AutoRound's."""
+    return _tried("autoround, scales and norms, 200 steps", "autoround")
+
+
+@figure
+def tried_no_norms() -> str:
+    """Return the same with scales alone."""
+    return _tried("autoround, scales alone, 200 steps", "autoround")
+
+
+def _held_back(way: str) -> str:
+    trials = read("metrics/scale/beyond-tried.json")
+    pages, queries = trials[f"{way}, codes and scales, 200 steps, codes_lr 0.003"]["held_back"]
+    return f"{pages:.2f} and {queries:.2f}"
+
+
+@figure
+def tried_gptq() -> str:
+    """Return losses of pages and queries held back over those before, from GPTQ."""
+    return _held_back("gptq")
+
+
+@figure
+def tried_autoround() -> str:
+    """Return the same from AutoRound."""
+    return _held_back("autoround")
+
+
+@figure
+def tried_max_sim() -> str:
+    """Return losses of pages and queries held back over those before, with much weight on scores."""
+    trials = read("metrics/scale/beyond-tried.json")
+    pages, queries = trials["gptq, codes and scales, 200 steps, squared error of MaxSim x 20000"][
+        "held_back"
+    ]
+    return f"{pages:.2f} and {queries:.2f}"
+
+
+@figure
+def tried_little_max_sim() -> str:
+    """Return the same with little weight on scores."""
+    trials = read("metrics/scale/beyond-tried.json")
+    pages, queries = trials["gptq, codes and scales, 200 steps, squared error of MaxSim x 0.03"][
+        "held_back"
+    ]
+    return f"{pages:.2f} and {queries:.2f}"
+
+
+@figure
+def tried_reach() -> str:
+    """Return the share of GPTQ's codes that are more than one step from their weight."""
+    trials = read("metrics/scale/beyond-tried.json")
+    shares = trials["share of gptq's codes more than one step from their weight"]
+    return " and ".join(f"{100 * shares[str(bits)]:.1f} %" for bits in WIDTHS)
 
 
 @figure

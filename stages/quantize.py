@@ -27,6 +27,7 @@ from stages.quantization.checkpoint import (
     layer_order,
     make_checkpoint,
 )
+from stages.quantization.end_to_end import EndToEndOutcome
 from stages.quantization.linears import Job
 from stages.quantization.recipes import Recipe
 from stages.quantization.samples import read_samples
@@ -106,7 +107,8 @@ def quantize(
     work = SCRATCH / (name if ran == name else f"{name}.fallback")
     with Scratch(work, work_key(inputs)) as scratch:
         try:
-            job = Job(Checkpoint.read(source), allocation, recipe, samples, device, scratch)
+            kinds = [origin.kind for origin in origins]
+            job = Job(Checkpoint.read(source), allocation, recipe, samples, device, scratch, kinds)
             partial, filled = make_checkpoint(job)
         except Exception as error:
             if not is_reason_for_fallback(error):
@@ -147,6 +149,7 @@ def quantize(
                 not outcome.tuning_won for outcome in (*filled.outcomes, *filled.tower.values())
             ),
             "layer_errors": [describe_outcome(outcome) for outcome in filled.outcomes],
+            **describe_end_to_end(filled.end_to_end),
             "vision_errors": {
                 module.removeprefix(f"{VISION}."): describe_outcome(outcome)
                 for module, outcome in filled.tower.items()
@@ -160,6 +163,23 @@ def quantize(
 def describe_outcome(outcome: Outcome) -> dict[str, float]:
     """Return the output errors of a layer as the metrics hold them."""
     return {"tuned": round(outcome.tuned, 6), "rounded": round(outcome.rounded, 6)}
+
+
+def describe_end_to_end(outcome: EndToEndOutcome | None) -> dict[str, Any]:
+    """Return the losses before and after end-to-end tuning as the metrics hold them, if it ran."""
+    if outcome is None:
+        return {}
+    figures = {
+        name: {
+            kind: {"before": round(before[kind], 8), "after": round(after[kind], 8)}
+            for kind in before
+        }
+        for name, before, after in (
+            ("tuned_on", outcome.before, outcome.after),
+            ("held_back", outcome.held_before, outcome.held_after),
+        )
+    }
+    return {"end_to_end": {"kept": outcome.won, "loss": figures}}
 
 
 def main() -> None:

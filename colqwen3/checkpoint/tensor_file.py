@@ -86,7 +86,7 @@ def same_bytes(a: Path, first: TensorInfo, b: Path, second: TensorInfo) -> bool:
     return all(left == right for left, right in pairs)
 
 
-def _raw(tensor: torch.Tensor) -> memoryview:
+def raw_bytes(tensor: torch.Tensor) -> memoryview:
     """Return the bytes of a tensor, in order."""
     # flat first: a last dimension of size 1 counts as contiguous whatever its stride
     return tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data
@@ -159,7 +159,7 @@ class TensorFile:
         start, _, (dtype, shape) = self._places[name]
         if tensor.dtype != DTYPES[dtype] or tuple(tensor.shape) != shape:
             raise ValueError(f"{name}: {tensor.dtype} {list(tensor.shape)} differs from its spec")
-        self._write(self._data + start, _raw(tensor))
+        self._write(self._data + start, raw_bytes(tensor))
 
     def write_rows(self, name: str, first: int, rows: torch.Tensor) -> None:
         """Write some rows of one tensor, from row `first`.
@@ -174,7 +174,7 @@ class TensorFile:
         if rows.dtype != DTYPES[dtype] or not fits:
             raise ValueError(f"{name}: {rows.dtype} {list(rows.shape)} does not fit its spec")
         place = self._data + start + first * (nbytes // shape[0])
-        self._write(place, _raw(rows))
+        self._write(place, raw_bytes(rows))
 
     def _write(self, place: int, data: memoryview | bytes) -> None:
         """Write at a place, without moving any file position: threads may write at once."""

@@ -46,6 +46,7 @@ SPEED = {
 }  # fmt: skip
 CAP_GIB = 11.25  # what a card of 12 GiB leaves to torch beside the driver's own
 LOW_LAYERS = 4
+END_TO_END_STEPS = 50
 RTN, AUTOROUND = "rtn-w4g128", "w4g128"
 SMALL: Mapping[str, Any] = {"token_embeddings": 8, "vision": {"attention": 8, "mergers": 8}}
 EIGHT: Mapping[str, Any] = {"token_embeddings": 8, "vision": 8}
@@ -458,6 +459,17 @@ def tune(
 MIXED = {"queries": SAMPLES, "pages": SAMPLES}
 
 
+def step_end_to_end(bench: Bench) -> Result:
+    """GPTQ through the stage, and end-to-end tuning after it: what having the whole model costs."""
+    recipe = {
+        "method": "gptq", "calibration": "measured", "batch_size": 8,
+        "end_to_end": {"steps": END_TO_END_STEPS},
+    }  # fmt: skip
+    result = quantize(bench, "end-to-end", prepare_run(bench, "end-to-end", recipe, MIXED))
+    shutil.rmtree(bench.checkpoint("end-to-end"))  # disk
+    return {"batch_size": 8, "steps": END_TO_END_STEPS, **result}
+
+
 def step_gptq(bench: Bench) -> Result:
     """GPTQ through the stage on the samples of AutoRound."""
     recipe = {"method": "gptq", "calibration": "measured", "batch_size": 8}
@@ -516,6 +528,7 @@ STEPS: dict[str, dict[str, Callable[[Bench], Result]]] = {
         "rtn": step_rtn,
         "tune-0": lambda bench: tune(bench, "tune-0", 0, MIXED),
         "gptq": step_gptq,
+        "end-to-end": step_end_to_end,
         "tune-small": step_tune_small,
         "serve-small": step_serve_small,
         "sensitivity": step_sensitivity,

@@ -232,7 +232,10 @@ def write_card(folder: Path, source_card: Mapping[str, Any], facts: Mapping[str,
 
 def describe_method(values: Mapping[str, Any]) -> str:
     """Return a recipe's method in words."""
-    return METHODS[values["method"]].format_map(values)
+    method = METHODS[values["method"]].format_map(values)
+    if values.get("end_to_end"):
+        return f"{method}, then {values['end_to_end']['steps']} steps end to end"
+    return method
 
 
 def describe_fallback(recipe: Mapping[str, Any]) -> str | None:

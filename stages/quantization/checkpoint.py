@@ -1,7 +1,8 @@
 """The quantized checkpoint: one file of known size, filled as results come, then checked.
 
 No method ever holds the model: plain rounding streams linear by linear, AutoRound and GPTQ go
-decoder layer by decoder layer. Every byte outside the planned linears is copied from the source.
+decoder layer by decoder layer; only end-to-end tuning, if asked for, has all quantized decoder layers
+in memory. Every byte outside the planned linears is copied from the source.
 """
 
 import shutil
@@ -29,7 +30,8 @@ from colqwen3.system.resume import surroundings
 from stages.pipeline.stage import code_digest
 from stages.quantization.allocation import SIXTEEN, Allocation, bytes_of, planned_tensors
 from stages.quantization.linears import Filled, Job, fill
-from stages.quantization.recipes import AnyRecipe
+from stages.quantization.recipes import AnyRecipe, RtnRecipe
+from stages.quantization.whole_model import finish, restore
 
 LIBRARIES = ("auto-round", "torch", "transformers", "safetensors", "numpy")
 FIX = "run `dvc repro -f`"
@@ -49,11 +51,14 @@ def make_checkpoint(job: Job) -> tuple[Path, Filled]:
     specs = planned_tensors(source.tensors, job.allocation, job.recipe.group_size)
     tokens = sum(sample["input_ids"].numel() for sample in job.samples)
     needed = maximum_bytes(specs, read_json(source.folder / "config.json", FIX), tokens)
+    if not isinstance(job.recipe, RtnRecipe) and job.recipe.end_to_end:
+        needed += bytes_of(spec for name, spec in specs.items() if name not in source.tensors)
     check_space(scratch.folder, max(0, needed - scratch.bytes()), "the checkpoint")
     folder = scratch.folder / "checkpoint"
     folder.mkdir(exist_ok=True)
     with TensorFile(folder / SINGLE, specs) as file:
-        filled = fill(job, file)
+        restore(job, file)
+        filled = finish(job, file, fill(job, file))
         for name, tensor in source.tensors.items():
             if name.removesuffix(".weight") not in job.allocation.modules:
                 file.copy(name, source.folder, tensor)

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -23,13 +23,14 @@ from colqwen3.checkpoint.packing import (
     round_to_nearest,
 )
 from colqwen3.checkpoint.quantization import PACKED_TABLE
-from colqwen3.checkpoint.tensor_file import TensorFile, read_rows, read_tensor
+from colqwen3.checkpoint.tensor_file import TensorFile, raw_bytes, read_rows, read_tensor
 from colqwen3.system.errors import NonFiniteWeightsError, UserError
 from colqwen3.system.files import digest_file, write_json
 from colqwen3.system.progress import Progress
 from colqwen3.system.resume import Scratch
 from stages.quantization.activations import Sample
 from stages.quantization.allocation import SIXTEEN, Allocation
+from stages.quantization.end_to_end import EndToEndOutcome
 from stages.quantization.recipes import AnyRecipe, RtnRecipe
 from stages.quantization.tuning import (
     TOWER,
@@ -65,6 +66,8 @@ class Job:
         Where tuning runs.
     scratch
         Keeps finished layers and the inputs of the next.
+    kinds
+        ``query``, ``page`` or ``passage`` for each sample, which end-to-end tuning needs.
     """
 
     source: Checkpoint
@@ -73,6 +76,7 @@ class Job:
     samples: Sequence[Sample]
     device: torch.device
     scratch: Scratch
+    kinds: Sequence[str] = ()
 
     def weight(self, linear: str) -> torch.Tensor:
         """Read the original weight [out_features, in_features] of a linear."""
@@ -91,11 +95,14 @@ class Filled:
         Output errors of each decoder layer, tuned and rounded; empty for plain rounding.
     tower
         The same of each module of the vision tower that was tuned, by its name.
+    end_to_end
+        Losses of the embeddings before and after end-to-end tuning; None without it.
     """
 
     weight_errors: dict[str, float]
     outcomes: list[Outcome]
     tower: dict[str, Outcome] = field(default_factory=dict)
+    end_to_end: EndToEndOutcome | None = None
 
 
 def round_linears(job: Job, file: TensorFile, linears: Sequence[str]) -> dict[str, float]:
@@ -371,10 +378,17 @@ def read_dense(file: TensorFile, name: str, bits: int) -> torch.Tensor:
     return dequantize(**parts, bits=bits)
 
 
-def layer_digest(file: TensorFile, names: Sequence[str]) -> str:
-    """Return the SHA-256 of the packed tensors of linears as they stand in the file."""
+def layer_digest(
+    file: TensorFile, names: Sequence[str], others: Mapping[str, torch.Tensor] | None = None
+) -> str:
+    """Return the SHA-256 of the packed tensors of linears as they stand in the file.
+
+    Tensors that are in `others` by their name are taken from there instead.
+    """
     digest = hashlib.sha256()
     for name in names:
         for part in PACKED_TENSORS:
-            digest.update(file.read(f"{name}.{part}"))
+            other = (others or {}).get(f"{name}.{part}")
+            stored = file.read(f"{name}.{part}") if other is None else raw_bytes(other)
+            digest.update(stored)
     return digest.hexdigest()

@@ -97,15 +97,36 @@ class RtnRecipe(WeightFormat):
     calibration: Literal["none"]  # spelled out in the file, because dvc.yaml makes a path of it
 
 
-class AutoRoundRecipe(WeightFormat):
+class EndToEnd(Section):
+    """Tuning of all codes and scales together, on the final embeddings, once the layers are done."""
+
+    steps: int = Field(ge=1)
+    codes_lr: float = Field(default=0.003, ge=0, le=0.1)
+    scales_lr: float = Field(default=0.001, ge=0, le=0.1)
+    seed: Seed = 42
+
+
+class _Calibrated(WeightFormat):
+    """What all recipes have that see calibration samples."""
+
+    calibration: str
+    deepstack: bool = True
+    batch_size: int = Field(default=1, ge=1)
+    end_to_end: EndToEnd | None = None
+
+    @model_validator(mode="after")
+    def _true_activations(self) -> "_Calibrated":
+        if self.end_to_end and not self.deepstack:
+            raise ValueError("end_to_end needs the activations of the model: leave deepstack true")
+        return self
+
+
+class AutoRoundRecipe(_Calibrated):
     """AutoRound: the rounding of each block tuned on the calibration samples."""
 
     method: Literal["autoround"]
-    calibration: str
-    deepstack: bool = True
     iters: int = Field(ge=0)
     lr: float | None = Field(default=None, gt=0, le=1)
-    batch_size: int = Field(default=1, ge=1)
     gradient_accumulate_steps: int = Field(default=8, ge=1)
     seed: Seed
 
@@ -125,13 +146,10 @@ class AutoRoundRecipe(WeightFormat):
         return 1 / self.iters if self.lr is None else self.lr
 
 
-class GptqRecipe(WeightFormat):
+class GptqRecipe(_Calibrated):
     """GPTQ: each linear rounded in one pass by the second moments of its inputs."""
 
     method: Literal["gptq"]
-    calibration: str
-    deepstack: bool = True
-    batch_size: int = Field(default=1, ge=1)
 
 
 TunedRecipe = AutoRoundRecipe | GptqRecipe

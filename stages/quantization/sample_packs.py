@@ -56,6 +56,30 @@ def pack_samples(
     return packs
 
 
+def unpack_samples(packs: Sequence[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
+    """Undo `pack_samples`; what is in no pack is returned as it is.
+
+    Parameters
+    ----------
+    packs
+        All that it returned, in order.
+    """
+    if not packs or LENGTHS not in packs[0]:
+        return list(packs)
+    split = []
+    for pack in packs:
+        sizes = pack[LENGTHS].flatten().tolist()
+        parts = {
+            key: torch.split(value, sizes, TOKENS[key])
+            for key, value in pack.items()
+            if key != LENGTHS
+        }
+        split.append([{key: parts[key][place] for key in parts} for place in range(len(sizes))])
+    # every pack took each n-th sample, so the first of all packs are the first samples
+    longest = max(map(len, split))
+    return [pack[place] for place in range(longest) for pack in split if place < len(pack)]
+
+
 def attend_within_samples(layer: Any) -> None:
     """Have a decoder layer attend within each sample of a pack; it then needs ``lengths``."""
     config = copy.copy(layer.self_attn.config)

@@ -24,6 +24,10 @@ class Contender:
         Whether it runs with every seed, and not just the first.
     method : str
         ``autoround`` or ``gptq``; of no meaning without samples.
+    end_to_end : int
+        Steps of end-to-end tuning after the layers; 0 for none.
+    codes : bool
+        Whether these tune codes beside group scales.
     """
 
     queries: int = 0
@@ -32,6 +36,8 @@ class Contender:
     deepstack: bool = True
     many_seeds: bool = False
     method: str = "autoround"
+    end_to_end: int = 0
+    codes: bool = True
 
     @property
     def tuned(self) -> bool:
@@ -48,6 +54,15 @@ CONTENDERS = {
     "mixed-passages64": Contender(queries=96, pages=48, passages=64),
     "gptq": Contender(queries=96, pages=48, method="gptq"),
     "gptq-passages32": Contender(queries=96, pages=48, passages=32, method="gptq"),
+    "mixed-e2e": Contender(queries=96, pages=48, end_to_end=200),
+    "gptq-e2e": Contender(queries=96, pages=48, method="gptq", end_to_end=200),
+    "mixed-e2e-600": Contender(queries=96, pages=48, end_to_end=600),
+    "gptq-e2e-600": Contender(queries=96, pages=48, method="gptq", end_to_end=600),
+    "gptq-passages32-e2e": Contender(
+        queries=96, pages=48, passages=32, method="gptq", end_to_end=200
+    ),
+    "mixed-e2e-scales": Contender(queries=96, pages=48, end_to_end=200, codes=False),
+    "gptq-e2e-scales": Contender(queries=96, pages=48, method="gptq", end_to_end=200, codes=False),
 }
 """By name, those that say most first."""
 
@@ -173,6 +188,12 @@ def pipeline_params(
                 "deepstack": contender.deepstack,
                 "batch_size": BATCH_SIZE,
             }
+            if contender.end_to_end:
+                recipe["end_to_end"] = {
+                    "steps": contender.end_to_end,
+                    "seed": run.seed,
+                    **({} if contender.codes else {"codes_lr": 0.0}),
+                }
             if contender.method == "autoround":
                 recipe |= {
                     "iters": iters,

@@ -93,6 +93,18 @@ def test_gptq_is_measured_on_the_samples_of_autoround(
     assert not bench.checkpoint("gptq").exists()
 
 
+def test_end_to_end_tuning_is_measured_on_the_samples_of_gptq(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(size, "MIXED", {"queries": 2, "pages": 2})
+    monkeypatch.setattr(size, "END_TO_END_STEPS", 2)
+    bench = Bench(("--config", str(CONFIG.absolute())), tmp_path, "cpu", Path("demo/model"))
+    step = STEPS["cuda"]["end-to-end"](bench)
+    assert (step["calibration"]["samples"], step["steps"]) == (4, 2)
+    assert step["seconds"] > 0 and step["peak_own_bytes"] > 1_000_000
+    assert not bench.checkpoint("end-to-end").exists()
+
+
 def test_a_failing_step_is_recorded_and_the_others_go_on(
     bench: Bench,
     tmp_path: Path,

@@ -25,7 +25,7 @@ from stages.publishing.card import (
     read_source_card,
     write_card,
 )
-from stages.quantization.recipes import AnyRecipe, AutoRoundRecipe, GptqRecipe, RtnRecipe
+from stages.quantization.recipes import AnyRecipe, AutoRoundRecipe, EndToEnd, GptqRecipe, RtnRecipe
 from tests.helpers.metrics import WITHIN_THE_LIMITS, quality
 
 METRICS = quality(**WITHIN_THE_LIMITS)
@@ -162,6 +162,10 @@ def test_damaged_source_card_and_missing_figures_are_one_line(tmp_path: Path) ->
                 method="autoround", calibration="some", lr=0.01, iters=20, seed=7, **WEIGHTS
             ),
             "AutoRound, 20 iterations, seed 7",
+        ),
+        (
+            GptqRecipe(method="gptq", calibration="some", end_to_end=EndToEnd(steps=9), **WEIGHTS),
+            "GPTQ, then 9 steps end to end",
         ),
     ],
 )

@@ -59,6 +59,13 @@ def test_params_are_valid_and_hold_every_recipe() -> None:
     gptq = params.recipes["gptq-passages32-w3-seed1"]
     assert (gptq.method, gptq.bits) == ("gptq", 3)
     assert gptq.calibration == "mixed-passages32-seed1"  # the very samples of AutoRound
+    tuned, scales = (
+        values["recipes"][f"{name}-w4-seed1"] for name in ("mixed-e2e", "mixed-e2e-scales")
+    )
+    assert tuned["calibration"] == "mixed-seed1"
+    assert tuned["end_to_end"] == {"steps": 200, "seed": 1}
+    assert scales["end_to_end"] == {"steps": 200, "seed": 1, "codes_lr": 0.0}
+    assert "end_to_end" not in values["recipes"]["mixed-w4-seed1"]
 
 
 def test_shrunk_sets_keep_every_kind() -> None:
