@@ -10,14 +10,25 @@ from ruamel.yaml import YAML
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
+from colqwen3.checkpoint.headers import Checkpoint
+from colqwen3.inspection import inspect_folder
 from colqwen3.system.errors import UserError
 from demo.studies.scale import study, summary
-from demo.studies.scale.contenders import CONTENDERS, Run, group_size, pipeline_params, plan
+from demo.studies.scale.contenders import (
+    CONTENDERS,
+    FRONTIER,
+    Run,
+    byte_budgets,
+    group_size,
+    pipeline_params,
+    plan,
+)
 from demo.studies.scale.losses import measure_losses, measure_search
 from demo.studies.scale.stagehand import run_stage, run_stages
 from demo.training.network import Retriever, initialise, published_config, save_published
 from demo.training.shapes import SIZES, count_parameters
 from stages.checking.params import Params
+from stages.quantization.allocation import bytes_of, planned_tensors, uniform
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +72,39 @@ def test_params_are_valid_and_hold_every_recipe() -> None:
     assert gptq.calibration == "mixed-passages32-seed1"  # the very samples of AutoRound
 
 
+def test_the_frontier_is_tuned_as_the_default_and_differs_in_widths_alone() -> None:
+    runs = plan(FRONTIER, (4, 3), (1,))
+    assert [run.name for run in runs] == [f"{name}-seed1" for name in FRONTIER]
+    budgets = {"bytes-w3": 30, "bytes-small": 20, "bytes-e4": 10}
+    values = pipeline_params(base(), runs, "/m", "/d", 64, 200, 1, "cuda", budgets)
+    params = Params.model_validate(values)
+    assert {recipe.calibration for recipe in params.recipes.values()} == {"mixed-seed1"}
+    assert (params.sensitivity.calibration, params.sensitivity.group_size) == ("mixed-seed1", 64)
+    assert params.recipes["bytes-small-seed1"].bytes == 20
+    assert params.recipes["b35-seed1"].has_budget and not params.recipes["w3-seed1"].has_budget
+    small = params.recipes["small-seed1"]
+    assert (small.token_embeddings, set(small.vision_bits.values())) == (8, {8})
+    (mixed,) = plan(["mixed"], (4,), (1,))
+    beside = pipeline_params(base(), [mixed], "/m", "/d", 64, 200, 1, "cuda")
+    assert beside["recipes"][mixed.name] == values["recipes"]["w4-seed1"]
+    assert beside["sensitivity"]["calibration"] == "none"
+
+
+def test_budgets_in_bytes_are_what_other_recipes_take(model: Path) -> None:
+    runs = plan(FRONTIER, (), (1,))
+    expected = inspect_folder(model)[1]
+    budgets = byte_budgets(runs, expected, 32)
+    assert set(budgets) == {"bytes-w3", "bytes-small", "bytes-e4"}
+    config = json.loads((model / "config.json").read_text())
+    source = Checkpoint.read(model).tensors
+    values = pipeline_params(base(), runs, "/m", "/d", 32, 200, 1, "cpu", budgets)
+    recipes = Params.model_validate(values).recipes
+    for name, budget in budgets.items():
+        other = f"{name.removeprefix('bytes-')}-seed1"
+        allocation = uniform(other, recipes[other], config)
+        assert budget == bytes_of(planned_tensors(source, allocation, 32).values())
+
+
 def test_shrunk_sets_keep_every_kind() -> None:
     runs = [Run("mixed-passages32", 4, 1)]
     values = pipeline_params(base(), runs, "/m", "/d", 64, 1, 1000, "cpu")
@@ -78,6 +122,13 @@ def test_largest_group_that_divides(widths: tuple[int, int], group: int) -> None
     text = {"hidden_size": widths[0], "intermediate_size": widths[1]}
     config = {"text_config": {**text, "num_attention_heads": 4, "head_dim": 64}}
     assert group_size(config) == group
+
+
+def test_the_group_fits_the_vision_tower_too_where_that_is_quantized() -> None:
+    text = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 2, "head_dim": 64}
+    vision = {"hidden_size": 64, "intermediate_size": 256, "spatial_merge_size": 2}
+    config = {"text_config": text, "vision_config": vision}
+    assert (group_size(config), group_size(config, vision=True)) == (128, 64)
 
 
 def test_no_group_divides() -> None:
@@ -241,12 +292,18 @@ def test_one_recipe_from_model_to_losses(
     options = study.parse_arguments([*command.split(), str(data)])
     sets = (page_set(tmp_path / "pages", "evaluation", 3, 2),)
     bench = study.Bench(tmp_path / "work", model, sets)
-    runs = [Run("rounding", 4, 1), Run("mixed-passages32", 3, 1)]
-    assert study.write_params(bench, runs, options) == 64
-    study.prepare(bench)
+    runs = [Run("rounding", 4, 1), Run("mixed-passages32", 3, 1), Run("bytes-w3", None, 1)]
+    assert study.write_params(bench, runs, options) == 32
+    alone = study.prepare(bench)
+    assert alone["token_embeddings"]["2"]["pages"] > alone["token_embeddings"]["8"]["pages"] > 0
     assert study.embed_original(bench, sets[0])["queries"] == 3
     measured = {run.name: study.measure_run(bench, run) for run in runs}
-    rounding, tuned = measured.values()
+    rounding, tuned, budget = measured.values()
+    assert rounding["bytes"] - budget["bytes"] > 0
+    assert (rounding["bits_by_part"], budget["bits"]) == (
+        {"token_embeddings": 16, "language_model": {"4": 14}}, None,
+    )  # fmt: skip
+    assert "vision_mergers" in budget["bits_by_part"]
     assert rounding["samples"] == {"queries": 0, "pages": 0, "passages": 0}
     assert rounding["seed"] is None and tuned["seed"] == 1
     assert tuned["samples"] == {"queries": 2, "pages": 1, "passages": 1}
