@@ -183,6 +183,25 @@ def corpus_cost() -> str:
     return f"{gpu}, weights: {results['weights']}; the runtime alone {own}.\n\n{table(head, *rows)}"
 
 
+@figure
+def corpus_preparation() -> str:
+    """Return what preparing a page takes of a CPU core, and what decoding and resizing do alone."""
+    results = read("metrics/size/corpus-cpu.json")
+    times_of = {key: value["median"] for key, value in results["steps"]["prepare"].items()
+                if isinstance(value, dict)}  # fmt: skip
+    whole = {
+        "without colour": ("png_without_colour", None),
+        "text, a little colour": ("png", "decode_png"),
+        "colour and noise in every pixel": ("png_of_photographs", "decode_png_of_photographs"),
+    }
+    rows = []
+    for name, (key, decoding) in whole.items():
+        floor = "" if decoding is None else f"{times_of[decoding] + times_of['resize']:.0f} ms"
+        decoded = "" if decoding is None else f"{times_of[decoding]:.0f} ms"
+        rows.append((name, f"{times_of[key]:.0f} ms", decoded, floor))
+    return table(("page", "preparation", "decoding alone", "decoding and resizing alone"), *rows)
+
+
 # ---- the demo: quality ---------------------------------------------------------------------------
 @figure
 def gguf() -> str:
