@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from colqwen3.checkpoint.headers import Checkpoint
 from colqwen3.inspection import inspect_folder
 from colqwen3.system.errors import UserError
-from demo.studies.scale import study, summary
+from demo.studies.scale import frontier, study, summary
 from demo.studies.scale.contenders import (
     CONTENDERS,
     FRONTIER,
@@ -234,6 +234,48 @@ def test_committed_table_and_plot_are_of_the_committed_figures(
     summary.main()
     assert table.read_text() == Path("metrics/scale/table.md").read_text()
     assert plot.read_text() == Path("docs/images/scale.svg").read_text()
+
+
+def frontier_results(total: int, sizes: dict[str, int]) -> dict[str, Any]:
+    return {
+        "parameters": {"total": total},
+        "original_bytes": 2 * total,
+        "page_sets": {"set": {}},
+        "recipes": {
+            f"{name}-seed1": {**recipe(name, 0.5 / size), "bits": None, "bytes": size}
+            for name, size in sizes.items()
+        },
+    }
+
+
+def test_frontiers_are_by_size_and_of_what_is_there(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"holds no frontier-<shape>\.json"):
+        frontier.read_frontiers(tmp_path)
+    made = {
+        "39m": frontier_results(4_000, {"w4": 6_000, "bytes-w3": 3_000}),
+        "demo": frontier_results(1_000, {"b35": 900, "small": 500, "rounding": 100}),
+    }
+    for shape, values in made.items():
+        (tmp_path / f"frontier-{shape}.json").write_text(json.dumps(values))
+    found = frontier.read_frontiers(tmp_path)
+    assert list(found) == ["demo", "39m"]
+    small, budget = frontier.points(found["demo"], "set")
+    assert small == {
+        "recipe": "small", "way": "embeddings and vision too", "mb": 500 / 1e6, "share": 0.25,
+        "pages": 0.001, "queries": 0.002,
+    }  # fmt: skip
+    assert (budget["recipe"], budget["way"]) == ("b35", "budget of bits")
+    ways = {point["recipe"]: point["way"] for point in frontier.points(found["39m"], "set")}
+    assert ways == {"bytes-w3": "budget of bytes", "w4": "uniform"}
+    drawn = frontier.svg(frontier.chart(found))
+    assert all(word in drawn for word in ("bytes-w3", "b35", "not the 4B model", ">39m<"))
+
+
+def test_the_committed_frontier_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plot = tmp_path / "plot.svg"
+    monkeypatch.setattr("sys.argv", ["frontier", "--plot", str(plot)])
+    frontier.main()
+    assert plot.read_text() == frontier.PLOT.read_text()
 
 
 def test_summary_refuses_other_files(tmp_path: Path) -> None:
