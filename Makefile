@@ -70,15 +70,22 @@ check-release: setup check-vllm
 check-vllm: setup
 	python -m tests.slow.check_vllm --environments .venv/release
 
-setup-corpus: setup
+setup-corpus: setup $(VENV)/corpus/.installed $(VENV)/plaid/.installed
+
+$(VENV)/corpus/.installed: requirements.txt requirements-corpus.txt pyproject.toml
 	@$(PYTHON) -m venv $(VENV)/corpus
 	@$(VENV)/corpus/bin/python -m pip install --quiet --disable-pip-version-check \
 		-r requirements.txt -r requirements-corpus.txt
 	@$(VENV)/corpus/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+# fast-plaid runs with no other torch
+$(VENV)/plaid/.installed: requirements.txt pyproject.toml
 	@$(PYTHON) -m venv $(VENV)/plaid
 	@sed 's/^torch==.*/torch==2.11.0/' requirements.txt | $(VENV)/plaid/bin/python -m pip install --quiet \
 		--disable-pip-version-check -r /dev/stdin fast-plaid==1.7.0.2110
 	@$(VENV)/plaid/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
 
 test-corpus: setup-corpus
 	OMP_NUM_THREADS=1 $(VENV)/corpus/bin/python -m pytest tests/colqwen3/corpus tests/colqwen3/search \

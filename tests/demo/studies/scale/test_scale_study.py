@@ -29,6 +29,7 @@ from demo.training.network import Retriever, initialise, published_config, save_
 from demo.training.shapes import SIZES, count_parameters
 from stages.checking.params import Params
 from stages.quantization.allocation import bytes_of, planned_tensors, uniform
+from stages.tools.charts import svg
 
 
 @pytest.fixture(scope="module")
@@ -267,7 +268,7 @@ def test_frontiers_are_by_size_and_of_what_is_there(tmp_path: Path) -> None:
     assert (budget["recipe"], budget["way"]) == ("b35", "budget of bits")
     ways = {point["recipe"]: point["way"] for point in frontier.points(found["39m"], "set")}
     assert ways == {"bytes-w3": "budget of bytes", "w4": "uniform"}
-    drawn = frontier.svg(frontier.chart(found))
+    drawn = svg(frontier.chart(found))
     assert all(word in drawn for word in ("bytes-w3", "b35", "not the 4B model", ">39m<"))
 
 
