@@ -91,8 +91,8 @@ def gb(count: float, digits: int = 1) -> str:
 
 
 def times(ratio: float) -> str:
-    """Return a ratio."""
-    return f"{ratio:.2f}\N{MULTIPLICATION SIGN}"
+    """Return a ratio, one far below 1 with one digit."""
+    return f"{ratio:{'.2f' if ratio >= 0.01 else '.1g'}}\N{MULTIPLICATION SIGN}"
 
 
 # ---- the demo: indexes and stores ----------------------------------------------------------------
