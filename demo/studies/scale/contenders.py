@@ -4,7 +4,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from colqwen3.checkpoint.layout import VISION_PARTS
+from colqwen3.checkpoint.layout import VISION_PARTS, quantizable, tensors
+from stages.budget.knapsack import HEADER_BYTES
 
 GROUP_SIZES = (128, 64, 32)
 BATCH_SIZE = 8
@@ -182,8 +183,10 @@ def group_size(config: Mapping[str, Any], vision: bool = False) -> int:
     raise ValueError(f"no group of {GROUP_SIZES} weights divides all of {tuple(inputs)}")
 
 
-def byte_budgets(runs: Iterable[Run], expected: Mapping[str, Any], group: int) -> dict[str, int]:
-    """Return the budget of each contender that has one in bytes: the tensors of another contender.
+def byte_budgets(
+    runs: Iterable[Run], expected: Mapping[str, Any], config: Mapping[str, Any], group: int
+) -> dict[str, int]:
+    """Return the budget of each contender that has one in bytes: another contender just fits it.
 
     Parameters
     ----------
@@ -191,13 +194,17 @@ def byte_budgets(runs: Iterable[Run], expected: Mapping[str, Any], group: int) -
         The recipes.
     expected : Mapping
         What `colqwen3 inspect` foretells: ``expected_bytes`` and ``expected_savings``.
+    config : Mapping
+        Contents of the model's config.json.
     group : int
         Weights that share a scale.
     """
     savings = expected["expected_savings"][f"g{group}"]
+    # as `stages.budget.knapsack` counts them: three tensors for each weight that may be quantized
+    headers = HEADER_BYTES * (len(tensors(config)) + 2 * len(quantizable(config)))
 
     def size(weights: Mapping[str, Any]) -> int:
-        whole = int(expected["expected_bytes"][f"w{weights['bits']}g{group}"])
+        whole = headers + int(expected["expected_bytes"][f"w{weights['bits']}g{group}"])
         vision = weights.get("vision", {})
         if not isinstance(vision, Mapping):
             vision = dict.fromkeys(VISION_PARTS, vision)

@@ -285,7 +285,7 @@ def write_params(bench: Bench, runs: Sequence[Run], options: argparse.Namespace)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{bench.model}/config.json: {error}") from None
     yaml = YAML(typ="safe", pure=True)
-    budgets = byte_budgets(runs, inspect_folder(bench.model)[1], group)
+    budgets = byte_budgets(runs, inspect_folder(bench.model)[1], config, group)
     values = pipeline_params(
         yaml.load((ROOT / "params.yaml").read_text("utf-8")),
         runs,

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
 from colqwen3.checkpoint.headers import Checkpoint
+from colqwen3.checkpoint.layout import quantizable
 from colqwen3.inspection import inspect_folder
 from colqwen3.system.errors import UserError
 from demo.studies.scale import frontier, study, summary
@@ -27,6 +28,7 @@ from demo.studies.scale.losses import measure_losses, measure_search
 from demo.studies.scale.stagehand import run_stage, run_stages
 from demo.training.network import Retriever, initialise, published_config, save_published
 from demo.training.shapes import SIZES, count_parameters
+from stages.budget.knapsack import allocate, items_of
 from stages.checking.params import Params
 from stages.quantization.allocation import bytes_of, planned_tensors, uniform
 from stages.tools.charts import svg
@@ -94,16 +96,26 @@ def test_the_frontier_is_tuned_as_the_default_and_differs_in_widths_alone() -> N
 def test_budgets_in_bytes_are_what_other_recipes_take(model: Path) -> None:
     runs = plan(FRONTIER, (), (1,))
     expected = inspect_folder(model)[1]
-    budgets = byte_budgets(runs, expected, 32)
-    assert set(budgets) == {"bytes-w3", "bytes-small", "bytes-e4"}
     config = json.loads((model / "config.json").read_text())
+    budgets = byte_budgets(runs, expected, config, 32)
+    assert set(budgets) == {"bytes-w3", "bytes-small", "bytes-e4"}
     source = Checkpoint.read(model).tensors
     values = pipeline_params(base(), runs, "/m", "/d", 32, 200, 1, "cpu", budgets)
     recipes = Params.model_validate(values).recipes
     for name, budget in budgets.items():
         other = f"{name.removeprefix('bytes-')}-seed1"
         allocation = uniform(other, recipes[other], config)
-        assert budget == bytes_of(planned_tensors(source, allocation, 32).values())
+        planned = bytes_of(planned_tensors(source, allocation, 32).values())
+        assert planned < budget < planned + 100_000  # of headers
+        wanted = {**dict.fromkeys(quantizable(config), 16), **allocation.modules}
+        loses = {
+            item: {"loss": {str(bits): dict.fromkeys(("pages", "queries"), float(bits != wanted[names[0]]))
+                            for bits in (2, 3, 4, 8)}}
+            for item, names in items_of(config).items()
+        }  # fmt: skip
+        chosen = allocate(name, recipes[f"{name}-seed1"], config, source, {"items": loses})
+        if 16 not in wanted.values():  # else 16 bits, which lose nothing, tempt
+            assert chosen.modules == allocation.modules
 
 
 def test_shrunk_sets_keep_every_kind() -> None:
