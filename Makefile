@@ -6,8 +6,8 @@
 # make clean-recipes  what recipes that are no longer in params.yaml have left behind
 # make check-release  the releases in clean environments: transformers 4.57 and 5, mteb, colpali-engine, vLLM: an hour
 # make check-vllm     the releases in vLLM on a CPU, offline and served: 15 minutes, 8 GB
-# make setup-corpus   a second environment with Ray, vector stores and the search page: 1 GB
-# make test-corpus    the tests that need it, a browser (chromium) for the last: minutes
+# make setup-corpus   two more environments: Ray, vector stores and the search page; fast-plaid with its torch: GBs
+# make test-corpus    the tests that need them, a browser (chromium) for the last: minutes
 # make bench-size     time and memory at true size (4B, random weights) on this CPU: 10 minutes, 40 GB
 # make reference      the present results as the committed figures of README and docs, which are redrawn
 
@@ -70,15 +70,27 @@ check-release: setup check-vllm
 check-vllm: setup
 	python -m tests.slow.check_vllm --environments .venv/release
 
-setup-corpus: setup
+setup-corpus: setup $(VENV)/corpus/.installed $(VENV)/plaid/.installed
+
+$(VENV)/corpus/.installed: requirements.txt requirements-corpus.txt pyproject.toml
 	@$(PYTHON) -m venv $(VENV)/corpus
 	@$(VENV)/corpus/bin/python -m pip install --quiet --disable-pip-version-check \
 		-r requirements.txt -r requirements-corpus.txt
 	@$(VENV)/corpus/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+# fast-plaid runs with no other torch
+$(VENV)/plaid/.installed: requirements.txt pyproject.toml
+	@$(PYTHON) -m venv $(VENV)/plaid
+	@sed 's/^torch==.*/torch==2.11.0/' requirements.txt | $(VENV)/plaid/bin/python -m pip install --quiet \
+		--disable-pip-version-check -r /dev/stdin fast-plaid==1.7.0.2110
+	@$(VENV)/plaid/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
 
 test-corpus: setup-corpus
 	OMP_NUM_THREADS=1 $(VENV)/corpus/bin/python -m pytest tests/colqwen3/corpus tests/colqwen3/search \
 		tests/demo/benchmarks/test_stores.py
+	OMP_NUM_THREADS=1 $(VENV)/plaid/bin/python -m pytest tests/demo/benchmarks/test_stores.py -k fast-plaid
 
 bench-size: setup
 	python -m demo.benchmarks.size

@@ -91,8 +91,8 @@ def gb(count: float, digits: int = 1) -> str:
 
 
 def times(ratio: float) -> str:
-    """Return a ratio."""
-    return f"{ratio:.2f}\N{MULTIPLICATION SIGN}"
+    """Return a ratio, one far below 1 with one digit."""
+    return f"{ratio:{'.2f' if ratio >= 0.01 else '.1g'}}\N{MULTIPLICATION SIGN}"
 
 
 # ---- the demo: indexes and stores ----------------------------------------------------------------
@@ -181,6 +181,25 @@ def corpus_cost() -> str:
         row("disk per million pages", *(gb(1e6 * way["bytes_per_page"], 0) for way in ways)),
     )
     return f"{gpu}, weights: {results['weights']}; the runtime alone {own}.\n\n{table(head, *rows)}"
+
+
+@figure
+def corpus_preparation() -> str:
+    """Return what preparing a page takes of a CPU core, and what decoding and resizing do alone."""
+    results = read("metrics/size/corpus-cpu.json")
+    times_of = {key: value["median"] for key, value in results["steps"]["prepare"].items()
+                if isinstance(value, dict)}  # fmt: skip
+    whole = {
+        "without colour": ("png_without_colour", None),
+        "text, a little colour": ("png", "decode_png"),
+        "colour and noise in every pixel": ("png_of_photographs", "decode_png_of_photographs"),
+    }
+    rows = []
+    for name, (key, decoding) in whole.items():
+        floor = "" if decoding is None else f"{times_of[decoding] + times_of['resize']:.0f} ms"
+        decoded = "" if decoding is None else f"{times_of[decoding]:.0f} ms"
+        rows.append((name, f"{times_of[key]:.0f} ms", decoded, floor))
+    return table(("page", "preparation", "decoding alone", "decoding and resizing alone"), *rows)
 
 
 # ---- the demo: quality ---------------------------------------------------------------------------
@@ -486,59 +505,104 @@ def _seeds(group: str, kind: str) -> float:
     return sum(losses) / len(losses)
 
 
+PAGE_SETS = ("evaluation", "evaluation2")
+
+
+def frontiers() -> dict[str, dict[str, dict[str, Any]]]:
+    """Return loss against bytes of the sizes measured: size -> page set -> contender -> its point."""
+    from demo.studies.scale.frontier import points, read_frontiers
+
+    return {
+        shape: {
+            name: {point["recipe"]: point for point in points(results, name)} for name in PAGE_SETS
+        }
+        for shape, results in read_frontiers(ROOT / "metrics/scale").items()
+    }
+
+
 @figure
 def frontier() -> str:
-    """Return loss against bytes on both evaluation sets, smallest first."""
-    from demo.studies.ablation.study import frontier_points
-
-    points = {name: frontier_points(name) for name in ("evaluation", "evaluation2")}
-    rows = []
-    for one, two in zip(*points.values(), strict=True):
-        figures = (f"{point[kind]:.6f}" for point in (one, two) for kind in ("pages", "queries"))
-        rows.append((f"`{one['recipe']}`", f"{one['mb']:.2f} MB", *figures))
-    head = ("recipe", "bytes", "pages, set 1", "queries, set 1", "pages, set 2", "queries, set 2")
-    return table(head, *rows)
+    """Return loss against bytes on both evaluation sets, smallest first, a table a size."""
+    tables = []
+    head = (
+        "bytes",
+        "of 16 bits",
+        "pages, set 1",
+        "queries, set 1",
+        "pages, set 2",
+        "queries, set 2",
+    )
+    for shape, sets in frontiers().items():
+        rows = []
+        for recipe, point in sets[PAGE_SETS[0]].items():
+            losses = (
+                sets[name][recipe][kind] for name in PAGE_SETS for kind in ("pages", "queries")
+            )
+            size = f"{point['mb']:.2f} MB", f"{point['share']:.0%}"
+            rows.append((f"`{recipe}`", *size, *(f"{value:.6f}" for value in losses)))
+        tables.append(table((f"`{shape}`", *head), *rows))
+    return "\n\n".join(tables)
 
 
 @figure
-def small_against_default() -> str:
-    """Return the losses of `small` over those of the default recipe, on both sets."""
-    from demo.studies.ablation.study import frontier_points
-
-    words = []
-    for kind in ("pages", "queries"):
-        ratios = []
-        for dataset in ("evaluation", "evaluation2"):
-            points = {point["recipe"]: point for point in frontier_points(dataset)}
-            ratios.append(times(points["small"][kind] / points["w4"][kind]))
-        words.append(f"{' and '.join(ratios)} its loss of {kind}")
-    points = {point["recipe"]: point for point in frontier_points("evaluation")}
-    size = times(points["small"]["mb"] / points["w4"]["mb"])
-    return f"{size} the bytes of `w4`, {' and '.join(words)}"
+def frontier_ratios() -> str:
+    """Return bytes and losses of one recipe over another's, the worse page set, a row a size."""
+    pairs = (
+        ("small", "w4"), ("attention8", "w4"), ("bytes-w3", "w3"), ("bytes-small", "small"),
+        ("b30", "w3"),
+    )  # fmt: skip
+    rows = []
+    for shape, sets in frontiers().items():
+        for one, other in pairs:
+            if not {one, other} <= sets[PAGE_SETS[0]].keys():
+                continue
+            size = sets[PAGE_SETS[0]][one]["mb"] / sets[PAGE_SETS[0]][other]["mb"]
+            worst = (
+                max(sets[name][one][kind] / sets[name][other][kind] for name in PAGE_SETS)
+                for kind in ("pages", "queries")
+            )
+            rows.append((f"`{shape}`", f"`{one}` / `{other}`", *map(times, (size, *worst))))
+    return table(("size", "recipes", "bytes", "page loss", "query loss"), *rows)
 
 
 @figure
 def sensitivity() -> str:
     """Return the loss of pages and queries with one part of the demo model quantized."""
-    measured = read("demo/studies/ablation/metrics/sensitivity.json")
+    measured = read("metrics/scale/frontier-demo.json")["sensitivity"]
     rows = []
-    for part, item in measured["items"].items():
+    for part, losses in measured.items():
         if part.startswith("vision_block"):
             continue
-        losses = (
-            f"{item['loss'][bits]['pages']:.1e} / {item['loss'][bits]['queries']:.1e}"
+        cells = (
+            f"{losses[bits]['pages']:.1e} / {losses[bits]['queries']:.1e}"
             for bits in ("2", "3", "4", "8")
         )
-        rows.append((f"`{part}`", *losses))
-    samples = measured["samples"]
-    head = (
-        f"loss of {samples['pages']} pages / {samples['queries']} queries",
-        "2 bits",
-        "3",
-        "4",
-        "8",
-    )
-    return table(head, *rows)
+        rows.append((f"`{part}`", *cells))
+    return table(("loss of pages / queries", "2 bits", "3", "4", "8"), *rows)
+
+
+@figure
+def sensitivity_of_layers() -> str:
+    """Return how far decoder layers differ at 3 bits: the most sensitive over the least, a row a size."""
+    from demo.studies.scale.frontier import read_frontiers
+
+    items = ("qkv", "o", "gate_up", "down")
+    rows = []
+    for shape, results in read_frontiers(ROOT / "metrics/scale").items():
+        cells = []
+        for item in items:
+            losses = [
+                loss["3"]
+                for part, loss in results["sensitivity"].items()
+                if part.startswith("layers.") and part.endswith(f".{item}")
+            ]
+            ratios = (
+                max(loss[kind] for loss in losses) / min(loss[kind] for loss in losses)
+                for kind in ("pages", "queries")
+            )
+            cells.append(" / ".join(f"{ratio:.1f}" for ratio in ratios))
+        rows.append((f"`{shape}`", *cells))
+    return table(("size, pages / queries", *(f"`{item}`" for item in items)), *rows)
 
 
 @figure

@@ -63,9 +63,9 @@ from stages.publishing.card import (
     describe_fallback,
     describe_method,
     describe_weights,
-    has_one_width,
     licence_of,
     read_source_card,
+    suits_vllm,
     write_card,
 )
 from stages.publishing.engines import (
@@ -210,7 +210,7 @@ def card_facts(
         "failed": provenance["verdict"]["verdict"] == WORSE,
         "quantized": quantized,
         "unquantized": unquantized,
-        "one_width": has_one_width(weight_bits),
+        "suits_vllm": suits_vllm(weight_bits),
         "method": describe_method(values),
         "calibration": describe_calibration(provenance["calibration"]),
         "libraries": ", ".join(

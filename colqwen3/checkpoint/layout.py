@@ -165,6 +165,11 @@ def embeddings_shape(config: Mapping[str, Any]) -> Shape:
     return _size(config["text_config"], "vocab_size"), _size(config["text_config"], "hidden_size")
 
 
+def quantizable(config: Mapping[str, Any]) -> dict[str, Shape]:
+    """Return all that a recipe may quantize: `all_linears`, then the token embeddings."""
+    return {**all_linears(config), EMBEDDINGS: embeddings_shape(config)}
+
+
 def tensors(config: Mapping[str, Any]) -> dict[str, Shape]:
     """Return every tensor of the checkpoint, published name -> shape.
 

@@ -13,13 +13,11 @@ from typing import Any
 
 from colqwen3.checkpoint.layout import (
     BLOCKS,
-    EMBEDDINGS,
     VISION,
     Shape,
-    embeddings_shape,
     linears,
+    quantizable,
     tensors,
-    vision_linears,
 )
 
 TEXT, VISION_FILE = "text.gguf", "mmproj.gguf"
@@ -169,12 +167,11 @@ def expected_gguf_bytes(config: Mapping[str, Any]) -> dict[str, int]:
     if find_unsupported(config):
         return {}
     choices: dict[str, dict[str, int]] = {"f16": {}}
-    others = {**vision_linears(config), EMBEDDINGS: embeddings_shape(config)}
+    shapes = quantizable(config)
     for bits in BLOCK_TYPES:
         text = dict.fromkeys(linears(config), bits)
         choices[f"w{bits}"] = text
-        choices[f"w{bits}-8"] = {**text, **dict.fromkeys(others, 8)}
-    shapes = {**linears(config), **others}
+        choices[f"w{bits}-8"] = {**dict.fromkeys(shapes, 8), **text}
     return {
         key: tensor_bytes(gguf_files(config, packed))
         for key, packed in choices.items()

@@ -40,6 +40,7 @@ from colqwen3.serving import load_runtime
 from colqwen3.system.device import choose_device, device_name
 from colqwen3.system.errors import UserError, first_line
 from colqwen3.system.files import write_json
+from demo.benchmarks import drawn_pages
 from demo.benchmarks.drawn_pages import PAGE, PDF_PAGES, write_pdf, write_png
 from demo.benchmarks.measure import descendants, machine, memory
 
@@ -91,16 +92,20 @@ def preparation(embedder: Embedder, png: list[Source], pdf: list[Source]) -> Res
     """Return the milliseconds of one core for preparing a page, and for its parts."""
     cut = cutter(embedder.processor)
     page, scan = png[0].file_page, pdf[0].file_page
-    grey = Path(tempfile.mkdtemp()) / "grey.png"
+    folder = Path(tempfile.mkdtemp())
+    grey, colour = folder / "grey.png", folder / "colour.png"
     open_page(page).convert("L").convert("RGB").save(grey)
+    drawn_pages.scan().save(colour)
     image = open_page(page)
     width, height = cut.size(*image.size)
     resized = image.resize((width, height), Image.Resampling(cut.resample))
     return {
         "png": core_ms(lambda: prepare_page(cut, page)),
         "png_without_colour": core_ms(lambda: prepare_page(cut, Page(grey))),
+        "png_of_photographs": core_ms(lambda: prepare_page(cut, Page(colour))),
         "pdf": core_ms(lambda: prepare_page(cut, scan)),
         "decode_png": core_ms(lambda: open_page(page)),
+        "decode_png_of_photographs": core_ms(lambda: open_page(Page(colour))),
         "resize": core_ms(lambda: image.resize((width, height), Image.Resampling(cut.resample))),
         "resize_and_cut": core_ms(lambda: cut.cut(image)),
         "processor_float32": core_ms(lambda: embedder.processor.process_images([resized]), 5),

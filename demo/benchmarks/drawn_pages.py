@@ -34,6 +34,12 @@ def draw(seed: int) -> Image.Image:
     return page
 
 
+def scan() -> Image.Image:
+    """Return a page with colour and noise in every pixel, as scanned photographs have."""
+    hues = (Image.linear_gradient("L").rotate(turn).resize(PAGE) for turn in (0, 90, 180))
+    return Image.merge("RGB", [Image.blend(hue, Image.effect_noise(PAGE, 8), 0.5) for hue in hues])
+
+
 def write_png(folder: Path, seed: int) -> None:
     """Write one page as a PNG file."""
     draw(seed).save(folder / f"page-{seed:06d}.png")

@@ -19,8 +19,8 @@ from colqwen3.checkpoint.layout import (
     EMBEDDINGS,
     EMBEDDINGS_BITS,
     VISION_PARTS,
-    embeddings_shape,
     linears,
+    quantizable,
     vision_linears,
     vision_part,
 )
@@ -104,7 +104,7 @@ def solve(
 
 def fits(modules: Sequence[str], config: Mapping[str, Any], group_size: int) -> bool:
     """Whether a group size divides the inputs of all these modules."""
-    shapes = {**linears(config), **vision_linears(config), EMBEDDINGS: embeddings_shape(config)}
+    shapes = quantizable(config)
     return all(shapes[module][1] % group_size == 0 for module in modules)
 
 
@@ -135,17 +135,15 @@ def normalised(
         kind: sum(measured[item]["loss"]["4"][kind] for item in items if item.startswith("layers."))
         for kind in kinds
     }
+    losses = {item: measured[item]["loss"] if item in measured else {} for item in items}
     return {
-        item: {
-            SIXTEEN: 0.0,
-            **{
-                int(bits): sum(max(0.0, loss[kind]) / max(whole[kind], 1e-12) for kind in kinds)
-                for bits, loss in measured[item]["loss"].items()
-            },
+        item: {SIXTEEN: 0.0}
+        | {
+            int(bits): sum(max(0.0, loss[kind]) / max(whole[kind], 1e-12) for kind in kinds)
+            for bits, loss in by_bits.items()
         }
-        for item in items
-        if item in measured
-    } | {item: {SIXTEEN: 0.0} for item in items if item not in measured}
+        for item, by_bits in losses.items()
+    }
 
 
 def allocate(
@@ -235,8 +233,9 @@ def check_fit(name: str, recipe: AnyRecipe, config: Mapping[str, Any]) -> None:
     UserError
         Naming the first module whose inputs it does not divide.
     """
-    shapes = {**linears(config), **vision_linears(config), EMBEDDINGS: embeddings_shape(config)}
+    shapes = quantizable(config)
     for item, modules in items_of(config).items():
-        free = len(choices_of(item, recipe)) > 1 and not item.startswith("layers.")
-        if min(choices_of(item, recipe)) < SIXTEEN and not free:
+        choices = choices_of(item, recipe)
+        # beside the decoder layers, what has a choice may stay 16-bit
+        if min(choices) < SIXTEEN and (len(choices) == 1 or item.startswith("layers.")):
             check_group_size(name, recipe, {module: shapes[module] for module in modules})

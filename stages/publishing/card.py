@@ -107,10 +107,10 @@ def describe_weights(bits: Mapping[str, Any]) -> tuple[str, str]:
     return "; ".join(parts), f"{kept[0].upper()}{kept[1:]} {'are' if unquantized else 'is'}"
 
 
-def has_one_width(bits: Mapping[str, Any]) -> bool:
-    """Whether the linears of the language model have one width, and nothing else is quantized."""
+def suits_vllm(bits: Mapping[str, Any]) -> bool:
+    """Whether vLLM was seen to run it: the language model alone is quantized, all of it to 4 bits."""
     others = {key for key in bits if key not in ("language_model", "token_embeddings")}
-    return not others and bits["token_embeddings"] == 16 and len(bits["language_model"]) == 1
+    return not others and bits["token_embeddings"] == 16 and bits["language_model"].keys() == {"4"}
 
 
 def _whole_tower(words: list[str]) -> list[str]:

@@ -177,5 +177,7 @@ def _targets(names: list[str], linears: Mapping[str, int]) -> list[str]:
     """Return regular expressions for the names of linears, one for all where they are all there are."""
     if len(set(linears.values())) == 1 and not any(name.startswith(VISION) for name in names):
         return [r"re:.*language_model.*layers\..*_proj$"]
-    # other engines name the modules without the first part
-    return [rf"re:.*{re.escape(name.removeprefix('vlm.model.'))}$" for name in names]
+    # other engines name the modules without the first part, and vLLM the layers' model once more
+    paths = [re.escape(name.removeprefix("vlm.model.")) for name in names]
+    inside = r"language_model\.", r"language_model\.(?:model\.)?"
+    return [f"re:.*{path.replace(*inside)}$" for path in paths]

@@ -13,8 +13,8 @@ from colqwen3.checkpoint.layout import (
     EMBEDDINGS,
     VISION,
     Shape,
-    embeddings_shape,
     linears,
+    quantizable,
     vision_linears,
     vision_part,
 )
@@ -80,7 +80,7 @@ def uniform(name: str, recipe: AnyRecipe, config: Mapping[str, Any]) -> Allocati
 
 def shapes_of(allocation: Allocation, config: Mapping[str, Any]) -> dict[str, Shape]:
     """Return the shape [outputs, inputs] of each quantized module."""
-    shapes = {**linears(config), **vision_linears(config), EMBEDDINGS: embeddings_shape(config)}
+    shapes = quantizable(config)
     return {name: shapes[name] for name in allocation.modules}
 
 

@@ -241,38 +241,3 @@ def sensitivity_chart(rows: Points, kind: str) -> dict[str, Any]:
             },
         },
     }
-
-
-def frontier_chart(points: Points, kind: str) -> dict[str, Any]:
-    """Describe loss against bytes, a line for each ``way`` of choosing widths, on a log scale.
-
-    Parameters
-    ----------
-    points
-        Each with ``recipe``, ``way``, ``mb``, ``pages`` and ``queries``.
-    kind
-        ``pages`` or ``queries``.
-    """
-    x = {"field": "mb", "type": "quantitative", "title": "MB", "scale": {"zero": False}}
-    y = {
-        "field": kind,
-        "type": "quantitative",
-        "title": f"loss of {kind} (1 - mean cosine)",
-        "scale": {"type": "log"},
-        "axis": {"tickCount": 4, "format": ".0e"},
-    }
-    colour = {"field": "way", "type": "nominal", "title": None}
-    label = {"field": "recipe", "type": "nominal"}
-    position = {"x": x, "y": y}
-    return {
-        "data": {"values": list(points)},
-        "width": PANEL,
-        "height": PANEL,
-        "layer": [
-            {"mark": {"type": "line", "point": True}, "encoding": {**position, "color": colour}},
-            {
-                "mark": {"type": "text", "align": "left", "dx": 6, "dy": -5, "fontSize": 9},
-                "encoding": {**position, "text": label},
-            },
-        ],
-    }

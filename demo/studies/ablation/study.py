@@ -4,7 +4,8 @@ A DVC project of its own, with its own params.yaml: ``cd demo/studies/ablation &
 and measures every recipe. ``python -m demo.studies.ablation RECIPE`` is one of its stages, and
 ``--original DATASET`` makes the embeddings that recipes are compared with. Both run the pipeline's
 own stages, unchanged, in a folder of their own whose params.yaml holds no other recipe. A finished
-checkpoint is measured and deleted: one at a time is on the disk.
+checkpoint is measured and deleted: one at a time is on the disk. An edit of code makes no recipe
+stale; ``--prove`` measures two anew and notes the code that gave the same figures.
 
 ``python -m demo.studies.ablation`` prints the results as tables in Markdown.
 """
@@ -36,19 +37,17 @@ from stages.pipeline.paths import (
     MODEL_METRICS,
     QUALITY_METRICS,
     QUANTIZE_METRICS,
-    SENSITIVITY,
 )
-from stages.pipeline.stage import claim
-from stages.quantization.recipes import AnyRecipe, Recipe
+from stages.pipeline.stage import claim, code_digest
+from stages.quantization.recipes import Recipe
 
 ABLATION = Path("demo/studies/ablation")
 METRICS = ABLATION / "metrics"  # one file per recipe
 ORIGINALS = ABLATION / "artifacts/original"  # embeddings, one file per dataset
-SENSITIVITY_FILE = ABLATION / "artifacts/sensitivity.json"
-FRONTIER_PLOT = Path("docs/images/frontier.svg")
-UNIFORM = {"more-200-w3g128-seed1": "w3", "more-200-w4g128-seed1": "w4"}
-"""Recipes of the ablation that the frontier is compared with -> their names there."""
-SAMPLES = "more-seed1"  # that the sensitivity is measured on
+PROOF = ABLATION / "proof.json"  # the code that was shown to give the figures
+PROVEN = ("rtn-w4g32", "mixed-w3g128-seed1")
+"""Recipes that are measured anew to show it: a rounded and a tuned one."""
+STAGES = ("calibrate", "allocate", "quantize", "embed", "evaluate")
 WORK = ABLATION / "artifacts/work"  # one folder per running recipe
 FIX = f"run `dvc repro` in {ABLATION}"
 ORIGINAL = "original"
@@ -70,21 +69,13 @@ class AblationParams(Section):
     datasets: dict[str, str] = Field(min_length=1)
     sets: dict[str, CalibrationSet]
     recipes: dict[str, Recipe]
-    smaller: dict[str, Recipe] = Field(default_factory=dict)
-
-    @property
-    def all_recipes(self) -> dict[str, AnyRecipe]:
-        """Return the recipes of the ablation and of the frontier."""
-        return {**self.recipes, **self.smaller}
 
     @model_validator(mode="after")
     def _sound(self) -> "AblationParams":
         check_names(self.datasets, {"quantize"})
         check_names(self.sets, {"none"})
         check_names(self.recipes, {ORIGINAL})
-        check_names(self.smaller, {ORIGINAL, *self.recipes})
         check_sets(self.recipes, self.sets, "recipes", "sets")
-        check_sets(self.smaller, self.sets, "smaller", "sets")
         return self
 
 
@@ -119,11 +110,10 @@ def own_params(
         Path(_find(ablation.datasets, "datasets", dataset)).resolve()
     )
     if recipe is not None:
-        chosen = _find(ablation.all_recipes, "recipes", recipe)
+        chosen = _find(ablation.recipes, "recipes", recipe)
         used = {name: s for name, s in ablation.sets.items() if name == chosen.calibration}
         values["recipes"] = {recipe: chosen.model_dump()}
         values["calibration"]["sets"] = {name: s.model_dump() for name, s in used.items()}
-        values["sensitivity"]["calibration"] = chosen.calibration if chosen.has_budget else "none"
     return values
 
 
@@ -189,15 +179,13 @@ def embed_original(params: Params, ablation: AblationParams, dataset: str) -> No
     space.remove()
 
 
-def measure_recipe(params: Params, ablation: AblationParams, recipe: str) -> None:
-    """Write metrics/<recipe>.json: the figures of `quantize`, and of `evaluate` by dataset."""
+def measure_recipe(params: Params, ablation: AblationParams, recipe: str) -> dict[str, Any]:
+    """Return the figures of a recipe: those of `quantize`, and those of `evaluate` by dataset."""
     datasets = list(ablation.datasets)
     values = {dataset: own_params(params, ablation, dataset, recipe) for dataset in datasets}
     space = Workspace(WORK / recipe, params)
     space.write_params(values[datasets[0]])
     space.run("calibrate")
-    if ablation.all_recipes[recipe].has_budget:
-        shutil.copyfile(SENSITIVITY_FILE, space.folder / SENSITIVITY)
     space.run("allocate")
     space.run("quantize", recipe)
     metrics = {}
@@ -211,25 +199,43 @@ def measure_recipe(params: Params, ablation: AblationParams, recipe: str) -> Non
         space.run("evaluate", recipe)
         metrics[dataset] = read_json(space.folder / QUALITY_METRICS / f"{recipe}.json", FIX)
     metrics["quantize"] = read_json(space.folder / QUANTIZE_METRICS / f"{recipe}.json", FIX)
-    write_json(METRICS / f"{recipe}.json", metrics)
     space.remove()
+    return metrics
 
 
-def measure_sensitivity(params: Params, ablation: AblationParams) -> None:
-    """Write artifacts/sensitivity.json, and the same as metrics/sensitivity.json."""
-    dataset = next(iter(ablation.datasets))
-    values = own_params(params, ablation, dataset)
-    values["calibration"]["sets"] = {SAMPLES: ablation.sets[SAMPLES].model_dump()}
-    values["sensitivity"]["calibration"] = SAMPLES
-    space = Workspace(WORK / "sensitivity", params)
-    space.write_params(values)
-    space.run("calibrate")
-    space.run("sensitivity")
-    result = read_json(space.folder / SENSITIVITY, FIX)
-    for path in (SENSITIVITY_FILE, METRICS / SENSITIVITY_FILE.name):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, result)
-    space.remove()
+def code() -> dict[str, str]:
+    """Return the SHA-256 of the code of each stage that the figures are made by."""
+    return {stage: code_digest(stage) for stage in STAGES}
+
+
+def differing(figures: Any, known: Any, place: str = "") -> str | None:
+    """Return where figures are not the known ones, or None; they may have more keys."""
+    if isinstance(known, dict) and isinstance(figures, dict):
+        places = (differing(figures.get(key), known[key], f"{place}.{key}") for key in known)
+        return next((found for found in places if found), None)
+    return None if figures == known else place.removeprefix(".")
+
+
+def prove(params: Params, ablation: AblationParams) -> None:
+    """Measure some recipes anew, and note the present code if every figure is the committed one.
+
+    Raises
+    ------
+    UserError
+        Naming the recipe and the first figure that differs.
+    """
+    present = code()  # before it can change
+    for dataset in ablation.datasets:
+        if not (ORIGINALS / f"{dataset}.safetensors").exists():
+            embed_original(params, ablation, dataset)
+    for recipe in PROVEN:
+        known = read_json(METRICS / f"{recipe}.json", FIX)
+        known["quantize"].pop("recipe")  # what was asked for is no figure
+        if found := differing(measure_recipe(params, ablation, recipe), known):
+            raise UserError(
+                f"{METRICS / recipe}.json: this code, or this kind of CPU, gives another {found}; {FIX}"
+            )
+    write_json(PROOF, {"recipes": list(PROVEN), "code": present})
 
 
 def group_seeds(recipes: Sequence[str]) -> dict[str, list[str]]:
@@ -278,58 +284,6 @@ def _spread(values: Sequence[float], digits: int) -> str:
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
-def frontier_points(dataset: str) -> list[dict[str, Any]]:
-    """Return loss against bytes of the frontier's recipes and of the default's, smallest first.
-
-    Parameters
-    ----------
-    dataset
-        Name of the dataset that the losses are measured on.
-
-    Returns
-    -------
-    list
-        For each recipe ``recipe``, ``way`` (how its widths came about), ``mb`` (bytes / 10^6),
-        ``pages`` and ``queries`` (1 - mean cosine of tokens).
-
-    Raises
-    ------
-    UserError
-        If a metrics file is damaged.
-    """
-    ablation = load_ablation()
-    recipes = {name: ablation.recipes[name] for name in UNIFORM} | ablation.smaller
-    points = []
-    for name, recipe in recipes.items():
-        path = METRICS / f"{name}.json"
-        if not path.exists():
-            continue
-        figures = read_json(path, FIX)[dataset]
-        parts = recipe.token_embeddings is not None
-        budget = (
-            "budget of bytes" if recipe.bytes else "budget of bits" if recipe.has_budget else None
-        )
-        way = budget or ("embeddings and vision too" if parts else "uniform")
-        points.append(
-            {
-                "recipe": UNIFORM.get(name, name),
-                "way": way,
-                "mb": figures["size"]["files"]["quantized"] / 1e6,
-                **{kind: 1 - figures[kind]["cosine"]["mean"] for kind in ("pages", "queries")},
-            }
-        )
-    return sorted(points, key=lambda point: (point["mb"], point["recipe"]))
-
-
-def draw_frontier(path: Path) -> None:
-    """Write the plot of the frontier as SVG."""
-    from stages.tools.charts import frontier_chart, svg
-
-    points = frontier_points(next(iter(load_ablation().datasets)))
-    panels = [frontier_chart(points, kind) for kind in ("pages", "queries")]
-    path.write_text(svg({"hconcat": panels}), encoding="utf-8")
-
-
 def print_tables(ablation: AblationParams) -> None:
     """Print one table per dataset, of the recipes in params.yaml that have metrics.
 
@@ -338,7 +292,7 @@ def print_tables(ablation: AblationParams) -> None:
     UserError
         If a metrics file is damaged, or there is none.
     """
-    paths = {name: METRICS / f"{name}.json" for name in ablation.all_recipes}
+    paths = {name: METRICS / f"{name}.json" for name in ablation.recipes}
     metrics = {name: read_json(path, FIX) for name, path in paths.items() if path.exists()}
     if not metrics:
         raise UserError(f"{METRICS}: holds no results; {FIX}")
@@ -356,24 +310,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m demo.studies.ablation", description=__doc__)
     parser.add_argument("recipe", nargs="?", help="a recipe of the ablation's params.yaml")
     parser.add_argument("--original", metavar="DATASET", help="a dataset of that file")
-    parser.add_argument("--sensitivity", action="store_true", help="measure what each part bears")
-    parser.add_argument("--plot", action="store_true", help=f"write {FRONTIER_PLOT}")
+    parser.add_argument(
+        "--prove", action="store_true", help="show that the present code gives the same figures"
+    )
     args = parser.parse_args()
-    if bool(args.recipe) + bool(args.original) + args.sensitivity > 1:
-        parser.error("give a recipe, --original or --sensitivity, not several")
-    if args.plot:
-        draw_frontier(FRONTIER_PLOT)
-        return
+    if bool(args.recipe) + bool(args.original) + args.prove > 1:
+        parser.error("give a recipe, --original or --prove, not several")
     ablation = load_ablation()
-    if args.sensitivity:
-        claim("ablation-sensitivity")
-        measure_sensitivity(load_params(Params), ablation)
-        return
-    if args.original:
+    if args.prove:
+        claim("ablation-prove")
+        prove(load_params(Params), ablation)
+    elif args.original:
         claim(f"ablation-original@{args.original}")
         embed_original(load_params(Params), ablation, args.original)
     elif args.recipe:
         claim(f"ablation@{args.recipe}")
-        measure_recipe(load_params(Params), ablation, args.recipe)
+        metrics = measure_recipe(load_params(Params), ablation, args.recipe)
+        write_json(METRICS / f"{args.recipe}.json", metrics)
     else:
         print_tables(ablation)

@@ -4,6 +4,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from colqwen3.checkpoint.layout import VISION_PARTS, quantizable, tensors
+from stages.budget.knapsack import HEADER_BYTES
+
 GROUP_SIZES = (128, 64, 32)
 BATCH_SIZE = 8
 ROUNDING = "rounding"
@@ -28,6 +31,9 @@ class Contender:
         Steps of end-to-end tuning after the layers; 0 for none.
     codes : bool
         Whether these tune codes beside group scales.
+    weights : Mapping or None
+        What the recipe says of widths, as params.yaml does; ``bytes`` is the name of the contender
+        of the frontier whose size it may take. None: one width for all, the run's.
     """
 
     queries: int = 0
@@ -38,6 +44,18 @@ class Contender:
     method: str = "autoround"
     end_to_end: int = 0
     codes: bool = True
+    weights: Mapping[str, Any] | None = None
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether its widths are chosen by the sensitivity of each part."""
+        weights = self.weights or {}
+        return "bytes" in weights or isinstance(weights.get("bits"), float)
+
+    @property
+    def quantizes_vision(self) -> bool:
+        """Whether it quantizes linears of the vision tower, or may."""
+        return bool({"bytes", "vision"} & set(self.weights or {}))
 
     @property
     def tuned(self) -> bool:
@@ -67,6 +85,30 @@ CONTENDERS = {
 """By name, those that say most first."""
 
 
+def _default(**weights: Any) -> Contender:
+    """Return the default way to tune, with other widths."""
+    return Contender(queries=96, pages=48, weights=weights)
+
+
+SMALL = {"bits": 4, "token_embeddings": 8, "vision": 8}
+FRONTIER = {
+    "w4": _default(bits=4),
+    "w3": _default(bits=3),
+    "w2": _default(bits=2),
+    "small": _default(**SMALL),
+    "attention8": _default(bits=4, token_embeddings=8, vision={"attention": 8, "mergers": 8}),
+    "e4": _default(**SMALL | {"token_embeddings": 4}),
+    "b35": _default(bits=3.5),
+    "b30": _default(bits=3.0001),
+    "b25": _default(bits=2.5),
+    "bytes-w3": _default(bytes="w3"),
+    "bytes-small": _default(bytes="small"),
+    "bytes-e4": _default(bytes="e4"),
+}
+"""What loss against bytes is measured on: one width, more parts of the model, and budgets."""
+ALL_CONTENDERS = {**CONTENDERS, **FRONTIER}
+
+
 @dataclass(frozen=True)
 class Run:
     """One recipe to make and measure.
@@ -74,27 +116,28 @@ class Run:
     Attributes
     ----------
     contender : str
-        Name in `CONTENDERS`.
-    bits : int
-        Of a weight.
+        Name in `ALL_CONTENDERS`.
+    bits : int or None
+        Of a weight; None where the contender itself says.
     seed : int
         Draws the samples and orders them.
     """
 
     contender: str
-    bits: int
+    bits: int | None
     seed: int
 
     @property
     def name(self) -> str:
         """What the pipeline calls the recipe."""
-        seed = f"-seed{self.seed}" if CONTENDERS[self.contender].tuned else ""
-        return f"{self.contender}-w{self.bits}{seed}"
+        seed = f"-seed{self.seed}" if ALL_CONTENDERS[self.contender].tuned else ""
+        width = "" if self.bits is None else f"-w{self.bits}"
+        return f"{self.contender}{width}{seed}"
 
     @property
     def samples(self) -> str:
         """What the pipeline calls its set of samples."""
-        contender = CONTENDERS[self.contender]
+        contender = ALL_CONTENDERS[self.contender]
         if not contender.tuned:
             return "none"
         counts = (contender.queries, contender.pages, contender.passages)
@@ -110,22 +153,29 @@ class Run:
 def plan(names: Iterable[str], bits: Iterable[int], seeds: Iterable[int]) -> list[Run]:
     """Return the runs of some contenders, the first seed's before the others'."""
     first, *others = seeds
-    wanted = [(name, width) for name in names for width in bits]
+    widths = tuple(bits)
+    wanted = [
+        (name, width)
+        for name in names
+        for width in (widths if ALL_CONTENDERS[name].weights is None else (None,))
+    ]
     return [
         Run(name, width, seed)
         for seed in (first, *others)
         for name, width in wanted
-        if seed == first or CONTENDERS[name].many_seeds
+        if seed == first or ALL_CONTENDERS[name].many_seeds
     ]
 
 
-def group_size(config: Mapping[str, Any]) -> int:
+def group_size(config: Mapping[str, Any], vision: bool = False) -> int:
     """Return the largest group of weights that fits all linears of the language model.
 
     Parameters
     ----------
     config : Mapping
         Contents of the model's config.json.
+    vision : bool
+        Whether it must fit those of the vision tower as well.
 
     Raises
     ------
@@ -133,15 +183,57 @@ def group_size(config: Mapping[str, Any]) -> int:
         If none of 128, 64 and 32 does.
     """
     text = config["text_config"]
-    inputs = (
+    inputs = [
         text["hidden_size"],
         text["intermediate_size"],
         text["num_attention_heads"] * text["head_dim"],
-    )
+    ]
+    if vision:
+        tower = config["vision_config"]
+        merged = tower["hidden_size"] * tower["spatial_merge_size"] ** 2
+        inputs += [tower["hidden_size"], tower["intermediate_size"], merged]
     for size in GROUP_SIZES:
         if all(width % size == 0 for width in inputs):
             return size
-    raise ValueError(f"no group of {GROUP_SIZES} weights divides all of {inputs}")
+    raise ValueError(f"no group of {GROUP_SIZES} weights divides all of {tuple(inputs)}")
+
+
+def byte_budgets(
+    runs: Iterable[Run], expected: Mapping[str, Any], config: Mapping[str, Any], group: int
+) -> dict[str, int]:
+    """Return the budget of each contender that has one in bytes: another contender just fits it.
+
+    Parameters
+    ----------
+    runs : iterable of Run
+        The recipes.
+    expected : Mapping
+        What `colqwen3 inspect` foretells: ``expected_bytes`` and ``expected_savings``.
+    config : Mapping
+        Contents of the model's config.json.
+    group : int
+        Weights that share a scale.
+    """
+    savings = expected["expected_savings"][f"g{group}"]
+    # as `stages.budget.knapsack` counts them: three tensors for each weight that may be quantized
+    headers = HEADER_BYTES * (len(tensors(config)) + 2 * len(quantizable(config)))
+
+    def size(weights: Mapping[str, Any]) -> int:
+        whole = headers + int(expected["expected_bytes"][f"w{weights['bits']}g{group}"])
+        vision = weights.get("vision", {})
+        if not isinstance(vision, Mapping):
+            vision = dict.fromkeys(VISION_PARTS, vision)
+        widths = {f"vision_{part}": bits for part, bits in vision.items()}
+        if "token_embeddings" in weights:
+            widths["token_embeddings"] = weights["token_embeddings"]
+        return whole - sum(int(savings[part][str(bits)]) for part, bits in widths.items())
+
+    named = {
+        run.contender: (ALL_CONTENDERS[run.contender].weights or {}).get("bytes") for run in runs
+    }
+    return {
+        name: size(ALL_CONTENDERS[other].weights or {}) for name, other in named.items() if other
+    }
 
 
 def pipeline_params(
@@ -153,6 +245,7 @@ def pipeline_params(
     iters: int,
     shrink: int,
     device: str,
+    budgets: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """Return a params.yaml with the recipes of some runs and their sets of samples.
 
@@ -172,16 +265,24 @@ def pipeline_params(
         What to divide the numbers of samples by, at least one of each kind being left.
     device : str
         ``auto``, ``cpu`` or ``cuda``.
+    budgets : Mapping or None
+        Bytes of the contenders with such a budget, see `byte_budgets`.
     """
     values = {key: dict(section) for key, section in base.items()}
     values |= {"fallbacks": {}, "release": {}}
     values["model"] |= {"source": model, "revision": None}
     values["compute"] |= {"device": device}
+    values["sensitivity"] |= {"calibration": "none"}
     recipes: dict[str, Any] = {}
     sets: dict[str, Any] = {}
     for run in runs:
-        contender = CONTENDERS[run.contender]
-        recipe: dict[str, Any] = {"bits": run.bits, "group_size": group, "sym": True}
+        contender = ALL_CONTENDERS[run.contender]
+        recipe: dict[str, Any] = {"group_size": group, "sym": True}
+        recipe |= {"bits": run.bits} if contender.weights is None else contender.weights
+        if "bytes" in recipe:
+            recipe["bytes"] = (budgets or {})[run.contender]
+        if contender.has_budget and values["sensitivity"]["calibration"] == "none":
+            values["sensitivity"] |= {"calibration": run.samples, "group_size": group}
         if contender.tuned:
             recipe |= {
                 "method": contender.method,

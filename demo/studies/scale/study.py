@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -18,15 +18,19 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
+from colqwen3.inspection import inspect_folder
 from colqwen3.system.errors import UserError
 from colqwen3.system.files import read_json, write_json
 from demo.benchmarks.measure import machine
 from demo.studies.scale.contenders import (
+    ALL_CONTENDERS,
     BATCH_SIZE,
     CONTENDERS,
+    FRONTIER,
     ROUNDING,
     TEXT,
     Run,
+    byte_budgets,
     group_size,
     pipeline_params,
     plan,
@@ -34,6 +38,7 @@ from demo.studies.scale.contenders import (
 from demo.studies.scale.losses import KINDS, measure_losses, measure_search
 from demo.studies.scale.stagehand import run_stages
 from demo.training.shapes import SIZES
+from stages.pipeline.paths import SENSITIVITY
 
 ROOT = Path(__file__).resolve().parents[3]
 TRAINING = "demo.training.train"
@@ -88,9 +93,18 @@ class Bench:
         ]
 
 
-def prepare(bench: Bench) -> None:
-    """Inspect the model and draw all sets of samples; runs in a process of the pool."""
-    run_stages(ROOT, bench.folder, bench.log("prepare"), [["inspect_model"], ["calibrate"]])
+def prepare(bench: Bench) -> dict[str, Any]:
+    """Do once what all recipes need, widths of weights included; runs in a process of the pool.
+
+    Returns
+    -------
+    dict
+        The loss of each part of the model alone, by part and bits; empty if no recipe asks for it.
+    """
+    stages = ("inspect_model", "calibrate", "sensitivity", "allocate")
+    run_stages(ROOT, bench.folder, bench.log("prepare"), [[stage] for stage in stages])
+    measured = read_json(bench.folder / SENSITIVITY, "run the study again")
+    return {part: item["loss"] for part, item in measured["items"].items()}
 
 
 def embed_original(bench: Bench, page_set: Path) -> dict[str, Any]:
@@ -107,7 +121,6 @@ def measure_run(bench: Bench, run: Run) -> dict[str, Any]:
     start = time.time()
     checkpoint = bench.folder / "artifacts/checkpoints" / run.name
     commands = [
-        ["allocate"],
         ["quantize", run.name],
         *(bench.embed_command(checkpoint, run.name, page_set) for page_set in bench.page_sets),
     ]
@@ -124,7 +137,8 @@ def measure_run(bench: Bench, run: Run) -> dict[str, Any]:
     return {
         "contender": run.contender,
         "bits": run.bits,
-        "seed": run.seed if CONTENDERS[run.contender].tuned else None,
+        "seed": run.seed if ALL_CONTENDERS[run.contender].tuned else None,
+        "bits_by_part": record["bits"],
         "samples": {kind: record["calibration"][kind] for kind in ("queries", "pages", "passages")},
         "calibration_tokens": record["calibration"]["tokens"],
         "relative_weight_error": round(fmean(record["relative_weight_error"].values()), 6),
@@ -256,7 +270,7 @@ def open_results(path: Path, identity: dict[str, Any], others: dict[str, Any]) -
     return results
 
 
-def write_params(bench: Bench, runs: Iterable[Run], options: argparse.Namespace) -> int:
+def write_params(bench: Bench, runs: Sequence[Run], options: argparse.Namespace) -> int:
     """Write the params.yaml of all recipes and return the group size that fits the model.
 
     Raises
@@ -266,10 +280,12 @@ def write_params(bench: Bench, runs: Iterable[Run], options: argparse.Namespace)
     """
     config = read_json(bench.model / "config.json", "give a complete model folder")
     try:
-        group = group_size(config)
+        vision = any(ALL_CONTENDERS[run.contender].quantizes_vision for run in runs)
+        group = group_size(config, vision)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{bench.model}/config.json: {error}") from None
     yaml = YAML(typ="safe", pure=True)
+    budgets = byte_budgets(runs, inspect_folder(bench.model)[1], config, group)
     values = pipeline_params(
         yaml.load((ROOT / "params.yaml").read_text("utf-8")),
         runs,
@@ -279,6 +295,7 @@ def write_params(bench: Bench, runs: Iterable[Run], options: argparse.Namespace)
         options.iters,
         options.shrink,
         options.device,
+        budgets,
     )
     for name in ("logs", "embeddings"):
         (bench.folder / name).mkdir(parents=True, exist_ok=True)
@@ -305,7 +322,8 @@ def measure_all(
     with ProcessPoolExecutor(jobs, context) as pool:
         first = pool.submit(prepare, bench)
         searches = {item.name: pool.submit(embed_original, bench, item) for item in bench.page_sets}
-        first.result()
+        if sensitivity := first.result():
+            results["sensitivity"] = sensitivity
         results["page_sets"] = {name: search.result() for name, search in searches.items()}
         write_json(path, results)
         futures: dict[Future[dict[str, Any]], Run] = {
@@ -343,6 +361,8 @@ def describe(run: Run, recipe: dict[str, Any]) -> str:
 def describe_command(options: argparse.Namespace) -> str:
     """Return the command line, without folders, which differ from machine to machine."""
     words = ["python -m demo.studies.scale --out DIR"]
+    if options.frontier:
+        words.append("--frontier")
     for name in ("shape", "jobs", "iters", "seeds", "bits", "contenders", "shrink"):
         value = getattr(options, name)
         values = value if isinstance(value, list) else [value]
@@ -357,14 +377,20 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m demo.studies.scale", description=__doc__)
     parser.add_argument("--shape", choices=list(SIZES), required=True, help="size of the model")
-    parser.add_argument("--out", type=Path, required=True, help="folder of <shape>.json")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the figures")
+    parser.add_argument(
+        "--name", help="of the file of figures: <shape>, or frontier-<shape> with --frontier"
+    )
     parser.add_argument("--model", type=Path, help="a trained model of the shape; else it trains")
     parser.add_argument("--work", type=Path, default=WORK, help="folder of unfinished work")
     parser.add_argument("--train-only", action="store_true", help="end once the model is trained")
     measured = parser.add_argument_group("what is measured")
     measured.add_argument("--jobs", type=int, default=1, help="recipes at a time")
     measured.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    measured.add_argument("--contenders", nargs="+", choices=list(CONTENDERS))
+    measured.add_argument("--contenders", nargs="+", choices=list(ALL_CONTENDERS), metavar="NAME")
+    measured.add_argument(
+        "--frontier", action="store_true", help=f"loss against bytes, by {', '.join(FRONTIER)}"
+    )
     measured.add_argument("--bits", type=int, nargs="+", choices=(2, 3, 4, 8), default=[4, 3])
     measured.add_argument("--seeds", type=int, nargs="+", default=[1])
     measured.add_argument("--iters", type=int, default=200, help="tuning steps a layer")
@@ -389,6 +415,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     for name in ("jobs", "iters", "shrink"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} must be at least 1")
+    options.name = options.name or f"{'frontier-' * options.frontier}{options.shape}"
+    if options.contenders is None:
+        options.contenders = list(FRONTIER if options.frontier else CONTENDERS)
     if len(set(options.seeds)) < len(options.seeds) or min(options.seeds) < 0:
         parser.error("--seeds must be different numbers, none below 0")
     names = [page_set.resolve().name for page_set in options.page_sets]
@@ -419,7 +448,7 @@ def main() -> None:
     sha256 = digest_model(model)
     page_sets = tuple(path.resolve() for path in options.page_sets)
     bench = Bench(work / sha256[:12], model, page_sets, options.device)
-    runs = plan(options.contenders or CONTENDERS, options.bits, options.seeds)
+    runs = plan(options.contenders, options.bits, options.seeds)
     group = write_params(bench, runs, options)
     parameters = count_weights(model)
     config = read_json(model / "config.json", "give a complete model folder")
@@ -442,6 +471,7 @@ def main() -> None:
         "what": f"a study model of {total:,} parameters, trained for this; not the 4B model",
         "loss": "1 - mean cosine of tokens to the original's",
         "parameters": {**parameters, "total": total},
+        "original_bytes": sum(path.stat().st_size for path in model.glob("*.safetensors")),
         "depth": {
             "text_layers": text["num_hidden_layers"],
             "text_hidden": text["hidden_size"],
@@ -453,6 +483,6 @@ def main() -> None:
         "machine": machine(options.device != "cpu"),
         "command": describe_command(options),
     }
-    path = out / f"{options.shape}.json"
+    path = out / f"{options.name}.json"
     results = open_results(path, identity, notes)
     measure_all(bench, runs, results, path, options.jobs)

@@ -20,9 +20,9 @@ from stages.publishing.card import (
     describe_fallback,
     describe_method,
     describe_weights,
-    has_one_width,
     licence_of,
     read_source_card,
+    suits_vllm,
     write_card,
 )
 from stages.quantization.recipes import AnyRecipe, AutoRoundRecipe, EndToEnd, GptqRecipe, RtnRecipe
@@ -97,7 +97,7 @@ def test_the_card_says_where_the_folder_loads(tmp_path: Path, kind: str, width: 
     expected = {"query": "a", "maxsim": 1.0, "query_vector": [0.5], "page_vector": [0.25]}
     facts = {
         **FACTS, "format": kind, "vector_width": width, "expected": expected,
-        "transformers_versions": "5.0", "vllm_versions": "0.1", "one_width": True,
+        "transformers_versions": "5.0", "vllm_versions": "0.1", "suits_vllm": True,
     }  # fmt: skip
     write_card(tmp_path, {}, facts)
     text = " ".join((tmp_path / "README.md").read_text().split())
@@ -106,7 +106,7 @@ def test_the_card_says_where_the_folder_loads(tmp_path: Path, kind: str, width: 
     assert ("`colqwen3 export-colpali`" in text) == ((kind, width) == ("auto_round", 320))
     assert "computes with random weights without an error" in text
     assert "vllm serve ." in text and "Not for vLLM" not in text
-    write_card(tmp_path, {}, {**facts, "one_width": False})
+    write_card(tmp_path, {}, {**facts, "suits_vllm": False})
     text = " ".join((tmp_path / "README.md").read_text().split())
     assert "Not for vLLM" in text and "vllm serve" not in text and "vLLM 0.1" not in text
     assert "transformers 5.0" in text
@@ -116,13 +116,15 @@ def test_the_card_says_where_the_folder_loads(tmp_path: Path, kind: str, width: 
     ("bits", "expected"),
     [
         ({"language_model": {"4": 28}, "token_embeddings": 16}, True),
-        ({"language_model": {"3": 20, "4": 8}, "token_embeddings": 16}, False),
+        ({"language_model": {"3": 28}, "token_embeddings": 16}, False),
+        ({"language_model": {"8": 28}, "token_embeddings": 16}, False),
+        ({"language_model": {"4": 8, "8": 20}, "token_embeddings": 16}, False),
         ({"language_model": {"4": 28}, "token_embeddings": 8}, False),
         ({"language_model": {"4": 28}, "token_embeddings": 16, "vision_mlp": {"8": 4}}, False),
     ],
 )
-def test_one_width_is_told_from_several(bits: dict[str, Any], expected: bool) -> None:
-    assert has_one_width(bits) == expected
+def test_vllm_is_named_for_what_it_was_seen_to_run(bits: dict[str, Any], expected: bool) -> None:
+    assert suits_vllm(bits) == expected
 
 
 def test_licence_language_and_tags_come_from_the_source(tmp_path: Path) -> None:

@@ -118,8 +118,10 @@ def test_compressed_tensors_have_a_group_for_every_width(tmp_path: Path) -> None
         patterns = [re.compile(target.removeprefix("re:")) for target in group["targets"]]
         width = group["weights"]["num_bits"]
         for module in bits.keys() | dense:
-            # other engines leave out the first part of a name
-            for name in (module, module.removeprefix("vlm.model.")):
+            # other engines leave out the first part of a name, and vLLM says language_model.model
+            short = module.removeprefix("vlm.model.")
+            served = short.replace("language_model.", "language_model.model.")
+            for name in (module, short, served):
                 matched = any(pattern.match(name) for pattern in patterns)
                 assert matched == (bits.get(module) == width), (name, width)
     # the codes of a linear in 8 bits, four in a word

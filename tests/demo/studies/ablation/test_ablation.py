@@ -181,7 +181,7 @@ def test_a_recipe_runs_through_the_stages_and_leaves_its_metrics_only(
 
     monkeypatch.setattr(Workspace, "run", stage)
     before = {path for path in elsewhere.rglob("*") if path.is_file()}
-    measure_recipe(params, ablation, TUNED)
+    figures = measure_recipe(params, ablation, TUNED)
     assert calls == [
         ("calibrate", "evaluation"),
         ("allocate", "evaluation"),
@@ -191,13 +191,44 @@ def test_a_recipe_runs_through_the_stages_and_leaves_its_metrics_only(
         ("embed", TUNED, "evaluation2"),
         ("evaluate", TUNED, "evaluation2"),
     ]
-    result = elsewhere / study.METRICS / f"{TUNED}.json"
-    assert read_json(result, "") == {
+    assert figures == {
         "quantize": {"made": TUNED},
         "evaluation": {"on": "evaluation"},
         "evaluation2": {"on": "evaluation2"},
     }
-    assert {path for path in elsewhere.rglob("*") if path.is_file()} == before | {result}
+    assert {path for path in elsewhere.rglob("*") if path.is_file()} == before
+
+
+def test_code_is_proven_by_equal_figures(
+    elsewhere: Path, params: Params, ablation: AblationParams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn, known = [], dict.fromkeys(study.PROVEN, 1.0)
+    monkeypatch.setattr(study, "embed_original", lambda *args: drawn.append(args[2]))
+    monkeypatch.setattr(
+        study, "measure_recipe", lambda *args: {"quantize": {"b": known[args[2]], "new": 1}}
+    )
+    monkeypatch.setattr(study, "code_digest", lambda stage: f"digest of {stage}")
+    for name in study.PROVEN:
+        write_json(study.METRICS / f"{name}.json", {"quantize": {"b": 1.0, "recipe": 0}})
+    known["mixed-w3g128-seed1"] = 1.000001
+    with pytest.raises(UserError, match=r"mixed-w3g128-seed1\.json: .* gives another quantize.b"):
+        study.prove(params, ablation)
+    assert not study.PROOF.exists()
+    known["mixed-w3g128-seed1"] = 1.0
+    study.prove(params, ablation)
+    assert read_json(study.PROOF, "")["code"]["quantize"] == "digest of quantize"
+    assert drawn == 2 * ["evaluation", "evaluation2"]
+
+
+def test_the_figures_are_of_the_present_code() -> None:
+    proven = read_json(study.PROOF, study.FIX)["code"]
+    if changed := sorted(
+        stage for stage, digest in study.code().items() if proven[stage] != digest
+    ):
+        pytest.skip(
+            f"the ablation's figures were made by other code of {', '.join(changed)}: run "
+            "`python -m demo.studies.ablation --prove` (2 minutes)"
+        )
 
 
 def test_a_failing_stage_is_named(elsewhere: Path, params: Params) -> None:

@@ -10,14 +10,28 @@ from ruamel.yaml import YAML
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
+from colqwen3.checkpoint.headers import Checkpoint
+from colqwen3.checkpoint.layout import quantizable
+from colqwen3.inspection import inspect_folder
 from colqwen3.system.errors import UserError
-from demo.studies.scale import study, summary
-from demo.studies.scale.contenders import CONTENDERS, Run, group_size, pipeline_params, plan
+from demo.studies.scale import frontier, study, summary
+from demo.studies.scale.contenders import (
+    CONTENDERS,
+    FRONTIER,
+    Run,
+    byte_budgets,
+    group_size,
+    pipeline_params,
+    plan,
+)
 from demo.studies.scale.losses import measure_losses, measure_search
 from demo.studies.scale.stagehand import run_stage, run_stages
 from demo.training.network import Retriever, initialise, published_config, save_published
 from demo.training.shapes import SIZES, count_parameters
+from stages.budget.knapsack import allocate, items_of
 from stages.checking.params import Params
+from stages.quantization.allocation import bytes_of, planned_tensors, uniform
+from stages.tools.charts import svg
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +82,49 @@ def test_params_are_valid_and_hold_every_recipe() -> None:
     assert "end_to_end" not in values["recipes"]["mixed-w4-seed1"]
 
 
+def test_the_frontier_is_tuned_as_the_default_and_differs_in_widths_alone() -> None:
+    runs = plan(FRONTIER, (4, 3), (1,))
+    assert [run.name for run in runs] == [f"{name}-seed1" for name in FRONTIER]
+    budgets = {"bytes-w3": 30, "bytes-small": 20, "bytes-e4": 10}
+    values = pipeline_params(base(), runs, "/m", "/d", 64, 200, 1, "cuda", budgets)
+    params = Params.model_validate(values)
+    assert {recipe.calibration for recipe in params.recipes.values()} == {"mixed-seed1"}
+    assert (params.sensitivity.calibration, params.sensitivity.group_size) == ("mixed-seed1", 64)
+    assert params.recipes["bytes-small-seed1"].bytes == 20
+    assert params.recipes["b35-seed1"].has_budget and not params.recipes["w3-seed1"].has_budget
+    small = params.recipes["small-seed1"]
+    assert (small.token_embeddings, set(small.vision_bits.values())) == (8, {8})
+    (mixed,) = plan(["mixed"], (4,), (1,))
+    beside = pipeline_params(base(), [mixed], "/m", "/d", 64, 200, 1, "cuda")
+    assert beside["recipes"][mixed.name] == values["recipes"]["w4-seed1"]
+    assert beside["sensitivity"]["calibration"] == "none"
+
+
+def test_budgets_in_bytes_are_what_other_recipes_take(model: Path) -> None:
+    runs = plan(FRONTIER, (), (1,))
+    expected = inspect_folder(model)[1]
+    config = json.loads((model / "config.json").read_text())
+    budgets = byte_budgets(runs, expected, config, 32)
+    assert set(budgets) == {"bytes-w3", "bytes-small", "bytes-e4"}
+    source = Checkpoint.read(model).tensors
+    values = pipeline_params(base(), runs, "/m", "/d", 32, 200, 1, "cpu", budgets)
+    recipes = Params.model_validate(values).recipes
+    for name, budget in budgets.items():
+        other = f"{name.removeprefix('bytes-')}-seed1"
+        allocation = uniform(other, recipes[other], config)
+        planned = bytes_of(planned_tensors(source, allocation, 32).values())
+        assert planned < budget < planned + 100_000  # of headers
+        wanted = {**dict.fromkeys(quantizable(config), 16), **allocation.modules}
+        loses = {
+            item: {"loss": {str(bits): dict.fromkeys(("pages", "queries"), float(bits != wanted[names[0]]))
+                            for bits in (2, 3, 4, 8)}}
+            for item, names in items_of(config).items()
+        }  # fmt: skip
+        chosen = allocate(name, recipes[f"{name}-seed1"], config, source, {"items": loses})
+        if 16 not in wanted.values():  # else 16 bits, which lose nothing, tempt
+            assert chosen.modules == allocation.modules
+
+
 def test_shrunk_sets_keep_every_kind() -> None:
     runs = [Run("mixed-passages32", 4, 1)]
     values = pipeline_params(base(), runs, "/m", "/d", 64, 1, 1000, "cpu")
@@ -85,6 +142,13 @@ def test_largest_group_that_divides(widths: tuple[int, int], group: int) -> None
     text = {"hidden_size": widths[0], "intermediate_size": widths[1]}
     config = {"text_config": {**text, "num_attention_heads": 4, "head_dim": 64}}
     assert group_size(config) == group
+
+
+def test_the_group_fits_the_vision_tower_too_where_that_is_quantized() -> None:
+    text = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 2, "head_dim": 64}
+    vision = {"hidden_size": 64, "intermediate_size": 256, "spatial_merge_size": 2}
+    config = {"text_config": text, "vision_config": vision}
+    assert (group_size(config), group_size(config, vision=True)) == (128, 64)
 
 
 def test_no_group_divides() -> None:
@@ -192,6 +256,48 @@ def test_committed_table_and_plot_are_of_the_committed_figures(
     assert plot.read_text() == Path("docs/images/scale.svg").read_text()
 
 
+def frontier_results(total: int, sizes: dict[str, int]) -> dict[str, Any]:
+    return {
+        "parameters": {"total": total},
+        "original_bytes": 2 * total,
+        "page_sets": {"set": {}},
+        "recipes": {
+            f"{name}-seed1": {**recipe(name, 0.5 / size), "bits": None, "bytes": size}
+            for name, size in sizes.items()
+        },
+    }
+
+
+def test_frontiers_are_by_size_and_of_what_is_there(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"holds no frontier-<shape>\.json"):
+        frontier.read_frontiers(tmp_path)
+    made = {
+        "39m": frontier_results(4_000, {"w4": 6_000, "bytes-w3": 3_000}),
+        "demo": frontier_results(1_000, {"b35": 900, "small": 500, "rounding": 100}),
+    }
+    for shape, values in made.items():
+        (tmp_path / f"frontier-{shape}.json").write_text(json.dumps(values))
+    found = frontier.read_frontiers(tmp_path)
+    assert list(found) == ["demo", "39m"]
+    small, budget = frontier.points(found["demo"], "set")
+    assert small == {
+        "recipe": "small", "way": "embeddings and vision too", "mb": 500 / 1e6, "share": 0.25,
+        "pages": 0.001, "queries": 0.002,
+    }  # fmt: skip
+    assert (budget["recipe"], budget["way"]) == ("b35", "budget of bits")
+    ways = {point["recipe"]: point["way"] for point in frontier.points(found["39m"], "set")}
+    assert ways == {"bytes-w3": "budget of bytes", "w4": "uniform"}
+    drawn = svg(frontier.chart(found))
+    assert all(word in drawn for word in ("bytes-w3", "b35", "not the 4B model", ">39m<"))
+
+
+def test_the_committed_frontier_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plot = tmp_path / "plot.svg"
+    monkeypatch.setattr("sys.argv", ["frontier", "--plot", str(plot)])
+    frontier.main()
+    assert plot.read_text() == frontier.PLOT.read_text()
+
+
 def test_summary_refuses_other_files(tmp_path: Path) -> None:
     (tmp_path / "other.json").write_text("[]")
     with pytest.raises(UserError, match=r"other\.json: is no result"):
@@ -248,12 +354,18 @@ def test_one_recipe_from_model_to_losses(
     options = study.parse_arguments([*command.split(), str(data)])
     sets = (page_set(tmp_path / "pages", "evaluation", 3, 2),)
     bench = study.Bench(tmp_path / "work", model, sets)
-    runs = [Run("rounding", 4, 1), Run("mixed-passages32", 3, 1)]
-    assert study.write_params(bench, runs, options) == 64
-    study.prepare(bench)
+    runs = [Run("rounding", 4, 1), Run("mixed-passages32", 3, 1), Run("bytes-w3", None, 1)]
+    assert study.write_params(bench, runs, options) == 32
+    alone = study.prepare(bench)
+    assert alone["token_embeddings"]["2"]["pages"] > alone["token_embeddings"]["8"]["pages"] > 0
     assert study.embed_original(bench, sets[0])["queries"] == 3
     measured = {run.name: study.measure_run(bench, run) for run in runs}
-    rounding, tuned = measured.values()
+    rounding, tuned, budget = measured.values()
+    assert rounding["bytes"] - budget["bytes"] > 0
+    assert (rounding["bits_by_part"], budget["bits"]) == (
+        {"token_embeddings": 16, "language_model": {"4": 14}}, None,
+    )  # fmt: skip
+    assert "vision_mergers" in budget["bits_by_part"]
     assert rounding["samples"] == {"queries": 0, "pages": 0, "passages": 0}
     assert rounding["seed"] is None and tuned["seed"] == 1
     assert tuned["samples"] == {"queries": 2, "pages": 1, "passages": 1}
