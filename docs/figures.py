@@ -139,28 +139,22 @@ def stores() -> str:
 
 
 @figure
+def corpus_cards() -> str:
+    """Rates of one and two cards; metrics/size/corpus-cuda-2.json."""
+    cards = read("metrics/size/corpus-cuda-2.json")["steps"]["gpus"]
+    one, two = (cards[count]["pages_per_second"] for count in "12")
+    return f"{one:.1f} pages per second on one card, {two:.1f} on two: {times(cards['speedup'])}"
+
+
+@figure
 def corpus_cost() -> str:
-    """Rates and what a million pages take; metrics/size/corpus-cuda.json, once it is there."""
-    path = "metrics/size/corpus-cuda.json"
-    if not (ROOT / path).exists():
-        return (
-            "No measurement on a GPU is committed yet;\nwith `--out FILE` the command writes one."
-        )
-    results = read(path)
+    """Rates and what a million pages take; metrics/size/corpus-cuda.json."""
+    results = read("metrics/size/corpus-cuda.json")
     steps, gpu = results["steps"], results["machine"]["gpu"].split(",")[0]
     alone, head = steps["runtime"], ("", "from PNG", "from PDF (scans)")
     own = (
         f"{alone['pages_per_second']:.1f} pages per second in batches of {alone['pages_per_batch']}"
     )
-    if "failed" in steps["png"]:
-        png, grey, pdf = (
-            steps["prepare"][kind]["median"] for kind in ("png", "png_without_colour", "pdf")
-        )
-        return (
-            f"{gpu}, weights: {results['weights']}; the runtime alone {own}.\nPreparing a page takes "
-            f"{png:.0f} ms of one core of that machine from PNG ({grey:.0f} without colour), {pdf:.0f} "
-            "ms from PDF.\nFrom files to shards was not measured there: pyarrow could not be loaded."
-        )
     ways = [steps[kind] for kind in ("png", "pdf")]
     prepared = [steps["prepare"][kind]["median"] for kind in ("png", "pdf")]
     rates = [way.get("steady_pages_per_second", way["pages_per_second"]) for way in ways]
@@ -627,6 +621,19 @@ def smaller_at_true_size() -> str:
             )
         )
     return table(("weights", "files", "off what was foretold", "time", "memory of its own"), *rows)
+
+
+@figure
+def small_on_a_gpu() -> str:
+    """Return what tuning and serving with everything in 8 bits but the language model takes."""
+    tuned, served = gpu("tune-small"), gpu("serve-small")
+    return (
+        f"tuning the whole tower and {tuned['layers']} decoder layers, {tuned['iters']} steps, "
+        f"{tuned['seconds']:.0f} s and {gb(tuned['gpu_peak_bytes'])} of GPU memory; served by the "
+        f"runtime, {served['loaded_bytes'] / 1e9:.2f} GB loaded, {served['loaded_to_files']:.3f}"
+        f"\N{MULTIPLICATION SIGN} the files, and {served['gpu_peak_bytes'] / 1e9:.2f} GB at its peak "
+        "with a query and a page recorded"
+    )
 
 
 @figure
