@@ -104,6 +104,7 @@ FRONTIER = {
     "bytes-w3": _default(bytes="w3"),
     "bytes-small": _default(bytes="small"),
     "bytes-e4": _default(bytes="e4"),
+    "small-e2e": Contender(queries=96, pages=48, method="gptq", end_to_end=200, weights=SMALL),
 }
 """What loss against bytes is measured on: one width, more parts of the model, and budgets."""
 ALL_CONTENDERS = {**CONTENDERS, **FRONTIER}
