@@ -542,8 +542,8 @@ def frontier() -> str:
 def frontier_ratios() -> str:
     """Return bytes and losses of one recipe over another's, the worse page set, a row a size."""
     pairs = (
-        ("small", "w4"), ("attention8", "w4"), ("bytes-w3", "w3"), ("bytes-small", "small"),
-        ("b30", "w3"),
+        ("small", "w4"), ("small-e2e", "w4"), ("attention8", "w4"), ("bytes-w3", "w3"),
+        ("bytes-small", "small"), ("b30", "w3"),
     )  # fmt: skip
     rows = []
     for shape, sets in frontiers().items():

@@ -42,6 +42,8 @@ def way(contender: Contender) -> str:
         return "budget of bytes"
     if contender.has_budget:
         return "budget of bits"
+    if contender.end_to_end:
+        return "embeddings and vision too, end to end"
     return "embeddings and vision too" if contender.quantizes_vision else "uniform"
 
 
