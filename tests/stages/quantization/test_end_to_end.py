@@ -126,7 +126,7 @@ def test_gradients_are_gone_and_nothing_but_codes_and_scales_moves() -> None:
 def test_step_sizes_of_zero_change_nothing() -> None:
     network, inputs, targets = problem()
     start = [linear.packed() for linear in linears(network)]
-    still = EndToEnd(steps=3, codes_lr=0, scales_lr=0)
+    still = RECIPE.model_copy(update={"steps": 3, "codes_lr": 0.0, "scales_lr": 0.0})
     outcome = tune_end_to_end(network, inputs, targets, KINDS, still)
     assert outcome.before == outcome.after and outcome.won
     for linear, packed in zip(linears(network), start, strict=True):
