@@ -115,7 +115,9 @@ class EndToEnd(Section):
     @model_validator(mode="after")
     def _moves(self) -> "EndToEnd":
         if self.codes_lr == self.scales_lr == 0:
-            raise ValueError("codes_lr and scales_lr are both 0, which tunes nothing; leave one out")
+            raise ValueError(
+                "codes_lr and scales_lr are both 0, which tunes nothing; leave one out"
+            )
         return self
 
 
