@@ -112,6 +112,22 @@ def test_the_same_seed_gives_the_same_codes_and_another_others() -> None:
     assert not all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
+def test_samples_held_back_tell_and_are_not_tuned_on() -> None:
+    packed, outcomes = [], []
+    for turned in (False, True):
+        network, inputs, targets = problem()
+        if turned:
+            for number in hold_back(KINDS):
+                targets[number] = -targets[number]
+        few = RECIPE.model_copy(update={"steps": 20})
+        outcomes.append(tune_end_to_end(network, inputs, targets, KINDS, few))
+        packed.append([t for linear in linears(network) for t in linear.packed().values()])
+    first, other = outcomes
+    assert all(torch.equal(a, b) for a, b in zip(*packed, strict=True))
+    assert (first.before, first.after) == (other.before, other.after)
+    assert min(other.held_after.values()) > 1 > max(first.held_after.values())
+
+
 def test_gradients_are_gone_and_nothing_but_codes_and_scales_moves() -> None:
     network, inputs, targets = problem()
     before = {n: p.clone() for n, p in network.tail.named_parameters()}
