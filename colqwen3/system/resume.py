@@ -43,8 +43,8 @@ def surroundings(code: str, device: torch.device, libraries: Iterable[str]) -> d
     return {
         "code": code,
         "versions": {library: version(library) for library in libraries},
-        # not the number of threads: a resumed run may well have another, and it changes no bit of
-        # most results; GPTQ's and those of end-to-end tuning are as good, but not the same
+        # not the number of threads: a resumed run may well have another, and it changes no bit but
+        # in GPTQ, whose codes are then others
         "machine": [name, torch.backends.cpu.get_cpu_capability()],
     }
 
