@@ -15,11 +15,12 @@ from safetensors.torch import load_file
 
 from colqwen3.checkpoint.headers import SINGLE, Checkpoint
 from colqwen3.checkpoint.layout import BLOCKS
+from colqwen3.checkpoint.packing import PACKED_TENSORS
 from colqwen3.model.loading import load_model, load_processor
-from colqwen3.system.errors import UserError
+from colqwen3.system.errors import DiskFullError, UserError
 from colqwen3.system.files import read_json
 from colqwen3.system.resume import Scratch
-from stages.quantization import end_to_end, tuning, whole_model
+from stages.quantization import checkpoint, end_to_end, tuning, whole_model
 from stages.quantization.activations import Sample
 from stages.quantization.allocation import uniform
 from stages.quantization.checkpoint import check_checkpoint, make_checkpoint
@@ -244,3 +245,21 @@ def test_what_did_not_help_is_not_kept(
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert filled.end_to_end is not None and not filled.end_to_end.won
     assert "end-to-end tuning made samples that it did not see worse" in caplog.text
+
+
+def test_room_is_asked_for_what_is_kept_of_the_tuning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: Made
+) -> None:
+    packed = tensors(made("plain")[0]).items()
+    kept = sum(t.nbytes for name, t in packed if name.endswith(PACKED_TENSORS))
+    asked = []
+
+    def full(_: Path, needed: int, __: str) -> None:
+        asked.append(needed)
+        raise DiskFullError("full")
+
+    monkeypatch.setattr(checkpoint, "check_space", full)
+    for name in ("plain", "tuned"):
+        with Scratch(tmp_path / name, "key") as scratch, pytest.raises(DiskFullError):
+            make_checkpoint(job(name, scratch))
+    assert asked[1] - asked[0] == kept
