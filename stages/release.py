@@ -158,6 +158,7 @@ def describe_provenance(
             "license": licence_of(source_card),
         },
         "recipe": {"name": name, **quantized["recipe"]},
+        **{key: quantized[key] for key in ("end_to_end",) if key in quantized},
         "seed": values.get("seed"),
         "calibration": quantized["calibration"],
         "params": shown_params(shown),
@@ -211,7 +212,7 @@ def card_facts(
         "quantized": quantized,
         "unquantized": unquantized,
         "suits_vllm": suits_vllm(weight_bits),
-        "method": describe_method(values),
+        "method": describe_method(values, provenance.get("end_to_end")),
         "calibration": describe_calibration(provenance["calibration"]),
         "libraries": ", ".join(
             f"{key} {provenance['libraries'][key]}" for key in sorted(libraries)

@@ -43,7 +43,8 @@ def surroundings(code: str, device: torch.device, libraries: Iterable[str]) -> d
     return {
         "code": code,
         "versions": {library: version(library) for library in libraries},
-        # not the number of threads: it changes no bit, and a resumed run may well have another
+        # not the number of threads: a resumed run may well have another, and it changes no bit but
+        # in GPTQ, whose codes are then others
         "machine": [name, torch.backends.cpu.get_cpu_capability()],
     }
 

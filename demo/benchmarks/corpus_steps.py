@@ -211,7 +211,10 @@ def end_to_end(plan: Plan, embedder: Embedder, device: torch.device) -> Result:
 
 
 def launched(model: Path, inputs: Path, out: Path, cards: int) -> Result:
-    """Run the command by ``accelerate launch``; the rate is that between each card's first and last files."""
+    """Run the command by ``accelerate launch``; the rate is that between each card's first and last files.
+
+    There is none if a card has but one file.
+    """
     words = ["-m", "accelerate.commands.launch", "--num_processes", str(cards)]
     words += ["--multi_gpu"] if cards > 1 else []
     words += [
@@ -232,14 +235,16 @@ def launched(model: Path, inputs: Path, out: Path, cards: int) -> Result:
     times = [path.stat().st_mtime for path in sorted(out.glob("*.parquet"))]
     parts = [times[rank::cards] for rank in range(cards)]  # as the command deals shards out
     manifest = json.loads((out / "_manifest.json").read_text())
+    figures: Result = {"seconds": round(time.monotonic() - start, 1), "warnings": problems[:4]}
+    if any(len(part) < 2 or max(part) == min(part) for part in parts):
+        return figures
     pages = manifest["embedded"] / len(times)
     rates = [pages * (len(part) - 1) / (max(part) - min(part)) for part in parts]
     return {
-        "seconds": round(time.monotonic() - start, 1),
+        **figures,
         "pages_per_second": round(sum(rates), 3),
         "of_each": [round(rate, 3) for rate in rates],
         "began_apart_seconds": round(max(map(min, parts)) - min(map(min, parts)), 1),
-        "warnings": problems[:4],
     }
 
 

@@ -76,6 +76,7 @@ class Params(Section):
     def _sections_agree(self) -> "Params":
         check_sets(self.recipes, self.calibration.sets, "recipes", "calibration.sets")
         self._check_budgets()
+        self._check_samples_held_back()
         for section, names in (("fallbacks", self.fallbacks), ("release", self.release)):
             for name in names:
                 if name not in self.recipes:
@@ -110,6 +111,20 @@ class Params(Section):
                     f"recipes.{name}.group_size is {recipe.group_size}, but the sensitivity is "
                     f"measured with {self.sensitivity.group_size}; set both to one size"
                 )
+
+    def _check_samples_held_back(self) -> None:
+        """Reject tuning end to end on one sample of a kind, which leaves none to judge it by."""
+        for name, recipe in self.recipes.items():
+            if isinstance(recipe, RtnRecipe) or recipe.end_to_end is None:
+                continue
+            counts = self.calibration.sets[recipe.calibration]
+            for kind in ("queries", "pages", "passages"):
+                if getattr(counts, kind) == 1:
+                    raise ValueError(
+                        f"calibration.sets.{recipe.calibration}.{kind} is 1, but "
+                        f"recipes.{name}.end_to_end tunes on one sample and needs another to see "
+                        "whether that helped; set 2 or more, or 0"
+                    )
 
     def _check_fallback(self, name: str, fallback: str) -> None:
         """Reject a fallback that does not exist, or needs more than the recipe's stage has."""

@@ -229,8 +229,9 @@ def _known_keys(annotation: Any, path: list[str], member: str | None) -> set[str
     """Return the keys that the section at `path` may have; `member` chooses among schemas."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         fields = annotation.model_fields
-        if path:
-            return _known_keys(fields[path[0]].annotation, path[1:], member)
+        if path:  # another member of a union may lack the section
+            inside = fields.get(path[0])
+            return _known_keys(inside.annotation, path[1:], member) if inside else set()
         other = member and "method" in fields and member not in _literals(fields["method"])
         return set() if other else set(fields)
     parts = get_args(annotation)

@@ -230,12 +230,23 @@ def write_card(folder: Path, source_card: Mapping[str, Any], facts: Mapping[str,
     (folder / "README.md").write_text(card.content.rstrip() + "\n", encoding="utf-8")
 
 
-def describe_method(values: Mapping[str, Any]) -> str:
-    """Return a recipe's method in words."""
+def describe_method(values: Mapping[str, Any], outcome: Mapping[str, Any] | None = None) -> str:
+    """Return a recipe's method in words.
+
+    Parameters
+    ----------
+    values
+        Of the recipe.
+    outcome
+        Of its end-to-end tuning, as in metrics/quantize/<recipe>.json; None where it is not known.
+    """
     method = METHODS[values["method"]].format_map(values)
-    if values.get("end_to_end"):
-        return f"{method}, then {values['end_to_end']['steps']} steps end to end"
-    return method
+    if not values.get("end_to_end"):
+        return method
+    steps = values["end_to_end"]["steps"]
+    if outcome and not outcome["kept"]:
+        return f"{method}; {steps} steps end to end did not help and are not in it"
+    return f"{method}, then {steps} steps end to end"
 
 
 def describe_fallback(recipe: Mapping[str, Any]) -> str | None:

@@ -29,6 +29,7 @@ from colqwen3.system.files import digest_files, read_json, write_json
 from colqwen3.system.resume import surroundings
 from stages.pipeline.stage import code_digest
 from stages.quantization.allocation import SIXTEEN, Allocation, bytes_of, planned_tensors
+from stages.quantization.end_to_end import hold_back
 from stages.quantization.linears import Filled, Job, fill
 from stages.quantization.recipes import AnyRecipe, RtnRecipe
 from stages.quantization.whole_model import finish, restore
@@ -52,6 +53,7 @@ def make_checkpoint(job: Job) -> tuple[Path, Filled]:
     tokens = sum(sample["input_ids"].numel() for sample in job.samples)
     needed = maximum_bytes(specs, read_json(source.folder / "config.json", FIX), tokens)
     if not isinstance(job.recipe, RtnRecipe) and job.recipe.end_to_end:
+        hold_back(job.kinds)  # one sample of a kind is an error, now and not after all layers
         needed += bytes_of(spec for name, spec in specs.items() if name not in source.tensors)
     check_space(scratch.folder, max(0, needed - scratch.bytes()), "the checkpoint")
     folder = scratch.folder / "checkpoint"

@@ -15,7 +15,7 @@ were captured.
 """
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -204,6 +204,23 @@ def sum_losses(
     return sums
 
 
+def balance(sums: Mapping[str, tuple[torch.Tensor, int]], before: Losses) -> torch.Tensor:
+    """Return the mean over kinds of the loss of the kind's tokens, over what it was before tuning.
+
+    So neither many pages nor coarse queries outweigh the others.
+
+    Parameters
+    ----------
+    sums
+        As `sum_losses` returns them.
+    before
+        Losses before tuning.
+    """
+    return torch.stack(
+        [total / count / max(before[kind], 1e-12) for kind, (total, count) in sums.items()]
+    ).mean()
+
+
 @dataclass(frozen=True)
 class Network:
     """The quantized decoder layers and what follows them.
@@ -298,8 +315,7 @@ def tune_end_to_end(
 ) -> EndToEndOutcome:
     """Tune the linears of a network, in place, by Adam on the loss of the embeddings.
 
-    The loss of a step is the mean over kinds of the loss of the kind's tokens, each divided by what
-    it was before tuning, so that neither many pages nor coarse queries outweigh the others.
+    The loss of a step is as `balance` gives it.
 
     Parameters
     ----------
@@ -336,8 +352,7 @@ def tune_end_to_end(
             drawn = next(steps)
             embeddings = network.embed([inputs[number] for number in drawn])
             sums = sum_losses(embeddings, [targets[n] for n in drawn], [kinds[n] for n in drawn])
-            parts = [total / count / max(before[k], 1e-12) for k, (total, count) in sums.items()]
-            torch.stack(parts).mean().backward()  # type: ignore[no-untyped-call]
+            balance(sums, before).backward()  # type: ignore[no-untyped-call]
             progress.advance()
     after, held_after = (
         network.losses(inputs, targets, kinds, numbers) for numbers in (tuned_on, held)

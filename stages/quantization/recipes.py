@@ -105,6 +105,21 @@ class EndToEnd(Section):
     scales_lr: float = Field(default=0.001, ge=0, le=0.1)
     seed: Seed = 42
 
+    @model_validator(mode="before")
+    @classmethod
+    def _section(cls, value: object) -> object:
+        if not isinstance(value, dict | EndToEnd):
+            raise ValueError("must be keys such as {steps: 200}, or null for none")
+        return value
+
+    @model_validator(mode="after")
+    def _moves(self) -> "EndToEnd":
+        if self.codes_lr == self.scales_lr == 0:
+            raise ValueError(
+                "codes_lr and scales_lr are both 0, which tunes nothing; leave one out"
+            )
+        return self
+
 
 class _Calibrated(WeightFormat):
     """What all recipes have that see calibration samples."""

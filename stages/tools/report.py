@@ -70,7 +70,8 @@ SENSITIVITIES = (
 )
 OUTPUTS = (
     "The error of each decoder layer's output on the calibration samples: what tuning minimises. "
-    "Where rounding came out better, the layer was left rounded."
+    "Where rounding came out better, the layer was left rounded. Tuning end to end, if a recipe asks "
+    "for it, comes after and is not in these."
 )
 
 

@@ -24,7 +24,9 @@ from colqwen3.model.loading import load_model, load_processor
 from colqwen3.model.scoring import max_sim
 from colqwen3.mteb_model import ColQwen3Encoder
 from colqwen3.release.verify import verify
+from stages import release
 from stages.evaluation.retrieval import Run, measure
+from stages.pipeline.params import load_params
 from stages.publishing.model_code import ship_code
 from stages.quantization.allocation import Allocation
 from stages.release import copy_configs, copy_licences
@@ -188,6 +190,20 @@ def test_weights_are_the_checkpoints_and_code_of_the_source_stays_behind(
     assert {path.name for path in tmp_path.iterdir()} == {
         path.name for path in checkpoint.iterdir()
     } - {"model.safetensors"}
+
+
+@pytest.mark.parametrize("done", [{}, {"end_to_end": {"kept": False, "loss": {}}}])
+def test_the_metadata_say_what_end_to_end_tuning_did(
+    done: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(release, "read_json", lambda *_: {"quantization_config": {"bits": 4}})
+    monkeypatch.setattr(release, "layer_table", lambda *_: [])
+    for name in ("digest_file", "pipeline_commit"):
+        monkeypatch.setattr(release, name, lambda *_: "some")
+    quantized = {"recipe": {"ran": "r", "values": {}}, "calibration": {}, "libraries": {}, **done}
+    verdict = {"verdict": "fine", "reason": "none"}
+    made = release.describe_provenance("r", load_params(release.Params), quantized, {}, verdict)
+    assert {key: made[key] for key in made if key == "end_to_end"} == done
 
 
 def test_licences_travel(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The measurement of collections runs on a CPU, and its figures are those of what it did."""
 
 import json
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -50,6 +51,38 @@ def test_all_steps_run_on_a_cpu(
         assert steps[kind]["host_memory"]["peak_gb"] > 0.1
     assert steps["again"] == {"shards": 1, "same_bytes": True}
     assert json.loads(capsys.readouterr().out) == figures
+
+
+@pytest.mark.parametrize(
+    ("ends", "rate"),
+    [
+        ([3.0, 10.0, 5.0, 20.0], 4 / 2 + 4 / 10),  # the cards take turns
+        ([3.0, 10.0, 5.0], None),
+        ([3.0], None),
+        ([3.0, 10.0, 3.0, 20.0], None),
+    ],
+)
+def test_the_rate_of_two_cards_is_the_sum_of_each_ones(
+    ends: list[float], rate: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+
+    def run(*_: object, **__: object) -> subprocess.CompletedProcess[str]:
+        out.mkdir()
+        for number, end in enumerate(ends):
+            path = out / f"part-{number}.parquet"
+            path.touch()
+            os.utime(path, (end, end))
+        (out / "_manifest.json").write_text(json.dumps({"embedded": 4 * len(ends)}))
+        return subprocess.CompletedProcess([], 0, "", "WARNING: slow\nINFO: fine\n")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    figures = corpus_steps.launched(tmp_path, tmp_path, out, 2)
+    assert figures["warnings"] == ["WARNING: slow"]
+    assert figures.get("pages_per_second") == (rate and pytest.approx(rate))
+    if rate:
+        assert figures["of_each"] == pytest.approx([2.0, 0.4])
+        assert figures["began_apart_seconds"] == 7
 
 
 def small_png(folder: Path, seed: int) -> None:

@@ -12,7 +12,7 @@ from colqwen3.checkpoint.headers import Checkpoint
 from colqwen3.checkpoint.packing import dense_weight, round_to_nearest
 from colqwen3.model.loading import load_model, load_processor
 from stages.budget import sensitivity
-from stages.budget.sensitivity import measure, parts_of
+from stages.budget.sensitivity import measure, parts_of, room_for
 from stages.quantization.activations import Sample
 from stages.quantization.deepstack import fold_deepstack, fold_into_layer
 from stages.quantization.gptq import quantize_weight
@@ -128,3 +128,21 @@ def test_linears_are_quantized_by_gptq_at_all_widths_and_come_back() -> None:
         assert torch.equal(one.weight.data, weights[3]["0"])
         raise RuntimeError
     assert torch.equal(one.weight.data, before)
+
+
+@pytest.mark.parametrize(
+    ("device", "nbytes", "place"),
+    [("cuda:1", 50, "cuda:1"), ("cuda:1", 51, "cpu"), ("cpu", 1 << 60, "cpu")],
+)
+def test_states_stay_on_a_gpu_if_they_take_half_of_what_is_free(
+    device: str, nbytes: int, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def free(which: torch.device) -> tuple[int, int]:
+        asked.append(which)
+        return 100, 1000
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", free)
+    assert room_for(nbytes, torch.device(device)) == torch.device(place)
+    assert asked == ([] if device == "cpu" else [torch.device(device)])

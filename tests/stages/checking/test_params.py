@@ -309,6 +309,60 @@ def test_errors_of_what_else_is_quantized_name_the_key(
     assert part in said
 
 
+@pytest.mark.parametrize(
+    ("value", "start", "part"),
+    [
+        ("{steps: 0}", ".steps: ", "greater than or equal to 1 (it is 0)"),
+        ("{steps: 1.5}", ".steps: ", "(it is 1.5)"),
+        ("{codes_lr: 0.01}", ".steps: ", "is missing; add it"),
+        ("{}", ".steps: ", "is missing; add it"),
+        ("{steps: 9, codes_lr: 0.2}", ".codes_lr: ", "0.1 (it is 0.2)"),
+        ("{steps: 9, scales_lr: .nan}", ".scales_lr: ", "(it is nan)"),
+        ("{steps: 9, seed: -1}", ".seed: ", "(it is -1)"),
+        ("{steps: 9, code_lr: 0.1}", ".code_lr: ", "unknown key; did you mean codes_lr?"),
+        ("{steps: 9, iterations: 1}", ".iterations: ", "unknown key; remove it"),
+        ("{steps: 9, codes_lr: 0, scales_lr: 0}", ": ", "both 0, which tunes nothing"),
+        ("200", ": ", "must be keys such as {steps: 200}, or null for none (it is 200)"),
+        ("true", ": ", "must be keys such as {steps: 200}, or null for none (it is True)"),
+        ("[]", ": ", "must be keys such as {steps: 200}, or null for none (it is [])"),
+    ],
+)
+def test_errors_of_end_to_end_name_the_key(
+    tmp_path: Path, value: str, start: str, part: str
+) -> None:
+    said = refusal(tmp_path, edit("    seed: 7\n", f"    seed: 7\n    end_to_end: {value}\n"))
+    assert said.startswith(f"recipes.tuned.end_to_end{start}")
+    assert part in said
+
+
+def test_rounding_to_nearest_has_no_end_to_end(tmp_path: Path) -> None:
+    for value in ("{steps: 9}", "{stops: 9}"):
+        said = refusal(tmp_path, edit("    bits: 3\n", f"    bits: 3\n    end_to_end: {value}\n"))
+        assert said.startswith("recipes.plain.end_to_end: unknown key")
+
+
+def test_end_to_end_needs_the_activations_of_the_model(tmp_path: Path) -> None:
+    lines = "    seed: 7\n    deepstack: false\n    end_to_end: {steps: 9}\n"
+    said = refusal(tmp_path, edit("    seed: 7\n", lines))
+    assert said.startswith("recipes.tuned: end_to_end needs the activations of the model")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("      queries: 3", "      queries: 1"),
+        ("      pages: 2", "      pages: 1"),
+        ("      passages: 0", "      passages: 1"),
+    ],
+)
+def test_end_to_end_needs_two_samples_of_a_kind(tmp_path: Path, old: str, new: str) -> None:
+    text = edit("    seed: 7\n", "    seed: 7\n    end_to_end: {steps: 9}\n")
+    assert load(tmp_path, text)
+    said = refusal(tmp_path, text.replace(old, new))
+    assert said.startswith(f"calibration.sets.some.{new.split()[0][:-1]} is 1, but recipes.tuned.")
+    assert said.endswith("set 2 or more, or 0")
+
+
 @pytest.mark.parametrize("name", ["a", "4bit", "w4g128-2", "w_4", "models", "rtn", "autoround"])
 def test_recipe_names_may_be(tmp_path: Path, name: str) -> None:
     assert name in load(tmp_path, edit("  plain:", f"  {name}:")).recipes

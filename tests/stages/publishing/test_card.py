@@ -175,6 +175,18 @@ def test_every_method_has_words(recipe: AnyRecipe, words: str) -> None:
     assert describe_method(recipe.model_dump()) == words
 
 
+@pytest.mark.parametrize(
+    ("kept", "words"),
+    [
+        (True, "GPTQ, then 9 steps end to end"),
+        (False, "GPTQ; 9 steps end to end did not help and are not in it"),
+    ],
+)
+def test_steps_that_were_not_kept_are_not_claimed(kept: bool, words: str) -> None:
+    values = {"method": "gptq", "end_to_end": {"steps": 9}}
+    assert describe_method(values, {"kept": kept, "loss": {}}) == words
+
+
 TOWER = {"vision_attention": {"8": 12}, "vision_mergers": {"8": 6}}
 
 

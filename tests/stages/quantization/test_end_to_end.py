@@ -9,14 +9,17 @@ from torch import nn
 
 from colqwen3.checkpoint.packing import round_to_nearest
 from colqwen3.system.errors import NonFiniteWeightsError, UserError
+from stages.quantization import end_to_end
 from stages.quantization.end_to_end import (
     EndToEndOutcome,
     Network,
     Tail,
+    balance,
     draw_steps,
     hold_back,
     sum_losses,
     tune_end_to_end,
+    updated_in_backward,
 )
 from stages.quantization.recipes import EndToEnd
 from stages.quantization.tuned_linear import TunedLinear
@@ -112,6 +115,88 @@ def test_the_same_seed_gives_the_same_codes_and_another_others() -> None:
     assert not all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
+def test_samples_held_back_tell_and_are_not_tuned_on() -> None:
+    packed, outcomes = [], []
+    for turned in (False, True):
+        network, inputs, targets = problem()
+        if turned:
+            for number in hold_back(KINDS):
+                targets[number] = -targets[number]
+        few = RECIPE.model_copy(update={"steps": 20})
+        outcomes.append(tune_end_to_end(network, inputs, targets, KINDS, few))
+        packed.append([t for linear in linears(network) for t in linear.packed().values()])
+    first, other = outcomes
+    assert all(torch.equal(a, b) for a, b in zip(*packed, strict=True))
+    assert (first.before, first.after) == (other.before, other.after)
+    assert min(other.held_after.values()) > 1 > max(first.held_after.values())
+
+
+@pytest.mark.parametrize(
+    ("step", "factor"), [(0, 0.1), (4, 0.5 * 0.96), (9, 0.91), (50, 0.5), (99, 0.01)]
+)
+def test_codes_and_scales_have_step_sizes_of_their_own_that_rise_and_fall(
+    step: int, factor: float
+) -> None:
+    network, inputs, targets = problem()
+    recipe = EndToEnd(steps=100, codes_lr=0.01, scales_lr=0.002)
+    before = [linear.offset.detach().clone() for linear in linears(network)]
+    with updated_in_backward(network, recipe) as set_step:
+        set_step(step)
+        loss, _ = sum_losses(network.embed(inputs[:1]), targets[:1], ["page"])["page"]
+        (1e6 * loss).backward()  # type: ignore[no-untyped-call]
+    # Adam's first step is the step size, whatever the gradient
+    for linear, start in zip(linears(network), before, strict=True):
+        for moved, size in (
+            (linear.offset.detach() - start, 0.01),
+            (linear.change.detach(), 0.002),
+        ):
+            assert float(moved.abs().max()) == pytest.approx(size * factor, rel=1e-3)
+            assert float(moved.abs().median()) == pytest.approx(size * factor, rel=1e-2)
+
+
+@pytest.mark.parametrize("still", ["codes_lr", "scales_lr"])
+def test_a_step_size_of_zero_leaves_codes_or_scales_alone(still: str) -> None:
+    network, inputs, targets = problem()
+    start = [linear.packed() for linear in linears(network)]
+    recipe = RECIPE.model_copy(update={"steps": 30, "codes_lr": 0.01, still: 0.0})
+    tune_end_to_end(network, inputs, targets, KINDS, recipe)
+    for linear, packed in zip(linears(network), start, strict=True):
+        same = {name: torch.equal(packed[name], now) for name, now in linear.packed().items()}
+        assert same == {
+            "qweight": still == "codes_lr", "qzeros": True, "scales": still == "scales_lr",
+        }  # fmt: skip
+
+
+def test_every_sample_of_a_step_is_compared_with_its_own_target(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    network, inputs, _ = problem()
+    with torch.no_grad():
+        targets = [network.embed([sample]) for sample in inputs]
+    numbers, real = {id(target): number for number, target in enumerate(targets)}, sum_losses
+    steps = []
+
+    def checked(embeddings: torch.Tensor, expected: Any, kinds: Any) -> Any:
+        drawn = [numbers[id(target)] for target in expected]
+        assert list(kinds) == [KINDS[number] for number in drawn]
+        sums = real(embeddings, expected, kinds)
+        assert max(float(total.detach()) for total, _ in sums.values()) < 1e-9
+        steps.append(len(drawn))
+        return sums
+
+    monkeypatch.setattr(end_to_end, "sum_losses", checked)
+    still = RECIPE.model_copy(update={"steps": 4, "codes_lr": 0.0, "scales_lr": 0.0})
+    tune_end_to_end(network, inputs, targets, KINDS, still)
+    assert [size for size in steps if size > 1] == [11] * 4  # 7 queries that are not held back
+
+
+def test_neither_more_tokens_nor_a_larger_loss_give_a_kind_more_weight() -> None:
+    sums = {"page": (torch.tensor(6.0), 300), "query": (torch.tensor(0.9), 3)}
+    assert float(balance(sums, {"page": 0.04, "query": 0.6})) == pytest.approx(0.5)
+    assert float(balance(sums, {"page": 0.02, "query": 0.1})) == pytest.approx(2.0)
+    assert balance(sums, {"page": 0.0, "query": 0.1}).isfinite()
+
+
 def test_gradients_are_gone_and_nothing_but_codes_and_scales_moves() -> None:
     network, inputs, targets = problem()
     before = {n: p.clone() for n, p in network.tail.named_parameters()}
@@ -126,7 +211,7 @@ def test_gradients_are_gone_and_nothing_but_codes_and_scales_moves() -> None:
 def test_step_sizes_of_zero_change_nothing() -> None:
     network, inputs, targets = problem()
     start = [linear.packed() for linear in linears(network)]
-    still = EndToEnd(steps=3, codes_lr=0, scales_lr=0)
+    still = RECIPE.model_copy(update={"steps": 3, "codes_lr": 0.0, "scales_lr": 0.0})
     outcome = tune_end_to_end(network, inputs, targets, KINDS, still)
     assert outcome.before == outcome.after and outcome.won
     for linear, packed in zip(linears(network), start, strict=True):

@@ -62,7 +62,7 @@ class FakeJob:
 
 @pytest.mark.parametrize(
     ("gap", "error"),
-    [(0.0, None), (0.39, None), (0.41, UserError), (float("nan"), NonFiniteWeightsError)],
+    [(0.0, None), (0.09, None), (0.11, UserError), (float("nan"), NonFiniteWeightsError)],
 )
 def test_weights_between_two_codes_are_rejected(gap: float, error: Any) -> None:
     layer: Any = torch.nn.Module()

@@ -77,3 +77,10 @@ def test_without_the_original_only_scales_are_tuned() -> None:
     module(TOKENS).sum().backward()
     assert module.change.grad is not None
     assert [name for name, p in module.named_parameters() if p.requires_grad] == ["change"]
+
+
+def test_a_bias_is_added_and_stays() -> None:
+    bias = torch.tensor([1.0, -2.0])
+    module = TunedLinear(CODES, SCALES, BITS, DENSE, bias)
+    assert torch.equal(module(TOKENS), TOKENS @ DENSE.T + bias)
+    assert {name for name, _ in module.named_parameters()} == {"change", "offset"}

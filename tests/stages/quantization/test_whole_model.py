@@ -1,7 +1,9 @@
 """End-to-end tuning within a checkpoint: its losses are those of the finished model, and it survives a crash."""
 
+import itertools
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,18 +14,21 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from colqwen3.checkpoint.headers import SINGLE, Checkpoint
+from colqwen3.checkpoint.layout import BLOCKS
+from colqwen3.checkpoint.packing import PACKED_TENSORS
 from colqwen3.model.loading import load_model, load_processor
+from colqwen3.system.errors import DiskFullError, UserError
 from colqwen3.system.files import read_json
 from colqwen3.system.resume import Scratch
-from stages.quantization import end_to_end, tuning, whole_model
+from stages.quantization import checkpoint, end_to_end, tuning, whole_model
 from stages.quantization.activations import Sample
 from stages.quantization.allocation import uniform
 from stages.quantization.checkpoint import check_checkpoint, make_checkpoint
 from stages.quantization.end_to_end import EndToEndOutcome
 from stages.quantization.linears import Filled, Job
-from stages.quantization.recipes import EndToEnd, GptqRecipe
+from stages.quantization.recipes import EndToEnd, GptqRecipe, VisionBits
 
-GOLDEN, CPU = Path("tests/golden/model"), torch.device("cpu")
+GOLDEN, DEMO, CPU = Path("tests/golden/model"), Path("demo/model"), torch.device("cpu")
 Made = Callable[[str], tuple[Path, Filled]]
 KINDS = ["page", "query", "page", "query", "query"]
 STEPS = EndToEnd(steps=60, codes_lr=0.002)
@@ -38,8 +43,8 @@ RECIPES = {
 
 
 @cache
-def samples() -> list[Sample]:
-    processor = load_processor(GOLDEN, 64)
+def samples(model: Path = GOLDEN) -> list[Sample]:
+    processor = load_processor(model, 64)
     image = Image.linear_gradient("L")
     pages = [
         dict(processor.process_images([page]))
@@ -74,12 +79,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
 
 
 @torch.inference_mode()
-def losses_of(folder: Path, numbers: list[int]) -> dict[str, float]:
+def losses_of(folder: Path, numbers: list[int], source: Path = GOLDEN) -> dict[str, float]:
     """Return 1 - mean cosine by kind, of a checkpoint run as a whole by transformers."""
-    original, model = (load_model(path, torch.float32, CPU) for path in (GOLDEN, folder))
+    original, model = (load_model(path, torch.float32, CPU) for path in (source, folder))
     cosines: dict[str, list[torch.Tensor]] = {}
     for number in numbers:
-        sample = samples()[number]
+        sample = samples(source)[number]
         pair = original(**sample).embeddings.double(), model(**sample).embeddings.double()
         cosines.setdefault(KINDS[number], []).append(torch.cosine_similarity(*pair, dim=-1)[0])
     return {kind: 1 - float(torch.cat(found).mean()) for kind, found in cosines.items()}
@@ -100,6 +105,57 @@ def test_recorded_losses_are_those_of_the_finished_model(name: str, made: Made) 
     assert losses_of(folder, [0, 1]) == pytest.approx(held, rel=0.02)
     assert losses_of(folder, [2, 3, 4]) == pytest.approx(rest, rel=0.02)
     assert outcome.before != pytest.approx(outcome.after, rel=0.02)
+
+
+def with_widths(
+    source: Path, recipe: GptqRecipe, folder: Path
+) -> tuple[Path, Filled, dict[str, int]]:
+    """Make a checkpoint with 2, 3, 4 and 8 bits in turn in its language model."""
+    plan = uniform("r", recipe, read_json(source / "config.json", ""))
+    text = [name for name in plan.linears if name.startswith(BLOCKS)]
+    plan.linears.update(zip(text, itertools.cycle((2, 3, 4, 8, 3)), strict=False))
+    with Scratch(folder, "key") as scratch:
+        work = Job(Checkpoint.read(source), plan, recipe, samples(source), CPU, scratch, KINDS)
+        made, filled = make_checkpoint(work)
+        check_checkpoint(made, work)
+    return made, filled, plan.linears
+
+
+@pytest.mark.parametrize(("source", "steps"), [(GOLDEN, 20), (DEMO, 1)])
+def test_losses_hold_for_a_budget_and_whatever_else_is_quantized(
+    source: Path, steps: int, tmp_path: Path
+) -> None:
+    """Only the demo model's vision tower can be: with it the deepstack features change."""
+    front = {"vision": VisionBits(attention=4, mlp=4, mergers=4)} if source is DEMO else {}
+    recipe = PLAIN.model_copy(
+        update={
+            "group_size": 32,
+            "token_embeddings": 4,
+            "end_to_end": EndToEnd(steps=steps),
+            **front,
+        }
+    )
+    folder, filled, widths = with_widths(source, recipe, tmp_path)
+    assert set(widths.values()) == {2, 3, 4, 8}
+    outcome = filled.end_to_end
+    assert outcome is not None
+    held = outcome.held_after if outcome.won else outcome.held_before
+    rest = outcome.after if outcome.won else outcome.before
+    assert losses_of(folder, [0, 1], source) == pytest.approx(held, rel=0.01)
+    assert losses_of(folder, [2, 3, 4], source) == pytest.approx(rest, rel=0.01)
+
+
+def test_one_sample_of_a_kind_is_an_error_before_the_first_layer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: Any) -> None:
+        raise AssertionError("a layer was tuned")
+
+    monkeypatch.setattr(tuning, "tune_layer", never)
+    with Scratch(tmp_path, "key") as scratch:
+        work = replace(job("tuned", scratch), kinds=["page", *["query"] * 4])
+        with pytest.raises(UserError, match="the set has one page"):
+            make_checkpoint(work)
 
 
 def test_losses_before_are_those_of_the_layers_alone(made: Made) -> None:
@@ -189,3 +245,21 @@ def test_what_did_not_help_is_not_kept(
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert filled.end_to_end is not None and not filled.end_to_end.won
     assert "end-to-end tuning made samples that it did not see worse" in caplog.text
+
+
+def test_room_is_asked_for_what_is_kept_of_the_tuning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: Made
+) -> None:
+    packed = tensors(made("plain")[0]).items()
+    kept = sum(t.nbytes for name, t in packed if name.endswith(PACKED_TENSORS))
+    asked = []
+
+    def full(_: Path, needed: int, __: str) -> None:
+        asked.append(needed)
+        raise DiskFullError("full")
+
+    monkeypatch.setattr(checkpoint, "check_space", full)
+    for name in ("plain", "tuned"):
+        with Scratch(tmp_path / name, "key") as scratch, pytest.raises(DiskFullError):
+            make_checkpoint(job(name, scratch))
+    assert asked[1] - asked[0] == kept
