@@ -137,7 +137,7 @@ def _compile(function: Operation) -> Operation:
             # a code object of its own: torch gives up after compiling one eight times
             code = FunctionType(function.__code__.replace(), function.__globals__)
             # kernels chosen by timing would add up in another order from process to process
-            options = {"triton.enable_pdl": True, "deterministic": True}
+            options: dict[str, Any] = {"triton.enable_pdl": True, "deterministic": True}
             kernel = compiled[key] = torch.compile(code, fullgraph=True, options=options)
             for value in (first, *others):
                 if isinstance(value, torch.Tensor) and len(value) == len(first):
