@@ -43,7 +43,7 @@ def way(contender: Contender) -> str:
     if contender.has_budget:
         return "budget of bits"
     if contender.end_to_end:
-        return "embeddings and vision too, end to end"
+        return "the same, end to end"
     return "embeddings and vision too" if contender.quantizes_vision else "uniform"
 
 
