@@ -459,23 +459,18 @@ def tune(
 MIXED = {"queries": SAMPLES, "pages": SAMPLES}
 
 
-def step_end_to_end(bench: Bench) -> Result:
-    """GPTQ through the stage, and end-to-end tuning after it: what having the whole model costs."""
-    recipe = {
-        "method": "gptq", "calibration": "measured", "batch_size": 8,
-        "end_to_end": {"steps": END_TO_END_STEPS},
-    }  # fmt: skip
-    result = quantize(bench, "end-to-end", prepare_run(bench, "end-to-end", recipe, MIXED))
-    shutil.rmtree(bench.checkpoint("end-to-end"))  # disk
-    return {"batch_size": 8, "steps": END_TO_END_STEPS, **result}
-
-
-def step_gptq(bench: Bench) -> Result:
-    """GPTQ through the stage on the samples of AutoRound."""
-    recipe = {"method": "gptq", "calibration": "measured", "batch_size": 8}
-    result = quantize(bench, "gptq", prepare_run(bench, "gptq", recipe, MIXED))
-    shutil.rmtree(bench.checkpoint("gptq"))  # disk
+def gptq(bench: Bench, name: str, **more: Any) -> Result:
+    """GPTQ through the stage on the samples of AutoRound; `more` are other values of the recipe."""
+    recipe = {"method": "gptq", "calibration": "measured", "batch_size": 8, **more}
+    result = quantize(bench, name, prepare_run(bench, name, recipe, MIXED))
+    shutil.rmtree(bench.checkpoint(name))  # disk
     return {"batch_size": 8, **result}
+
+
+def step_end_to_end(bench: Bench) -> Result:
+    """GPTQ, and end-to-end tuning after it: what having the whole model costs."""
+    steps = END_TO_END_STEPS
+    return {"steps": steps, **gptq(bench, "end-to-end", end_to_end={"steps": steps})}
 
 
 def step_tune_low(bench: Bench) -> Result:
@@ -527,7 +522,7 @@ STEPS: dict[str, dict[str, Callable[[Bench], Result]]] = {
         "floor": step_floor,
         "rtn": step_rtn,
         "tune-0": lambda bench: tune(bench, "tune-0", 0, MIXED),
-        "gptq": step_gptq,
+        "gptq": lambda bench: gptq(bench, "gptq"),
         "end-to-end": step_end_to_end,
         "tune-small": step_tune_small,
         "serve-small": step_serve_small,
