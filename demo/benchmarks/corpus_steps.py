@@ -249,9 +249,11 @@ def launched(model: Path, inputs: Path, out: Path, cards: int) -> Result:
 
 
 def same_bytes(first: Path, second: Path) -> bool:
-    """Whether two folders hold the same shards."""
+    """Whether the shards of one folder, one at least, are in another byte for byte."""
     files = sorted(path.name for path in first.glob("*.parquet"))
-    return all((first / name).read_bytes() == (second / name).read_bytes() for name in files)
+    return bool(files) and all(
+        (first / name).read_bytes() == (second / name).read_bytes() for name in files
+    )
 
 
 def main(description: str | None) -> None:

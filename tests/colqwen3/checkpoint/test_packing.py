@@ -173,9 +173,9 @@ def test_restored_codes_stay_within_their_range(bits: int) -> None:
     scales = torch.full((32, 1), 0.5, dtype=torch.float16)
     codes, gap = packing.restore_codes(steps * 0.5, scales, bits)
     assert codes[0, :4].tolist() == [-most, -most, most - 1, most - 1]
-    assert gap == pytest.approx(1, abs=1e-4)
+    assert gap == pytest.approx(1, abs=1e-5)
     steps[0, 3] = most + 2  # farther above the range than below it
-    assert packing.restore_codes(steps * 0.5, scales, bits)[1] == pytest.approx(3, abs=1e-4)
+    assert packing.restore_codes(steps * 0.5, scales, bits)[1] == pytest.approx(3, abs=1e-5)
     # one too many on one end alone
     assert packing.restore_codes(steps.clamp(min=0) * 0.5, scales, bits)[0][0, 3] == most - 1
 

@@ -104,3 +104,16 @@ def test_workers_import_nothing_heavy() -> None:
             [sys.executable, "-c", code], capture_output=True, text=True, check=True
         )  # fmt: skip
         assert done.stdout == "[]\n", module
+
+
+def test_no_shards_are_not_the_same_bytes(tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder in (first, second):
+        folder.mkdir()
+    assert not corpus_steps.same_bytes(first, second)
+    for folder in (first, second):
+        (folder / "shard-000000.parquet").write_bytes(b"same")
+    (second / "shard-000001.parquet").write_bytes(b"not in the first")
+    assert corpus_steps.same_bytes(first, second)
+    (second / "shard-000000.parquet").write_bytes(b"other")
+    assert not corpus_steps.same_bytes(first, second)
