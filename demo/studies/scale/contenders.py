@@ -73,11 +73,11 @@ CONTENDERS = {
     "gptq": Contender(queries=96, pages=48, method="gptq"),
     "gptq-passages32": Contender(queries=96, pages=48, passages=32, method="gptq"),
     "mixed-e2e": Contender(queries=96, pages=48, end_to_end=200),
-    "gptq-e2e": Contender(queries=96, pages=48, method="gptq", end_to_end=200),
+    "gptq-e2e": Contender(queries=96, pages=48, method="gptq", end_to_end=200, many_seeds=True),
     "mixed-e2e-600": Contender(queries=96, pages=48, end_to_end=600),
     "gptq-e2e-600": Contender(queries=96, pages=48, method="gptq", end_to_end=600),
     "gptq-passages32-e2e": Contender(
-        queries=96, pages=48, passages=32, method="gptq", end_to_end=200
+        queries=96, pages=48, passages=32, method="gptq", end_to_end=200, many_seeds=True
     ),
     "mixed-e2e-scales": Contender(queries=96, pages=48, end_to_end=200, codes=False),
     "gptq-e2e-scales": Contender(queries=96, pages=48, method="gptq", end_to_end=200, codes=False),
