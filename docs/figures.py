@@ -23,9 +23,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 MARK = re.compile(r"(?<!`)<!-- figure (?P<name>\S+) -->(?P<text>.*?)<!-- end -->", re.DOTALL)
-RECIPES = ("w4g128", "rtn-w4g128")
+RECIPES = ("small", "w4g128", "rtn-w4g128")
 ABLATION = ROOT / "demo/studies/ablation"
-DEFAULT, ROUNDING = RECIPES
+_, DEFAULT, ROUNDING = RECIPES
 ENGINES = ("transformers", "mteb", "colpali-engine", "vllm")
 
 FIGURES: dict[str, Callable[[], str]] = {}

@@ -52,6 +52,19 @@ def change(clone: Path, *keys: str, value: object) -> None:
         yaml.dump(params, file)
 
 
+def keep_recipes(clone: Path, *names: str) -> None:
+    """Take all recipes but these out of params.yaml, and the sets of samples that only others use."""
+    yaml = YAML()
+    params = yaml.load((clone / "params.yaml").read_text())
+    recipes, sets = params["recipes"], params["calibration"]["sets"]
+    for name in set(recipes) - set(names):
+        del recipes[name]
+    for name in set(sets) - {recipes[name]["calibration"] for name in names} - {"mixed"}:
+        del sets[name]
+    with (clone / "params.yaml").open("w") as file:
+        yaml.dump(params, file)
+
+
 def copy_tree(folder: Path) -> None:
     """Copy the working tree's files that Git does not ignore."""
     listed = subprocess.run(
@@ -94,9 +107,10 @@ def small_dataset(folder: Path, pages: int) -> None:
 
 
 def small_clone(folder: Path, pages: int = 8, iters: int = 10) -> Path:
-    """Make a clone in which the whole pipeline takes about a minute."""
+    """Make a clone of two recipes in which the whole pipeline takes about a minute."""
     folder.mkdir(parents=True)
     copy_tree(folder)
+    keep_recipes(folder, "w4g128", "rtn-w4g128")
     small_dataset(folder / "demo/pages/evaluation", pages)
     for keys, value in {
         ("calibration", "sets", "mixed", "queries"): 3,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.clone import change, commit, copy_tree, dvc, small_dataset
+from tests.helpers.clone import change, commit, copy_tree, dvc, keep_recipes, small_dataset
 
 RECIPE = "rtn-w4g128"
 GIT = ["git", "-c", "user.name=test", "-c", "user.email=test@localhost"]
@@ -26,9 +26,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder.mkdir()
     copy_tree(folder)
     small_dataset(folder / "demo/pages/evaluation", 3)
-    params = (folder / "params.yaml").read_text()
-    start, end = params.index("  w4g128:\n    method"), params.index(f"  {RECIPE}:\n    method")
-    (folder / "params.yaml").write_text(params[:start] + params[end:])
+    keep_recipes(folder, RECIPE)
     change(folder, "release", value={})
     change(folder, "calibration", "sets", "mixed", value={"queries": 1, "pages": 0, "passages": 0})
     change(folder, "benchmark", "repeats", value=1)

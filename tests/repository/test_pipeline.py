@@ -17,6 +17,7 @@ from tests.helpers.clone import (
     copy_tree,
     differences,
     dvc,
+    keep_recipes,
     left_behind,
     results,
     small_dataset,
@@ -41,6 +42,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A repository of the working tree's files, with few pages and few tuning steps."""
     folder = tmp_path_factory.mktemp("clone")
     copy_tree(folder)
+    keep_recipes(folder, *RECIPES)
     small_dataset(folder / "demo/pages/evaluation", PAGES)
     for keys, value in {
         ("calibration", "sets", "mixed", "queries"): 2,

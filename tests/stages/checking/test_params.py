@@ -20,7 +20,7 @@ from stages.pipeline.params import (
     choose_recipe,
     load_params,
 )
-from stages.quantization.recipes import AutoRoundRecipe, RtnRecipe
+from stages.quantization.recipes import AutoRoundRecipe, GptqRecipe, RtnRecipe
 
 SHIPPED = Path("params.yaml")
 SECTIONS: dict[str, type[Section]] = {
@@ -126,6 +126,8 @@ def test_shipped_file_loads_with_the_recipes_that_the_readme_names() -> None:
     params = load_params(Params, SHIPPED)
     assert isinstance(params.recipes["w4g128"], AutoRoundRecipe)
     assert isinstance(params.recipes["rtn-w4g128"], RtnRecipe)
+    assert isinstance(params.recipes["small"], GptqRecipe)
+    assert params.recipes["small"].end_to_end
     assert not params.model.trust_remote_code
     assert params.calibration.dataset != params.evaluate.dataset
     tuned_on = params.calibration.sets[params.recipes["w4g128"].calibration]
