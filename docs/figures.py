@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import re
+import statistics
 import sys
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -144,6 +145,31 @@ def corpus_cards() -> str:
     cards = read("metrics/size/corpus-cuda-2.json")["steps"]["gpus"]
     one, two = (cards[count]["pages_per_second"] for count in "12")
     return f"{one:.1f} pages per second on one card, {two:.1f} on two: {times(cards['speedup'])}"
+
+
+@figure
+def corpus_bytes() -> str:
+    """Return what two other cards gave, with equal bytes; metrics/size/corpus-cuda-2-bytes.json."""
+    results = read("metrics/size/corpus-cuda-2-bytes.json")
+    cards = results["steps"]["gpus"]
+    if not cards["same_bytes"]:
+        raise ValueError("the shards of two cards differ; say so in docs/corpus.md")
+    return f"{results['steps']['draw']['pages']} pages, {times(cards['speedup'])} one card's rate"
+
+
+@figure
+def corpus_kills() -> str:
+    """Return what a killed run gave; metrics/size/corpus-kills.json."""
+    results = read("metrics/size/corpus-kills.json")
+    killed = results["killed"]
+    kills = sum(run["killed_at_shards"] is not None for run in killed["runs"])
+    if not results["passed"]:
+        raise ValueError("a killed run gave other bytes; say so in docs/corpus.md")
+    return (
+        f"{results['pages']:,} pages, {results['damaged']} of them damaged, in {results['shards']} shards: "
+        f"killed {kills} times, {killed['seconds']:.0f} s instead of "
+        f"{results['undisturbed']['seconds']:.0f} s"
+    )
 
 
 @figure
@@ -636,6 +662,32 @@ def small_on_a_gpu() -> str:
     )
 
 
+def h200(step: str) -> Any:
+    """Return a step of metrics/size/cuda-h200.json."""
+    return read("metrics/size/cuda-h200.json")["steps"][step]
+
+
+@figure
+def sensitivity_time() -> str:
+    """Return what the sensitivity of a model of true size takes."""
+    step = h200("sensitivity")
+    return f"{step['seconds']:.0f} s and {gb(step['gpu_peak_bytes'])} of GPU memory"
+
+
+@figure
+def gptq_at_true_size() -> str:
+    """Return what GPTQ takes at true size."""
+    step = h200("gptq")
+    return f"{step['seconds']:.0f} s and {gb(step['gpu_peak_bytes'])} of GPU memory"
+
+
+@figure
+def end_to_end_memory() -> str:
+    """Return the most memory that a card had in use during end-to-end steps at true size."""
+    used = read("metrics/size/end-to-end-h100.json")["memory_mib"]
+    return gb(max(used) * 2**20)
+
+
 @figure
 def pages_against_rounding() -> str:
     """Return the page loss of 16 pages + 16 queries over that of rounding, 4 bits."""
@@ -995,22 +1047,57 @@ def beyond_queries() -> str:
 
 
 @figure
-def beyond_three_bits() -> str:
-    """Return the losses of 3 bits tuned end to end, passages too, on the demo, over those of 4."""
-
-    def over(kind: str, other: str, model: str) -> str:
-        way = ("beyond-demo", "gptq-passages32-e2e", 3)
-        return _between(
-            [
-                study_loss(*way, page_set, kind) / study_loss(model, other, 4, page_set, kind)
-                for page_set in PAGE_SETS
-            ]
-        )
-
-    return (
-        f"{over('pages', 'rounding', 'beyond-demo')} times the page loss of 4-bit rounding and "
-        f"{over('queries', 'text', 'demo')} times the query loss of 4-bit text-only tuning"
+def beyond_passages() -> str:
+    """Return how 32 passages more change losses of GPTQ tuned end to end at 4 bits."""
+    models = tuple(model for model in BEYOND if model != "beyond-150m")  # not measured there
+    pages, queries = (
+        _percent_between(study_ratios("gptq-passages32-e2e", "gptq-e2e", kind, (4,), models=models))
+        for kind in ("pages", "queries")
     )
+    return f"query loss {queries}, page loss {pages}"
+
+
+@figure
+def beyond_spread() -> str:
+    """Return the most that the three seeds at 39m spread, of the mean, with 4 and 3 bits."""
+    recipes = read("metrics/scale/beyond-39m.json")["recipes"].values()
+    spreads = []
+    for bits in WIDTHS:
+        for page_set in PAGE_SETS:
+            for kind in ("pages", "queries"):
+                losses = [
+                    recipe["loss"][page_set][kind]
+                    for recipe in recipes
+                    if (recipe["contender"], recipe["bits"]) == ("gptq-e2e", bits)
+                ]
+                spreads.append(statistics.stdev(losses) / statistics.mean(losses))
+    return f"{100 * max(spreads):.1f} %"
+
+
+@figure
+def beyond_three_bits() -> str:
+    """Return the losses of 3 bits tuned end to end, passages too, over those of 4 bits, by size."""
+    rows: list[tuple[str, ...]] = [
+        ("study model", "page loss of 4-bit rounding's", "query loss of 4-bit text-only tuning's")
+    ]
+    for model in BEYOND:
+        measured = {
+            recipe["contender"]
+            for recipe in read(f"metrics/scale/{model}.json")["recipes"].values()
+        }
+        way = "gptq-passages32-e2e"
+        if way not in measured:
+            continue
+        text = model if "text" in measured else model.removeprefix("beyond-")
+        cells = (
+            " / ".join(
+                f"{study_loss(model, way, 3, name, kind) / study_loss(of, other, 4, name, kind):.2f}"
+                for name in PAGE_SETS
+            )
+            for kind, of, other in (("pages", model, "rounding"), ("queries", text, "text"))
+        )
+        rows.append((f"`{model.removeprefix('beyond-')}`", *cells))
+    return table(*rows)
 
 
 def _tried(way: str, start: str) -> str:
