@@ -1,6 +1,7 @@
 """Device selection and determinism."""
 
 import logging
+import os
 import platform
 from pathlib import Path
 
@@ -44,6 +45,14 @@ def choose_device(name: str, number: int = 0) -> torch.device:
         "running on %s", torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
     )
     return device
+
+
+def memory_of(device: torch.device) -> int:
+    """Return the bytes that are free on a GPU, or all that this machine has."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def device_name(device: torch.device) -> str:

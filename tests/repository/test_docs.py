@@ -297,7 +297,7 @@ def test_the_python_code_of_a_page_runs_as_printed(
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.DOTALL)
     assert blocks
     for block in blocks:
-        code = re.sub(r"artifacts/(?:release|checkpoints)/w4g128", "demo/model", block)
+        code = re.sub(r"artifacts/(?:release|checkpoints)/(?:small|w4g128)", "demo/model", block)
         names: dict[str, Any] = {}
         exec(compile(code, name, "exec"), names)
         if "scores" in names:

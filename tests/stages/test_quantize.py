@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import math
 import shutil
 import sys
 from collections.abc import Callable
@@ -26,7 +27,7 @@ from colqwen3.system.resume import Scratch
 from stages import quantize
 from stages.pipeline.paths import MANIFEST as MANIFEST_FILE
 from stages.pipeline.paths import QUANTIZED
-from stages.quantization import gptq, linears
+from stages.quantization import end_to_end, gptq, linears
 from stages.quantization.activations import Sample, SamplesLostError
 from stages.quantization.allocation import uniform
 from stages.quantization.checkpoint import check_checkpoint, count_bytes, make_checkpoint
@@ -385,7 +386,7 @@ def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str
     yaml = YAML(typ="safe", pure=True)
     params = yaml.load(Path("params.yaml").read_text())
     golden, demo = str(GOLDEN.resolve()), str(Path("demo/model").resolve())
-    params["calibration"]["sets"] = {}
+    params["calibration"]["sets"] = {"mine": {"queries": 2, "pages": 0, "passages": 0}}
     write_json(tmp_path / "artifacts/calibration/none/index.json", {"samples": []})
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["quantize", "primary"])
@@ -499,6 +500,28 @@ def test_named_causes_start_the_fallback(
     monkeypatch.setattr(linears, "round_linears", once)
     stage({**FALLBACK, "group_size": 64, "fallback": "plain"})
     assert json.loads((QUANTIZED / "primary.json").read_text())["recipe"]["ran"] == "plain"
+
+
+def test_too_little_memory_for_end_to_end_tuning_is_told_before_any_layer(
+    stage: Callable[[dict[str, Any]], None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    recipe = {**FALLBACK, "method": "gptq", "calibration": "mine", "end_to_end": {"steps": 2}}
+    write_json(Path("artifacts/calibration/mine/index.json"), {"samples": []})
+    monkeypatch.setattr(linears, "tune_linears", fail(AssertionError("began")))
+    needed = 13 * sum(math.prod(shape) for shape in LINEARS.values())
+    monkeypatch.setattr(end_to_end, "memory_of", lambda device: needed - 1)
+    with pytest.raises(SystemExit):
+        stage(recipe)
+    said = capsys.readouterr().err
+    assert "error: params.yaml: recipes.primary.end_to_end needs more than 0.0 GB" in said
+    assert "Traceback" not in said
+    stage({**recipe, "fallback": "plain"})
+    assert json.loads((QUANTIZED / "primary.json").read_text())["recipe"]["ran"] == "plain"
+    monkeypatch.setattr(end_to_end, "memory_of", lambda device: needed)
+    with pytest.raises(AssertionError, match="began"):
+        stage(recipe)
 
 
 def test_a_defect_of_our_own_is_shown_and_not_hidden_by_a_fallback(

@@ -1,9 +1,11 @@
 """The choice of the device."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from colqwen3.system.device import choose_device
+from colqwen3.system.device import choose_device, memory_of
 from colqwen3.system.errors import UserError
 
 
@@ -14,3 +16,9 @@ def test_cuda_without_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         UserError, match=r"the device is cuda, but torch sees no GPU; .*compute\.device.*--device"
     ):
         choose_device("cuda")
+
+
+@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="the system tells it elsewhere")
+def test_memory_of_a_cpu_is_what_the_system_says() -> None:
+    line = next(x for x in Path("/proc/meminfo").read_text().splitlines() if "MemTotal" in x)
+    assert memory_of(torch.device("cpu")) == 1024 * int(line.split()[1])
