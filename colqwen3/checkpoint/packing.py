@@ -202,13 +202,10 @@ def _unpack_rows(words: torch.Tensor, bits: int) -> torch.Tensor:
     return values
 
 
-def dequantize(
-    qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor, bits: int
-) -> torch.Tensor:
-    """Return the dense weight of one packed linear.
+def unpack(qweight: torch.Tensor, qzeros: torch.Tensor, bits: int) -> torch.Tensor:
+    """Return the codes of one packed linear less their zero points: what its scales multiply.
 
-    A weight is ``scale * (q - zero)``, one scale and zero point a group of a row; zero points are
-    stored minus one, as GPTQ does.
+    Zero points are stored minus one, as GPTQ does.
 
     Parameters
     ----------
@@ -216,6 +213,30 @@ def dequantize(
         Int32 [in_features * bits / 32, out_features], packed along the inputs.
     qzeros
         Int32 [groups, out_features * bits / 32], packed along the outputs.
+    bits
+        Bits of one weight.
+
+    Returns
+    -------
+    torch.Tensor
+        Int16 [out_features, in_features]; within int8 where zero points are in the middle.
+    """
+    codes = _unpack_rows(qweight.T.contiguous(), bits)
+    zeros = (_unpack_rows(qzeros, bits) + 1).T.unsqueeze(-1)
+    return codes.view(len(codes), len(qzeros), -1).sub_(zeros).flatten(1)
+
+
+def dequantize(
+    qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor, bits: int
+) -> torch.Tensor:
+    """Return the dense weight of one packed linear.
+
+    A weight is ``scale * (q - zero)``, one scale and zero point a group of a row.
+
+    Parameters
+    ----------
+    qweight, qzeros
+        As of `unpack`.
     scales
         Float16 [groups, out_features].
     bits
@@ -226,7 +247,4 @@ def dequantize(
     torch.Tensor
         Float32 [out_features, in_features].
     """
-    groups = scales.shape[0]
-    q = _unpack_rows(qweight.T.contiguous(), bits).float().reshape(qweight.shape[1], groups, -1)
-    zeros = (_unpack_rows(qzeros, bits) + 1).float().T.unsqueeze(-1)
-    return q.sub_(zeros).mul_(scales.float().T.unsqueeze(-1)).flatten(1)
+    return dense_weight(unpack(qweight, qzeros, bits), scales.T)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import torch
 
-from colqwen3.checkpoint.packing import dequantize, pack
+from colqwen3.checkpoint.packing import pack, unpack
 from colqwen3.gguf.layout import BLOCK
 
 
@@ -41,8 +41,7 @@ def unpack_codes(parts: Mapping[str, torch.Tensor], bits: int) -> torch.Tensor:
     symmetric = pack(codes, scales.new_zeros(out_features, groups), bits)["qzeros"]
     if not torch.equal(parts["qzeros"], symmetric):
         raise ValueError("has zero points that are not in the middle (sym: false)")
-    steps = dequantize(parts["qweight"], parts["qzeros"], torch.ones_like(scales), bits)
-    return steps.to(torch.int8)
+    return unpack(parts["qweight"], parts["qzeros"], bits).to(torch.int8)
 
 
 def to_blocks(codes: torch.Tensor, scales: torch.Tensor, kind: str) -> torch.Tensor:

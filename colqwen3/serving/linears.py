@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from colqwen3.checkpoint.packing import dequantize
+from colqwen3.checkpoint.packing import dense_weight, dequantize, unpack
 from colqwen3.model.modeling_colqwen3 import dequantize_rows
 from colqwen3.system.errors import first_line
 
@@ -47,14 +47,10 @@ def dequantized_on_use(parts: Parts, bias: torch.Tensor, dtype: torch.dtype) -> 
     halves the memory. The values are those of `dequantize`, cast to `dtype`.
     """
     scales = parts["scales"].T.contiguous()
-    weight = dequantize(**parts, bits=BYTE)
-    # symmetric: weight / scale is a whole number from -128
-    groups = weight.view(*scales.shape, -1)
-    codes = (groups / scales.float().unsqueeze(-1)).round().to(torch.int8)
+    codes = unpack(parts["qweight"], parts["qzeros"], BYTE).to(torch.int8)
 
     def call(x: torch.Tensor) -> torch.Tensor:
-        dense_weight = (codes.float() * scales.float().unsqueeze(-1)).flatten(1).to(dtype)
-        return functional.linear(x, dense_weight, bias)
+        return functional.linear(x, dense_weight(codes, scales).to(dtype), bias)
 
     return call
 

@@ -388,7 +388,13 @@ def tune_end_to_end(
             drawn = next(steps)
             embeddings = network.embed([inputs[number] for number in drawn])
             sums = sum_losses(embeddings, [targets[n] for n in drawn], [kinds[n] for n in drawn])
-            balance(sums, before).backward()  # type: ignore[no-untyped-call]
+            loss = balance(sums, before)
+            if not loss.isfinite():
+                raise NonFiniteWeightsError(
+                    f"quantize: end-to-end tuning came to NaN or Inf at step {step + 1} of "
+                    f"{recipe.steps}; set smaller step sizes in end_to_end"
+                )
+            loss.backward()  # type: ignore[no-untyped-call]
             progress.advance()
     after, held_after = (
         network.losses(inputs, targets, kinds, numbers) for numbers in (tuned_on, held)

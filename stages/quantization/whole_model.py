@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from colqwen3.checkpoint.layout import BLOCKS
-from colqwen3.checkpoint.packing import PACKED_TENSORS, dequantize, relative_error
+from colqwen3.checkpoint.packing import PACKED_TENSORS, relative_error, unpack
 from colqwen3.checkpoint.tensor_file import TensorFile
 from colqwen3.system.files import digest_file
 from stages.quantization.activations import Hidden, Sample, read_states
@@ -138,8 +138,7 @@ def _write(file: TensorFile, tensors: Mapping[str, torch.Tensor]) -> None:
 def _codes(file: TensorFile, linear: str, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return codes, int8 [out_features, in_features], and scales [out_features, groups]."""
     qweight, qzeros, scales = (file.tensor(f"{linear}.{part}") for part in PACKED_TENSORS)
-    codes = dequantize(qweight, qzeros, torch.ones_like(scales), bits).to(torch.int8)
-    return codes, scales.T.contiguous()
+    return unpack(qweight, qzeros, bits).to(torch.int8), scales.T.contiguous()
 
 
 def _load(job: Job, front: Any, index: int) -> nn.Module:

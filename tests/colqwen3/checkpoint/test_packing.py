@@ -84,6 +84,14 @@ def test_three_bits_by_hand() -> None:
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_unpacking_gives_the_codes_that_were_packed(bits: int) -> None:
+    most = 2 ** (bits - 1)
+    every = torch.arange(-most, most, dtype=torch.int16).repeat(64 * 64)[: 64 * 96].view(96, 64)
+    packed = packing.pack(every.to(torch.int8), torch.ones(96, 2, dtype=torch.float16), bits)
+    assert torch.equal(packing.unpack(packed["qweight"], packed["qzeros"], bits), every)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_packing_has_the_bits_of_the_library(bits: int) -> None:
     from auto_round.utils.bit_packing import pack_bitstream
 
