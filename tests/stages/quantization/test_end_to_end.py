@@ -236,11 +236,11 @@ def test_step_sizes_of_zero_change_nothing() -> None:
 def test_numbers_that_are_no_numbers_are_an_error() -> None:
     network, inputs, targets = problem()
     targets[1] = targets[1] * float("nan")
-    with pytest.raises(NonFiniteWeightsError, match="at step 1 of 100; .*end_to_end"):
+    with pytest.raises(NonFiniteWeightsError, match=r"at step 1 of 100; .*end_to_end"):
         tune_end_to_end(network, inputs, targets, KINDS, RECIPE)
     network, inputs, targets = problem()
     targets[0] = targets[0] * float("nan")  # is held back
-    with pytest.raises(NonFiniteWeightsError, match="ended in NaN or Inf; .*end_to_end"):
+    with pytest.raises(NonFiniteWeightsError, match=r"ended in NaN or Inf; .*end_to_end"):
         tune_end_to_end(network, inputs, targets, KINDS, RECIPE.model_copy(update={"steps": 1}))
 
 
