@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from dvc.utils.serialize import parse_yaml
@@ -20,7 +21,7 @@ from stages.pipeline.params import (
     choose_recipe,
     load_params,
 )
-from stages.quantization.recipes import AutoRoundRecipe, RtnRecipe
+from stages.quantization.recipes import AutoRoundRecipe, GptqRecipe, RtnRecipe
 
 SHIPPED = Path("params.yaml")
 SECTIONS: dict[str, type[Section]] = {
@@ -345,6 +346,13 @@ def test_end_to_end_needs_the_activations_of_the_model(tmp_path: Path) -> None:
     lines = "    seed: 7\n    deepstack: false\n    end_to_end: {steps: 9}\n"
     said = refusal(tmp_path, edit("    seed: 7\n", lines))
     assert said.startswith("recipes.tuned: end_to_end needs the activations of the model")
+
+
+def test_gptq_by_the_whole_model_needs_its_activations() -> None:
+    weights: dict[str, Any] = {"bits": 4, "group_size": 128, "sym": True, "calibration": "some"}
+    assert GptqRecipe(method="gptq", **weights).hessian == "layer"
+    with pytest.raises(ValueError, match="hessian: model needs the activations of the model"):
+        GptqRecipe(method="gptq", hessian="model", deepstack=False, **weights)
 
 
 @pytest.mark.parametrize(
