@@ -241,6 +241,8 @@ def describe_method(values: Mapping[str, Any], outcome: Mapping[str, Any] | None
         Of its end-to-end tuning, as in metrics/quantize/<recipe>.json; None where it is not known.
     """
     method = METHODS[values["method"]].format_map(values)
+    if values.get("hessian") == "model":
+        method += " by the whole model"
     if not values.get("end_to_end"):
         return method
     steps = values["end_to_end"]["steps"]

@@ -31,7 +31,8 @@ from stages.pipeline.stage import code_digest
 from stages.quantization.allocation import SIXTEEN, Allocation, bytes_of, planned_tensors
 from stages.quantization.end_to_end import hold_back
 from stages.quantization.linears import Filled, Job, fill
-from stages.quantization.recipes import AnyRecipe, RtnRecipe
+from stages.quantization.model_hessians import effects_bytes
+from stages.quantization.recipes import AnyRecipe, GptqRecipe, RtnRecipe
 from stages.quantization.whole_model import finish, restore
 
 LIBRARIES = ("auto-round", "torch", "transformers", "safetensors", "numpy")
@@ -55,6 +56,10 @@ def make_checkpoint(job: Job) -> tuple[Path, Filled]:
     if not isinstance(job.recipe, RtnRecipe) and job.recipe.end_to_end:
         hold_back(job.kinds)  # one sample of a kind is an error, now and not after all layers
         needed += bytes_of(spec for name, spec in specs.items() if name not in source.tensors)
+    if isinstance(job.recipe, GptqRecipe) and job.recipe.hessian == "model":
+        outputs = [source.tensors[f"{name}.weight"].shape[0] for name in job.allocation.linears
+                   if name.startswith(f"{BLOCKS}.")]  # fmt: skip
+        needed += effects_bytes(outputs, tokens)
     check_space(scratch.folder, max(0, needed - scratch.bytes()), "the checkpoint")
     folder = scratch.folder / "checkpoint"
     folder.mkdir(exist_ok=True)

@@ -14,6 +14,7 @@ from torch import nn
 from colqwen3.checkpoint.packing import SMALLEST_SCALE, dense_weight, round_to_nearest
 from colqwen3.system.errors import NonFiniteWeightsError
 from stages.quantization.activations import Hidden, Sample, layer_outputs
+from stages.quantization.model_hessians import Effects
 from stages.quantization.recipes import GptqRecipe
 
 DAMPING = 0.01
@@ -31,6 +32,7 @@ def run_gptq(
     recipe: GptqRecipe,
     bits: Mapping[str, int],
     device: torch.device,
+    effects: Effects | None = None,
 ) -> tuple[Hidden, Hidden]:
     """Quantize one decoder layer in place with GPTQ; parameters as of `tuning.tune_layer`.
 
@@ -48,13 +50,21 @@ def run_gptq(
     """
     before = list(layer_outputs(layer, inputs, hidden, device))
     given = hidden if quantized is None else quantized
-    for name, hessian in collect_hessians(layer, inputs, given, device).items():
+    for name, hessian in collect_hessians(layer, inputs, given, device, effects).items():
         if name not in bits:
             continue
         if not hessian.isfinite().all():
             raise NonFiniteWeightsError(f"quantize: {name} is given NaN or infinite inputs")
         module: Any = layer.get_submodule(name)
-        codes, scales = quantize_weight(module.weight, hessian, bits[name], recipe.group_size)
+        if effects is None:
+            codes, scales = quantize_weight(module.weight, hessian, bits[name], recipe.group_size)
+        else:
+            outer = effects[name].outer.to(device).double()
+            if not outer.isfinite().all():
+                raise NonFiniteWeightsError(f"quantize: {name} has NaN or infinite gradients")
+            codes, scales = quantize_by_outputs(
+                module.weight, hessian, outer, bits[name], recipe.group_size
+            )
         module.weight.copy_(dense_weight(codes, scales))
         module.scale = scales
     return before, list(layer_outputs(layer, inputs, given, device))
@@ -62,7 +72,11 @@ def run_gptq(
 
 @torch.no_grad()
 def collect_hessians(
-    layer: nn.Module, inputs: Sequence[Sample], hidden: Hidden, device: torch.device
+    layer: nn.Module,
+    inputs: Sequence[Sample],
+    hidden: Hidden,
+    device: torch.device,
+    effects: Effects | None = None,
 ) -> dict[str, torch.Tensor]:
     """Return the sum of x x^T over all tokens x that each linear of a layer is given.
 
@@ -70,21 +84,32 @@ def collect_hessians(
     ----------
     layer, inputs, hidden, device
         As of `activations.layer_outputs`.
+    effects
+        Of all linears of the layer, by which tokens are weighted.
 
     Returns
     -------
     dict
         Float64 [in_features, in_features] on `device`, by the linear's name, in order of the calls.
     """
-    with watch_hessians(layer) as hessians:
+    with watch_hessians(layer, effects) as hessians:
         for _ in layer_outputs(layer, inputs, hidden, device):
             pass
     return hessians
 
 
 @contextmanager
-def watch_hessians(module: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
+def watch_hessians(
+    module: nn.Module, effects: Effects | None = None
+) -> Iterator[dict[str, torch.Tensor]]:
     """Add up x x^T over all tokens x that each linear of a module is given within the context.
+
+    Parameters
+    ----------
+    module
+        What is watched.
+    effects
+        Weights of the tokens of each call; None: all count the same.
 
     Yields
     ------
@@ -94,8 +119,12 @@ def watch_hessians(module: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
     hessians: dict[str, torch.Tensor] = {}
 
     def watch(name: str, linear: nn.Module) -> Any:
+        weights = None if effects is None else iter(effects[name].weights)
+
         def add(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             tokens = args[0].flatten(0, -2).float()
+            if weights is not None:
+                tokens = tokens * next(weights).to(tokens).sqrt().unsqueeze(-1)
             product = (tokens.T @ tokens).double()
             hessians[name] = hessians[name].add_(product) if name in hessians else product
 
@@ -150,6 +179,54 @@ def quantize_weight(
             block, inverse[start:end, start:end], scale.double(), limit
         )
         weight[:, end:] -= errors @ inverse[start:end, end:]
+    return codes, scales
+
+
+def quantize_by_outputs(
+    weight: torch.Tensor, hessian: torch.Tensor, outer: torch.Tensor, bits: int, group_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round a weight so that tr(outer E hessian E^T) of its error E stays small.
+
+    Weights are rounded row by row, and in a row column by column; the columns to come in the row make
+    up for each one's error, as in `quantize_weight`, and the rows to come for that of each row. A
+    weight needs those above it and those on its left, so a whole diagonal is rounded at a time.
+
+    Parameters
+    ----------
+    weight, hessian, bits, group_size
+        As of `quantize_weight`, with one width for all rows.
+    outer
+        Float64 [out_features, out_features]: how the loss depends on pairs of outputs.
+
+    Returns
+    -------
+    tuple
+        Codes and scales as of `quantize_weight`; the scales are those that represent the original
+        weight best.
+    """
+    weight = weight.detach().to(hessian.device, torch.float64, copy=True)
+    (rows, columns), limit = weight.shape, 2 ** (bits - 1)
+    scales = torch.stack(
+        [search_scale(block, bits) for block in torch.split(weight, group_size, dim=1)], dim=1
+    )
+    steps = scales.double().repeat_interleave(group_size, dim=1)
+    inner, across = inverse_factor(hessian), inverse_factor(outer)
+    inner_diagonal, across_diagonal = inner.diagonal(), across.diagonal()
+    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    owed = torch.zeros_like(weight)  # what a weight makes up for within its row
+    numbers = torch.arange(rows, device=weight.device)
+    for diagonal in range(rows + columns - 1):
+        row = numbers[max(0, diagonal - columns + 1) : diagonal + 1]
+        column = diagonal - row
+        target, step = weight[row, column], steps[row, column]
+        wanted = target - owed[row, column]
+        code = (wanted / step).round_().clamp_(-limit, limit - 1)
+        codes[row, column] = code.to(torch.int8)
+        error = (wanted - code * step) / inner_diagonal[column]
+        owed[row] += error.unsqueeze(1) * inner[column]
+        # rows that are done are written to as well, and not looked at again
+        error = (target - code * step) / across_diagonal[row]
+        weight[:, column] -= across[row].T * error
     return codes, scales
 
 

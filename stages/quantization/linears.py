@@ -31,7 +31,8 @@ from colqwen3.system.resume import Scratch
 from stages.quantization.activations import Sample
 from stages.quantization.allocation import SIXTEEN, Allocation
 from stages.quantization.end_to_end import EndToEndOutcome
-from stages.quantization.recipes import AnyRecipe, RtnRecipe
+from stages.quantization.model_hessians import Effect
+from stages.quantization.recipes import AnyRecipe, GptqRecipe, RtnRecipe
 from stages.quantization.tuning import (
     TOWER,
     Outcome,
@@ -310,6 +311,11 @@ def tune_linears(job: Job, file: TensorFile) -> Filled:
             attend_within_samples(layer)
         return layer
 
+    def effects_of(packs: Sequence[Sample]) -> list[dict[str, Effect]]:
+        from stages.quantization.whole_model import find_effects
+
+        return find_effects(job, packs)
+
     def quantize_front(model: Any) -> None:
         for name in job.allocation.modules:
             if name.startswith(f"{BLOCKS}."):
@@ -332,6 +338,7 @@ def tune_linears(job: Job, file: TensorFile) -> Filled:
     tuned = tune_layers(
         job.samples, recipe, job.device, scratch, front, load, widths,
         quantize_front if front_too else None,
+        effects_of if isinstance(recipe, GptqRecipe) and recipe.hessian == "model" else None,
     )  # fmt: skip
     for index, layer, files, outcome in tuned:
         names = layers[index]

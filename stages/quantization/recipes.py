@@ -162,9 +162,21 @@ class AutoRoundRecipe(_Calibrated):
 
 
 class GptqRecipe(_Calibrated):
-    """GPTQ: each linear rounded in one pass by the second moments of its inputs."""
+    """GPTQ: each linear rounded in one pass by the second moments of its inputs.
+
+    With ``hessian: model`` tokens and outputs count by what they do to the final embeddings.
+    """
 
     method: Literal["gptq"]
+    hessian: Literal["layer", "model"] = "layer"
+
+    @model_validator(mode="after")
+    def _true_gradients(self) -> "GptqRecipe":
+        if self.hessian == "model" and not self.deepstack:
+            raise ValueError(
+                "hessian: model needs the activations of the model: leave deepstack true"
+            )
+        return self
 
 
 TunedRecipe = AutoRoundRecipe | GptqRecipe

@@ -34,6 +34,7 @@ from stages.quantization.activations import (
 )
 from stages.quantization.autoround import run_autoround
 from stages.quantization.gptq import run_gptq
+from stages.quantization.model_hessians import Effects, read_effects, write_effects
 from stages.quantization.recipes import GptqRecipe, TunedRecipe
 from stages.quantization.sample_packs import pack_samples
 
@@ -43,7 +44,10 @@ INPUTS = "inputs.safetensors"
 QUANTIZED_INPUTS = "quantized-inputs.safetensors"
 TOWER = "vision-tower.json"
 """What is known of a vision tower that is finished."""
-FRONT = (TOWER, INPUTS, QUANTIZED_INPUTS)
+EFFECTS = "effects-{:05d}.safetensors"
+"""What errors of the linears of a layer do to the final embeddings."""
+FRONT = (TOWER, INPUTS, QUANTIZED_INPUTS, EFFECTS.partition("{")[0])
+"""Starts of the names of what is kept until all layers are done."""
 CHAIN = "chain-{:05d}.safetensors"
 NOT_FINITE = 1e9
 """Recorded in place of an error that is NaN or Inf, which JSON does not have."""
@@ -85,6 +89,7 @@ def tune_layer(
     recipe: TunedRecipe,
     bits: Bits,
     device: torch.device,
+    effects: Effects | None = None,
 ) -> tuple[Hidden, Hidden | None, Outcome]:
     """Quantize one decoder layer in place: tuned by the recipe, or rounded where that is better.
 
@@ -107,6 +112,8 @@ def tune_layer(
         Bits of each linear by its name in the layer.
     device
         Where.
+    effects
+        Of the layer's linears, for GPTQ by the whole model.
 
     Returns
     -------
@@ -125,7 +132,7 @@ def tune_layer(
     before: Hidden | None
     after: Hidden | None
     if isinstance(recipe, GptqRecipe):
-        before, after = run_gptq(layer, inputs, hidden, quantized, recipe, bits, device)
+        before, after = run_gptq(layer, inputs, hidden, quantized, recipe, bits, device, effects)
     else:
         before, after = run_autoround(layer, inputs, hidden, quantized, recipe, bits, device)
     if before is None:  # without tuning, AutoRound needs no data at 8 bits
@@ -173,6 +180,7 @@ def tune_layers(
     load_layer: Callable[[Any, int], nn.Module],
     widths: Sequence[Bits],
     quantize_front: Callable[[Any], None] | None = None,
+    find_effects: Callable[[Sequence[Sample]], Sequence[Effects]] | None = None,
 ) -> Iterator[tuple[int, nn.Module, dict[str, str], Outcome]]:
     """Tune the decoder layers from the first that `scratch` does not know as done.
 
@@ -195,6 +203,9 @@ def tune_layers(
     quantize_front
         Gives the front, in place, the weights that it has in the quantized model; None if they are
         the original's.
+    find_effects
+        Gives what errors of the linears of each layer do, by the inputs of the first, for GPTQ by the
+        whole model.
 
     Yields
     ------
@@ -211,15 +222,20 @@ def tune_layers(
     path = scratch.folder / INPUTS
     if INPUTS not in scratch.files:
         write_states(path, capture(front, samples, recipe.batch_size))
-        kept = {name: scratch.files[name] for name in FRONT if name in scratch.files}
+        kept = _kept(scratch)
         kept[INPUTS] = digest_file(path)
+        if find_effects is not None:
+            for index, effects in enumerate(find_effects(read_states(path))):
+                effects_path = scratch.folder / EFFECTS.format(index)
+                write_effects(effects_path, effects)
+                kept[effects_path.name] = digest_file(effects_path)
         if quantize_front is not None:
             quantize_front(front)
             quantized_path = scratch.folder / QUANTIZED_INPUTS
             write_states(quantized_path, capture(front, samples, recipe.batch_size))
             kept[QUANTIZED_INPUTS] = digest_file(quantized_path)
         scratch.record(kept)
-    kept = {name: scratch.files[name] for name in FRONT if name in scratch.files}
+    kept = _kept(scratch)
     inputs = read_states(path)
     shifts = None
     if quantize_front is not None:
@@ -243,8 +259,11 @@ def tune_layers(
     with Progress("decoder layers", len(widths), start) as progress:
         for index in range(start, len(widths)):
             layer = load_layer(front, index)
+            found: tuple[Effects, ...] = ()
+            if find_effects is not None:
+                found = (read_effects(scratch.folder / EFFECTS.format(index)),)
             hidden, quantized, outcome = tune_layer(
-                layer, inputs, hidden, quantized, recipe, widths[index], device
+                layer, inputs, hidden, quantized, recipe, widths[index], device, *found
             )
             if shifts is not None and quantized is not None:
                 quantized = add_shifts(quantized, shifts, index)
@@ -258,6 +277,11 @@ def tune_layers(
             files = {**kept, chain.name: digest_file(chain)}
             yield index, layer, files, outcome
             progress.advance()
+
+
+def _kept(scratch: Scratch) -> dict[str, str]:
+    """Return the files of the scratch that all layers need, and their digests."""
+    return {name: digest for name, digest in scratch.files.items() if name.startswith(FRONT)}
 
 
 def warn_of_rounding(name: str, outcome: Outcome) -> None:

@@ -29,6 +29,7 @@ from stages.quantization.end_to_end import (
     tune_end_to_end,
 )
 from stages.quantization.linears import Filled, Job, layer_digest, split_by_layer
+from stages.quantization.model_hessians import Effect, measure_effects
 from stages.quantization.recipes import EndToEnd, RtnRecipe
 from stages.quantization.tuned_linear import TunedLinear
 from stages.quantization.tuning import INPUTS, QUANTIZED_INPUTS
@@ -175,6 +176,31 @@ def embed_original(job: Job, front: Any, samples: Sequence[Sample]) -> Hidden:
                 for state in states
             ]
         return [tail(state["hidden_states"]) for state in states]
+
+
+def find_effects(job: Job, packs: Sequence[Sample]) -> list[dict[str, Effect]]:
+    """Return what errors of each linear of each layer do to the embeddings, for GPTQ.
+
+    The full-precision decoder layers are all in memory for this, in float32.
+
+    Parameters
+    ----------
+    job
+        Gives the model and the kinds of the samples.
+    packs
+        What the first decoder layer is given, one sample or a pack of them each.
+    """
+    from stages.quantization.layers import load_front
+
+    with accurate_arithmetic(job.device):
+        front = load_front(job.source, torch.float32, job.device)
+        front.vlm.model.visual.to("meta")
+        front.get_input_embeddings().to("meta")
+        count = len(split_by_layer(job.allocation.linears))
+        layers = [_load(job, front, index).to(job.device) for index in range(count)]
+        tail = Tail(front.vlm.model.language_model.norm, front.embedding_proj_layer)
+        network = Network(layers, tail.requires_grad_(False), job.device)
+        return measure_effects(network, packs, job.kinds)
 
 
 def build_network(

@@ -31,6 +31,8 @@ class Contender:
         Steps of end-to-end tuning after the layers; 0 for none.
     codes : bool
         Whether these tune codes beside group scales.
+    hessian : str
+        ``layer`` or ``model``, of GPTQ.
     weights : Mapping or None
         What the recipe says of widths, as params.yaml does; ``bytes`` is the name of the contender
         of the frontier whose size it may take. None: one width for all, the run's.
@@ -44,6 +46,7 @@ class Contender:
     method: str = "autoround"
     end_to_end: int = 0
     codes: bool = True
+    hessian: str = "layer"
     weights: Mapping[str, Any] | None = None
 
     @property
@@ -78,6 +81,13 @@ CONTENDERS = {
     "gptq-e2e-600": Contender(queries=96, pages=48, method="gptq", end_to_end=600),
     "gptq-passages32-e2e": Contender(
         queries=96, pages=48, passages=32, method="gptq", end_to_end=200, many_seeds=True
+    ),
+    "gptq-model": Contender(queries=96, pages=48, method="gptq", hessian="model"),
+    "gptq-model-e2e": Contender(
+        queries=96, pages=48, method="gptq", hessian="model", end_to_end=200
+    ),
+    "gptq-model-passages32-e2e": Contender(
+        queries=96, pages=48, passages=32, method="gptq", hessian="model", end_to_end=200
     ),
     "mixed-e2e-scales": Contender(queries=96, pages=48, end_to_end=200, codes=False),
     "gptq-e2e-scales": Contender(queries=96, pages=48, method="gptq", end_to_end=200, codes=False),
@@ -296,6 +306,8 @@ def pipeline_params(
                     "seed": run.seed,
                     **({} if contender.codes else {"codes_lr": 0.0}),
                 }
+            if contender.hessian != "layer":
+                recipe["hessian"] = contender.hessian
             if contender.method == "autoround":
                 recipe |= {
                     "iters": iters,

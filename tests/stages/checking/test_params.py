@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from dvc.utils.serialize import parse_yaml
@@ -347,6 +348,13 @@ def test_end_to_end_needs_the_activations_of_the_model(tmp_path: Path) -> None:
     lines = "    seed: 7\n    deepstack: false\n    end_to_end: {steps: 9}\n"
     said = refusal(tmp_path, edit("    seed: 7\n", lines))
     assert said.startswith("recipes.tuned: end_to_end needs the activations of the model")
+
+
+def test_gptq_by_the_whole_model_needs_its_activations() -> None:
+    weights: dict[str, Any] = {"bits": 4, "group_size": 128, "sym": True, "calibration": "some"}
+    assert GptqRecipe(method="gptq", **weights).hessian == "layer"
+    with pytest.raises(ValueError, match="hessian: model needs the activations of the model"):
+        GptqRecipe(method="gptq", hessian="model", deepstack=False, **weights)
 
 
 @pytest.mark.parametrize(

@@ -160,6 +160,10 @@ def test_damaged_source_card_and_missing_figures_are_one_line(tmp_path: Path) ->
         ),
         (GptqRecipe(method="gptq", calibration="some", **WEIGHTS), "GPTQ"),
         (
+            GptqRecipe(method="gptq", calibration="some", hessian="model", **WEIGHTS),
+            "GPTQ by the whole model",
+        ),
+        (
             AutoRoundRecipe(
                 method="autoround", calibration="some", lr=0.01, iters=20, seed=7, **WEIGHTS
             ),

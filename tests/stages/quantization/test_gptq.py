@@ -10,11 +10,18 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from colqwen3.checkpoint.packing import restore_codes, round_to_nearest
+from colqwen3.checkpoint.packing import dense_weight, restore_codes, round_to_nearest
 from colqwen3.system.errors import NonFiniteWeightsError
 from stages.quantization import gptq
 from stages.quantization.activations import Sample, layer_outputs, output_error
-from stages.quantization.gptq import collect_hessians, quantize_weight, run_gptq, search_scale
+from stages.quantization.gptq import (
+    collect_hessians,
+    quantize_by_outputs,
+    quantize_weight,
+    run_gptq,
+    search_scale,
+)
+from stages.quantization.model_hessians import Effect
 from stages.quantization.recipes import GptqRecipe
 from stages.quantization.tuning import round_layer, tune_layer
 
@@ -293,3 +300,98 @@ def test_a_recorded_group_is_rounded_as_an_unrecorded_one() -> None:
             actual, gptq.round_group(block, factors, scale, limit), strict=True
         ):
             assert torch.equal(ours, expected)
+
+
+def kronecker_surgeon(weight: Array, inner: Array, outer: Array, scales: Array) -> NDArray[np.int8]:
+    """Return 4-bit codes where errors count by both factors: row after row, each by the surgeon.
+
+    After a row is rounded, the rows after it take what keeps tr(outer E inner E^T) smallest, found
+    anew from the inverse of the block of the rows that are left.
+    """
+    count = len(weight)
+    target, errors = weight.copy(), np.zeros_like(weight)
+    damped = outer + 0.01 * np.mean(np.diag(outer)) * np.eye(count)
+    codes = np.empty(weight.shape, np.int8)
+    for row in range(count):
+        codes[row] = surgeon(target[row : row + 1], inner, 4, scales[row : row + 1])[0]
+        wide = np.repeat(scales[row], weight.shape[1] // scales.shape[1])
+        errors[row] = weight[row] - codes[row] * wide
+        left = damped[row + 1 :, row + 1 :]
+        target[row + 1 :] = weight[row + 1 :] + np.linalg.solve(
+            left, damped[row + 1 :, : row + 1] @ errors[: row + 1]
+        )
+    return codes
+
+
+def kronecker_loss(
+    weight: torch.Tensor, inner: torch.Tensor, outer: torch.Tensor, made: tuple[torch.Tensor, ...]
+) -> float:
+    error = weight.double() - dense_weight(*made).double()
+    return float(torch.trace(outer @ error @ inner @ error.T))
+
+
+@pytest.mark.parametrize("shape", [(12, 64), (80, 32), (1, 64)])
+def test_rows_make_up_for_the_errors_of_rows_before(shape: tuple[int, int]) -> None:
+    rows, columns = shape
+    weight, inner = weights(*shape), moments(tokens(300, columns))
+    outer = moments(tokens(100, rows, 3))
+    codes, scales = quantize_by_outputs(weight, inner, outer, 4, 32)
+    expected = kronecker_surgeon(
+        weight.double().numpy(), inner.numpy(), outer.numpy(), scales.double().numpy()
+    )
+    assert np.array_equal(codes.numpy(), expected)
+    if rows > 1:
+        alone = kronecker_loss(weight, inner, outer, quantize_weight(weight, inner, 4, 32))
+        assert kronecker_loss(weight, inner, outer, (codes, scales)) < 0.7 * alone
+
+
+def test_rows_are_on_their_own_where_outputs_are() -> None:
+    weight, inner = weights(12, 64), moments(tokens(300, 64))
+    codes, scales = quantize_by_outputs(weight, inner, torch.eye(12, dtype=torch.float64), 3, 32)
+    expected = surgeon(weight.double().numpy(), inner.numpy(), 3, scales.double().numpy())
+    assert np.array_equal(codes.numpy(), expected)
+    for group in range(2):
+        block = weight.double()[:, 32 * group : 32 * (group + 1)]
+        assert torch.equal(scales[:, group], search_scale(block, 3))
+
+
+def test_outputs_without_effect_are_no_error() -> None:
+    weight, inner = weights(8, 64), moments(tokens(300, 64))
+    nothing = torch.zeros(8, 8, dtype=torch.float64)
+    codes, scales = quantize_by_outputs(weight, inner, nothing, 4, 32)
+    assert scales.isfinite().all() and len(set(codes.flatten().tolist())) > 8
+
+
+def effects_of(states: list[torch.Tensor]) -> dict[str, Effect]:
+    """Return some effect of each linear, as if errors of some tokens and outputs mattered most."""
+    found = {}
+    for seed, (name, outputs) in enumerate({"first": 96, "second": 64}.items()):
+        generator = torch.Generator().manual_seed(seed)
+        drawn = [torch.rand(state.shape[1], generator=generator) for state in states]
+        found[name] = Effect(drawn, moments(tokens(200, outputs, seed)).float())
+    return found
+
+
+def test_gptq_by_the_whole_model_weights_tokens_and_outputs() -> None:
+    layer, (inputs, states) = Layer(), given()
+    original, effects = copy.deepcopy(layer), effects_of(states)
+    run_gptq(layer, inputs, states, None, recipe(), BITS, CPU, effects)
+    caught: list[torch.Tensor] = []
+    handle = original.first.register_forward_pre_hook(lambda _, args: caught.append(args[0][0]))
+    list(layer_outputs(original, inputs, states, CPU))
+    handle.remove()
+    weighted = torch.cat(caught) * torch.cat(list(effects["first"].weights)).sqrt().unsqueeze(1)
+    codes, scales = quantize_by_outputs(
+        original.first.weight, moments(weighted), effects["first"].outer.double(), 4, 32
+    )
+    first: Any = layer.first
+    assert torch.equal(first.scale, scales)
+    assert torch.allclose(layer.first.weight, dense_weight(codes, scales))
+
+
+def test_gradients_that_are_not_finite_are_an_error() -> None:
+    layer, (inputs, states) = Layer(), given()
+    effects = effects_of(states)
+    effects["first"].outer[0, 0] = float("nan")
+    with pytest.raises(NonFiniteWeightsError, match="first has NaN or infinite gradients"):
+        run_gptq(layer, inputs, states, None, recipe(), BITS, CPU, effects)

@@ -20,7 +20,7 @@ from colqwen3.model.loading import load_model, load_processor
 from colqwen3.system.errors import DiskFullError, UserError
 from colqwen3.system.files import read_json
 from colqwen3.system.resume import Scratch
-from stages.quantization import checkpoint, end_to_end, tuning, whole_model
+from stages.quantization import checkpoint, end_to_end, model_hessians, tuning, whole_model
 from stages.quantization.activations import Sample
 from stages.quantization.allocation import uniform
 from stages.quantization.checkpoint import check_checkpoint, make_checkpoint
@@ -35,6 +35,8 @@ STEPS = EndToEnd(steps=60, codes_lr=0.002)
 PLAIN = GptqRecipe(method="gptq", calibration="some", bits=3, group_size=128, sym=True)
 RECIPES = {
     "plain": PLAIN,
+    "model": PLAIN.model_copy(update={"hessian": "model"}),
+    "model packed": PLAIN.model_copy(update={"hessian": "model", "batch_size": 3}),
     "tuned": PLAIN.model_copy(update={"end_to_end": STEPS}),
     "packed": PLAIN.model_copy(update={"end_to_end": STEPS, "batch_size": 3}),
     "scales": PLAIN.model_copy(update={"end_to_end": STEPS.model_copy(update={"codes_lr": 0.0})}),
@@ -245,6 +247,68 @@ def test_what_did_not_help_is_not_kept(
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert filled.end_to_end is not None and not filled.end_to_end.won
     assert "end-to-end tuning made samples that it did not see worse" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["model", "model packed"])
+def test_gptq_by_the_whole_model_loses_less_than_by_layers(name: str, made: Made) -> None:
+    losses = [losses_of(made(way)[0], [0, 1, 2, 3, 4]) for way in ("plain", name)]
+    # what is kept small is the sum over kinds: here the coarse queries gain and pages pay
+    assert sum(losses[1].values()) < 0.95 * sum(losses[0].values())
+
+
+def test_a_run_killed_between_layers_does_not_measure_effects_again(
+    tmp_path: Path, made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, real, calls = tensors(made("model")[0]), tuning.tune_layer, 0
+
+    def killed(*given: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise KeyboardInterrupt
+        return real(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tuning, "tune_layer", killed)
+        with pytest.raises(KeyboardInterrupt):
+            make("model", tmp_path)
+
+    def never(*_: Any) -> None:
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(whole_model, "measure_effects", never)
+    found = tensors(make("model", tmp_path)[0])
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_room_is_asked_for_what_gptq_by_the_whole_model_keeps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def full(_: Path, needed: int, __: str) -> None:
+        asked.append(needed)
+        raise DiskFullError("full")
+
+    def measured(*given: Any) -> Any:
+        effects = real(*given)
+        sizes.extend(
+            tensor.nbytes
+            for layer in effects
+            for effect in layer.values()
+            for tensor in (effect.outer, *effect.weights)
+        )
+        return effects
+
+    real, sizes = model_hessians.measure_effects, list[int]()
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "check_space", full)
+        for name in ("plain", "model"):
+            with Scratch(tmp_path / name, "key") as scratch, pytest.raises(DiskFullError):
+                make_checkpoint(job(name, scratch))
+    monkeypatch.setattr(whole_model, "measure_effects", measured)
+    make("model", tmp_path)
+    assert asked[1] - asked[0] == sum(sizes)
 
 
 def test_room_is_asked_for_what_is_kept_of_the_tuning(

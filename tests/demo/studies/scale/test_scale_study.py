@@ -80,6 +80,8 @@ def test_params_are_valid_and_hold_every_recipe() -> None:
     assert tuned["end_to_end"] == {"steps": 200, "seed": 1}
     assert scales["end_to_end"] == {"steps": 200, "seed": 1, "codes_lr": 0.0}
     assert "end_to_end" not in values["recipes"]["mixed-w4-seed1"]
+    assert values["recipes"]["gptq-model-e2e-w3-seed1"]["hessian"] == "model"
+    assert "hessian" not in values["recipes"]["gptq-e2e-w3-seed1"]
 
 
 def test_the_frontier_is_tuned_as_the_default_and_differs_in_widths_alone() -> None:
