@@ -33,7 +33,7 @@ from stages.quantization.end_to_end import hold_back
 from stages.quantization.linears import Filled, Job, fill
 from stages.quantization.model_hessians import effects_bytes
 from stages.quantization.recipes import AnyRecipe, GptqRecipe, RtnRecipe
-from stages.quantization.whole_model import finish, restore
+from stages.quantization.whole_model import find_effects, finish, restore
 
 LIBRARIES = ("auto-round", "torch", "transformers", "safetensors", "numpy")
 FIX = "run `dvc repro -f`"
@@ -65,7 +65,7 @@ def make_checkpoint(job: Job) -> tuple[Path, Filled]:
     folder.mkdir(exist_ok=True)
     with TensorFile(folder / SINGLE, specs) as file:
         restore(job, file)
-        filled = finish(job, file, fill(job, file))
+        filled = finish(job, file, fill(job, file, find_effects))
         for name, tensor in source.tensors.items():
             if name.removesuffix(".weight") not in job.allocation.modules:
                 file.copy(name, source.folder, tensor)

@@ -3,9 +3,10 @@
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ from colqwen3.system.resume import Scratch
 from stages.quantization.activations import Sample
 from stages.quantization.allocation import SIXTEEN, Allocation
 from stages.quantization.end_to_end import EndToEndOutcome
-from stages.quantization.model_hessians import Effect
+from stages.quantization.model_hessians import Effects
 from stages.quantization.recipes import AnyRecipe, GptqRecipe, RtnRecipe
 from stages.quantization.tuning import (
     TOWER,
@@ -104,6 +105,9 @@ class Filled:
     outcomes: list[Outcome]
     tower: dict[str, Outcome] = field(default_factory=dict)
     end_to_end: EndToEndOutcome | None = None
+
+
+FindEffects = Callable[[Job, Sequence[Sample]], Sequence[Effects]]
 
 
 def round_linears(job: Job, file: TensorFile, linears: Sequence[str]) -> dict[str, float]:
@@ -181,8 +185,11 @@ def round_embeddings(job: Job, file: TensorFile) -> dict[str, float]:
     return {EMBEDDINGS: (wrong / max(whole, 1e-24)) ** 0.5}
 
 
-def fill(job: Job, file: TensorFile) -> Filled:
+def fill(job: Job, file: TensorFile, find_effects: FindEffects) -> Filled:
     """Fill all quantized weights of `file`; what is outside the decoder layers is rounded first.
+
+    `find_effects` tells what errors of each linear do, for GPTQ by the whole model, see
+    `tuning.tune_layers`.
 
     Raises
     ------
@@ -195,7 +202,7 @@ def fill(job: Job, file: TensorFile) -> Filled:
         return Filled({**errors, **round_embeddings(job, file)}, [])
     front = tune_tower(job, file) if job.allocation.vision else Filled({}, [])
     errors = {**front.weight_errors, **round_embeddings(job, file)}
-    tuned = tune_linears(job, file)
+    tuned = tune_linears(job, file, find_effects)
     return Filled({**tuned.weight_errors, **errors}, tuned.outcomes, front.tower)
 
 
@@ -276,7 +283,7 @@ def pack_layer(
         yield name, pack(codes, scales, bits), relative_error(original, codes, scales)
 
 
-def tune_linears(job: Job, file: TensorFile) -> Filled:
+def tune_linears(job: Job, file: TensorFile, find_effects: FindEffects) -> Filled:
     """Fill the linears of the decoder layers one layer at a time, continuing where the scratch stands.
 
     What comes before them must be in `file` already: the layers are tuned on what it gives.
@@ -292,6 +299,7 @@ def tune_linears(job: Job, file: TensorFile) -> Filled:
     from stages.quantization.sample_packs import attend_within_samples
 
     recipe, scratch = job.recipe, job.scratch
+    whole = isinstance(recipe, GptqRecipe) and recipe.hessian == "model"
     if isinstance(recipe, RtnRecipe):
         raise TypeError(f"{type(recipe).__name__} is not tuned")
     # in float32 on a CPU, in the stored dtype on a GPU, as AutoRound tunes
@@ -310,11 +318,6 @@ def tune_linears(job: Job, file: TensorFile) -> Filled:
         if recipe.batch_size > 1:
             attend_within_samples(layer)
         return layer
-
-    def effects_of(packs: Sequence[Sample]) -> list[dict[str, Effect]]:
-        from stages.quantization.whole_model import find_effects
-
-        return find_effects(job, packs)
 
     def quantize_front(model: Any) -> None:
         for name in job.allocation.modules:
@@ -338,7 +341,7 @@ def tune_linears(job: Job, file: TensorFile) -> Filled:
     tuned = tune_layers(
         job.samples, recipe, job.device, scratch, front, load, widths,
         quantize_front if front_too else None,
-        effects_of if isinstance(recipe, GptqRecipe) and recipe.hessian == "model" else None,
+        partial(find_effects, job) if whole else None,
     )  # fmt: skip
     for index, layer, files, outcome in tuned:
         names = layers[index]

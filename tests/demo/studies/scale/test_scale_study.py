@@ -52,10 +52,10 @@ def base() -> dict[str, Any]:
 def test_later_seeds_run_the_main_contenders_alone() -> None:
     runs = plan(CONTENDERS, (4, 3), (1, 2))
     names = [run.name for run in runs]
-    assert len(set(names)) == len(names) == 2 * len(CONTENDERS) + 2 * 3
+    assert len(set(names)) == len(names) == 2 * len(CONTENDERS) + 2 * 5
     assert names[:2] == ["rounding-w4", "rounding-w3"]
     later = {run.contender for run in runs if run.seed == 2}
-    assert later == {"mixed", "text", "mixed-passages32"}
+    assert later == {"mixed", "text", "mixed-passages32", "gptq-e2e", "gptq-passages32-e2e"}
 
 
 def test_params_are_valid_and_hold_every_recipe() -> None:
