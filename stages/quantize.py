@@ -1,7 +1,6 @@
 """Stage `quantize@<recipe>`: the allocated weights in 2 to 8 bits, all else untouched."""
 
 import logging
-import math
 import re
 from pathlib import Path
 from typing import Any
@@ -28,9 +27,10 @@ from stages.quantization.checkpoint import (
     layer_order,
     make_checkpoint,
 )
-from stages.quantization.end_to_end import EndToEndOutcome, check_memory
+from stages.quantization.end_to_end import EndToEndOutcome
 from stages.quantization.linears import Job
-from stages.quantization.recipes import Recipe, RtnRecipe
+from stages.quantization.memory import check_memory
+from stages.quantization.recipes import Recipe
 from stages.quantization.samples import read_samples
 from stages.quantization.tuning import Outcome
 
@@ -110,9 +110,12 @@ def quantize(
         try:
             kinds = [origin.kind for origin in origins]
             job = Job(Checkpoint.read(source), allocation, recipe, samples, device, scratch, kinds)
-            if not isinstance(recipe, RtnRecipe) and recipe.end_to_end:
-                # now, and not after all layers
-                check_memory(ran, count_weights(job), recipe.end_to_end, device)
+            shapes = [
+                job.source.tensors[f"{linear}.weight"].shape
+                for linear in allocation.linears
+                if linear.startswith(f"{BLOCKS}.")
+            ]
+            check_memory(ran, recipe, shapes, device)  # now, and not after all layers
             partial, filled = make_checkpoint(job)
         except Exception as error:
             if not is_reason_for_fallback(error):
@@ -162,13 +165,6 @@ def quantize(
         write_json(QUANTIZED / f"{name}.json", record)
         publish_folder(partial, CHECKPOINTS / name)
         scratch.remove()
-
-
-def count_weights(job: Job) -> int:
-    """Return how many weights of decoder layers are quantized."""
-    shapes = (job.source.tensors[f"{name}.weight"].shape for name in job.allocation.linears
-              if name.startswith(f"{BLOCKS}."))  # fmt: skip
-    return sum(math.prod(shape) for shape in shapes)
 
 
 def describe_outcome(outcome: Outcome) -> dict[str, float]:

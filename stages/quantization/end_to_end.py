@@ -25,7 +25,6 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from colqwen3.system.device import memory_of
 from colqwen3.system.errors import NonFiniteWeightsError, UserError
 from colqwen3.system.progress import Progress
 from stages.quantization.activations import Hidden, Sample, unflatten
@@ -39,43 +38,8 @@ HELD_BACK = 8
 """One sample of so many of a kind is not tuned on: it tells whether tuning helped."""
 WARM_UP = 10
 """Steps until the step size is reached, a tenth of all at most."""
-CODE_BYTES, TUNED_BYTES = 1, 12
-"""What a weight takes in memory: its code, and where codes are tuned the real number and Adam's two."""
 Losses = dict[str, float]
 """Kind of sample -> 1 - mean cosine of its tokens to the full-precision model's."""
-
-
-class TooLittleMemoryError(UserError, MemoryError):
-    """The model does not fit into memory for end-to-end tuning."""
-
-
-def check_memory(name: str, weights: int, recipe: EndToEnd, device: torch.device) -> None:
-    """Compare what tuning holds, without activations, with the memory that there is.
-
-    Parameters
-    ----------
-    name
-        Of the recipe, for the message.
-    weights
-        Quantized weights of the decoder layers.
-    recipe
-        Whether codes are tuned.
-    device
-        Where.
-
-    Raises
-    ------
-    TooLittleMemoryError
-        If it cannot fit.
-    """
-    needed = weights * (CODE_BYTES + TUNED_BYTES * (recipe.codes_lr > 0))
-    there = memory_of(device)
-    if needed > there:
-        raise TooLittleMemoryError(
-            f"params.yaml: recipes.{name}.end_to_end needs more than {needed / 1e9:.1f} GB of memory "
-            f"for this model, and there are {there / 1e9:.1f} GB; set it to null, or codes_lr: 0 in it, "
-            "which takes a thirteenth, or take a recipe without it"
-        )
 
 
 class Tail(nn.Module):

@@ -27,7 +27,7 @@ from colqwen3.system.resume import Scratch
 from stages import quantize
 from stages.pipeline.paths import MANIFEST as MANIFEST_FILE
 from stages.pipeline.paths import QUANTIZED
-from stages.quantization import end_to_end, gptq, linears
+from stages.quantization import gptq, linears, memory
 from stages.quantization.activations import Sample, SamplesLostError
 from stages.quantization.allocation import uniform
 from stages.quantization.checkpoint import check_checkpoint, count_bytes, make_checkpoint
@@ -511,7 +511,7 @@ def test_too_little_memory_for_end_to_end_tuning_is_told_before_any_layer(
     write_json(Path("artifacts/calibration/mine/index.json"), {"samples": []})
     monkeypatch.setattr(linears, "tune_linears", fail(AssertionError("began")))
     needed = 13 * sum(math.prod(shape) for shape in LINEARS.values())
-    monkeypatch.setattr(end_to_end, "memory_of", lambda device: needed - 1)
+    monkeypatch.setattr(memory, "memory_of", lambda device: needed - 1)
     with pytest.raises(SystemExit):
         stage(recipe)
     said = capsys.readouterr().err
@@ -519,7 +519,7 @@ def test_too_little_memory_for_end_to_end_tuning_is_told_before_any_layer(
     assert "Traceback" not in said
     stage({**recipe, "fallback": "plain"})
     assert json.loads((QUANTIZED / "primary.json").read_text())["recipe"]["ran"] == "plain"
-    monkeypatch.setattr(end_to_end, "memory_of", lambda device: needed)
+    monkeypatch.setattr(memory, "memory_of", lambda device: needed)
     with pytest.raises(AssertionError, match="began"):
         stage(recipe)
 

@@ -14,9 +14,7 @@ from stages.quantization.end_to_end import (
     EndToEndOutcome,
     Network,
     Tail,
-    TooLittleMemoryError,
     balance,
-    check_memory,
     draw_steps,
     hold_back,
     sum_losses,
@@ -30,19 +28,6 @@ CPU = torch.device("cpu")
 KINDS = ["query"] * 9 + ["page"] * 9
 RECIPE = EndToEnd(steps=100, codes_lr=0.003, scales_lr=0.005)
 WIDTH = 32
-
-
-@pytest.mark.parametrize(("codes_lr", "bytes_a_weight"), [(0.003, 13), (0.0, 1)])
-def test_memory_is_compared_with_what_tuning_holds(
-    monkeypatch: pytest.MonkeyPatch, codes_lr: float, bytes_a_weight: int
-) -> None:
-    recipe = RECIPE.model_copy(update={"codes_lr": codes_lr})
-    monkeypatch.setattr(end_to_end, "memory_of", lambda device: 10**9 * bytes_a_weight)
-    check_memory("mine", 10**9, recipe, CPU)
-    with pytest.raises(
-        TooLittleMemoryError, match=r"^params\.yaml: recipes\.mine\.end_to_end needs"
-    ):
-        check_memory("mine", 10**9 + 1, recipe, CPU)
 
 
 class Layer(nn.Module):
