@@ -1162,6 +1162,198 @@ def tried_little_max_sim() -> str:
     return f"{pages:.2f} and {queries:.2f}"
 
 
+def _trial(name: str) -> tuple[list[float], list[float]]:
+    """Return the losses of a trial, 1e-6: of pages on both page sets, and of queries."""
+    trial = read("metrics/scale/beyond-tried.json")[name]
+    pages, queries = zip(*(trial[page_set][:2] for page_set in PAGE_SETS), strict=True)
+    return list(pages), list(queries)
+
+
+def _trials(*rows: tuple[str, str]) -> str:
+    """Return a table of trials by what they are called in it and their names in the file."""
+
+    def cell(losses: list[float]) -> str:
+        return " / ".join(f"{loss:,.4g}" if loss < 1000 else f"{loss:,.0f}" for loss in losses)
+
+    body = [(words, *map(cell, _trial(name))) for words, name in rows]
+    return table(("demo model", "page loss, 1e-6", "query loss, 1e-6"), *body)
+
+
+def _trial_over(name: str, other: str) -> str:
+    """Return a trial's losses over another's: ranges of both page sets, of pages and of queries."""
+    ranges = (
+        _between([one / two for one, two in zip(*pair, strict=True)])
+        for pair in zip(_trial(name), _trial(other), strict=True)
+    )
+    return " and ".join(ranges)
+
+
+KL = "gptq, codes and scales, 200 steps, queries drawn with their pages"
+
+
+@figure
+def tried_kl() -> str:
+    """Return the losses with a KL of MaxSim scores, by its weight."""
+    rows = (
+        ("temperature 1, weight 0.3", "1 x 0.3"),
+        ("1, weight 1", "1 x 1"),
+        ("4, weight 1", "4 x 1"),
+    )
+    losses = (
+        (words, *_trial(f"{KL}, KL of MaxSim scores at temperature {key}")) for words, key in rows
+    )
+    return "; ".join(
+        f"{words}: {' / '.join(f'{loss:.0f}' for loss in pages)} and "
+        f"{' / '.join(f'{loss:.0f}' for loss in queries)}"
+        for words, pages, queries in losses
+    )
+
+
+@figure
+def tried_alg_ext() -> str:
+    """Return the losses of AutoRound with enable_alg_ext over those without, 3 and 2 bits."""
+    return "; ".join(
+        f"{bits} bits: "
+        + _trial_over(
+            f"autoround, {bits} bits, enable_alg_ext set up by hand", f"autoround, {bits} bits"
+        )
+        for bits in (3, 2)
+    )
+
+
+@figure
+def tried_fisher() -> str:
+    """Return the losses of GPTQ with weighted tokens over plain GPTQ's, 4 bits."""
+    return _trial_over("gptq, tokens weighted by their gradients, 4 bits", "gptq")
+
+
+@figure
+def tried_rows() -> str:
+    """Return the losses of GPTQ by the whole model, 128 rows at a time, over GPTQ's, 4 bits."""
+    name = "gptq, two factors, no iteration, kinds alike, 128 rows at a time, 4 bits"
+    return _trial_over(name, "gptq")
+
+
+@figure
+def tried_data() -> str:
+    """Return the losses at 3 bits with more calibration data."""
+    start, samples = (
+        "gptq{}, codes and scales, {} steps, 3 bits, group {}, ",
+        {
+            "big": "192 pages and 383 queries drawn with another seed, {} passages",
+            "varied": "384 pages and 767 queries, half of them of the training program, {} passages",
+        },
+    )
+    rows = []
+    names = {
+        "big": "192 pages, 383 queries",
+        "varied": "384 pages, 767 queries, half of other kinds",
+    }
+    for way, kind, passages, group, steps in (
+        ("", "big", 0, 128, 200), ("", "big", 32, 128, 200), ("", "big", 128, 128, 200),
+        ("", "varied", 128, 128, 200), ("", "varied", 128, 128, 600),
+        ("", "varied", 128, 64, 200),
+    ):  # fmt: skip
+        words = f"{names[kind]}, {passages} passages; group {group}, {steps} steps{way}"
+        rows.append((words, (start + samples[kind]).format(way, steps, group, passages)))
+    return _trials(*rows)
+
+
+@figure
+def tried_data_target() -> str:
+    """Return the page loss of rounding and the query loss of text-only tuning at 4 bits."""
+    pages, queries = (
+        " / ".join(f"{1e6 * study_loss('demo', way, 4, name, kind):,.0f}" for name in PAGE_SETS)
+        for way, kind in (("rounding", "pages"), ("text", "queries"))
+    )
+    return f"{pages} of pages and {queries} of queries"
+
+
+HESSIAN = "hessian-demo"
+HESSIAN_WAYS = {
+    "gptq-model": "GPTQ by the whole model",
+    "gptq-model-e2e": "the same, then 200 steps end to end",
+    "gptq-model-passages32-e2e": "the same with 32 passages more",
+}
+
+
+@figure
+def hessian_losses() -> str:
+    """Return the losses of GPTQ by the whole model beside others'; metrics/scale/hessian-demo.json."""
+    from demo.studies.scale.summary import UNIT, significant
+
+    rows: list[tuple[str, ...]] = [
+        ("demo model, 5.8M", "page loss, 1e-6: 4 bits", "3 bits", "query loss, 1e-6: 4 bits", "3 bits")
+    ]  # fmt: skip
+    ways = [("beyond-demo", name) for name in ("mixed", "gptq", "gptq-e2e", "gptq-passages32-e2e")]
+    ways += [(HESSIAN, name) for name in HESSIAN_WAYS]
+    names = {**BEYOND_WAYS, **HESSIAN_WAYS, "gptq-passages32-e2e": "the same, 32 passages more"}
+    for model, contender in ways:
+        recipes = read(f"metrics/scale/{model}.json")["recipes"].values()
+        measured = {(recipe["contender"], recipe["bits"]) for recipe in recipes}
+        if contender not in {name for name, _ in measured}:
+            continue
+        cells = (
+            " / ".join(
+                significant(study_loss(model, contender, bits, page_set, kind) / UNIT)
+                for page_set in PAGE_SETS
+                if (contender, bits) in measured
+            )
+            for kind in ("pages", "queries")
+            for bits in WIDTHS
+        )
+        rows.append((names[contender].replace("**", ""), *cells))
+    return table(*rows)
+
+
+def _hessian(contender: str, other: str, kind: str, bits: tuple[int, ...] = WIDTHS) -> str:
+    return _between(
+        [
+            study_loss(HESSIAN, contender, width, page_set, kind)
+            / study_loss("beyond-demo", other, width, page_set, kind)
+            for width in bits
+            for page_set in PAGE_SETS
+        ]
+    )
+
+
+@figure
+def hessian_gptq() -> str:
+    """Return the losses of GPTQ by the whole model over those of GPTQ by layers."""
+    return (
+        f"{_hessian('gptq-model', 'gptq', 'pages')} times GPTQ's page loss and "
+        f"{_hessian('gptq-model', 'gptq', 'queries')} times its query loss"
+    )
+
+
+@figure
+def hessian_tuned() -> str:
+    """Return the same for both tuned end to end."""
+    return (
+        f"{_hessian('gptq-model-e2e', 'gptq-e2e', 'pages')} times the page loss and "
+        f"{_hessian('gptq-model-e2e', 'gptq-e2e', 'queries')} times the query loss"
+    )
+
+
+@figure
+def hessian_time() -> str:
+    """Return the seconds of the stage by the whole model at 4 bits, on two CPU cores in use."""
+    recipe = read(f"metrics/scale/{HESSIAN}.json")["recipes"]["gptq-model-w4-seed1"]
+    return f"{recipe['quantize_seconds']:.0f} s"
+
+
+@figure
+def hessian_three_bits() -> str:
+    """Return the query loss at 3 bits, tuned end to end, over that of 4-bit text-only tuning."""
+    return _between(
+        [
+            study_loss(HESSIAN, "gptq-model-e2e", 3, page_set, "queries")
+            / study_loss("demo", "text", 4, page_set, "queries")
+            for page_set in PAGE_SETS
+        ]
+    )
+
+
 @figure
 def tried_reach() -> str:
     """Return the share of GPTQ's codes that are more than one step from their weight."""
