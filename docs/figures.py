@@ -1260,7 +1260,7 @@ def hessian_three_bits() -> str:
     """Return the query loss at 3 bits, tuned end to end, over that of 4-bit text-only tuning."""
     return _between(
         [
-            study_loss(HESSIAN, "gptq-model-e2e", 3, page_set, "queries")
+            study_loss(HESSIAN, "gptq-model-passages32-e2e", 3, page_set, "queries")
             / study_loss("demo", "text", 4, page_set, "queries")
             for page_set in PAGE_SETS
         ]
