@@ -1252,7 +1252,7 @@ def tried_data() -> str:
     for way, kind, passages, group, steps in (
         ("", "big", 0, 128, 200), ("", "big", 32, 128, 200), ("", "big", 128, 128, 200),
         ("", "varied", 128, 128, 200), ("", "varied", 128, 128, 600),
-        ("", "varied", 128, 64, 200),
+        ("", "varied", 128, 64, 200), (" by the whole model", "varied", 128, 64, 200),
     ):  # fmt: skip
         words = f"{names[kind]}, {passages} passages; group {group}, {steps} steps{way}"
         rows.append((words, (start + samples[kind]).format(way, steps, group, passages)))
@@ -1347,7 +1347,7 @@ def hessian_three_bits() -> str:
     """Return the query loss at 3 bits, tuned end to end, over that of 4-bit text-only tuning."""
     return _between(
         [
-            study_loss(HESSIAN, "gptq-model-e2e", 3, page_set, "queries")
+            study_loss(HESSIAN, "gptq-model-passages32-e2e", 3, page_set, "queries")
             / study_loss("demo", "text", 4, page_set, "queries")
             for page_set in PAGE_SETS
         ]
