@@ -10,7 +10,7 @@ from pydantic import Field
 
 from colqwen3.checkpoint.headers import Checkpoint
 from colqwen3.checkpoint.layout import BLOCKS, VISION
-from colqwen3.system.device import choose_device, make_deterministic
+from colqwen3.system.device import choose_device, free_memory, make_deterministic
 from colqwen3.system.errors import NonFiniteWeightsError, first_line, run
 from colqwen3.system.files import publish_folder, write_json
 from colqwen3.system.resume import Scratch, work_key
@@ -115,7 +115,8 @@ def quantize(
                 for linear in allocation.linears
                 if linear.startswith(f"{BLOCKS}.")
             ]
-            check_memory(ran, recipe, shapes, device)  # now, and not after all layers
+            # now, and not after all layers
+            check_memory(ran, recipe, shapes, device, done=scratch.files)
             partial, filled = make_checkpoint(job)
         except Exception as error:
             if not is_reason_for_fallback(error):
@@ -203,15 +204,17 @@ def main() -> None:
     make_deterministic()
     try:
         quantize(name, name, params, manifest, source)
+        return
     except RecipeFailedError as error:
         cause = error.__cause__ or error
         if fallback is None:
             raise cause from None
         reason = FOLDERS.sub("", first_line(cause))
-        logger.warning(
-            "recipe %s failed (%s); its fallback %s runs instead", name, reason, fallback
-        )
-        quantize(name, fallback, params, manifest, source, reason)
+    # outside of the block, which holds the frames of what failed and all that is in them
+    del cause
+    free_memory()
+    logger.warning("recipe %s failed (%s); its fallback %s runs instead", name, reason, fallback)
+    quantize(name, fallback, params, manifest, source, reason)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Device selection and determinism."""
 
+import gc
 import logging
 import os
 import platform
@@ -53,6 +54,13 @@ def memory_of(device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         return int(free)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def free_memory() -> None:
+    """Give back what no name refers to any more, also what torch keeps of a GPU."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def device_name(device: torch.device) -> str:

@@ -1,8 +1,8 @@
 """The quantized checkpoint: one file of known size, filled as results come, then checked.
 
 No method ever holds the model: plain rounding streams linear by linear, AutoRound and GPTQ go
-decoder layer by decoder layer; only end-to-end tuning, if asked for, has all quantized decoder layers
-in memory. Every byte outside the planned linears is copied from the source.
+decoder layer by decoder layer; only end-to-end tuning and GPTQ by the whole model, if asked for, have
+all decoder layers in memory. Every byte outside the planned linears is copied from the source.
 """
 
 import shutil

@@ -228,8 +228,8 @@ class Network:
     Attributes
     ----------
     layers
-        Decoder layers with a `TunedLinear` for each quantized linear; no other parameter of them
-        needs a gradient.
+        Decoder layers; to be tuned, with a `TunedLinear` for each quantized linear and no other
+        parameter that needs a gradient.
     tail
         The rest.
     device
@@ -342,6 +342,11 @@ def tune_end_to_end(
     before, held_before = (
         network.losses(inputs, targets, kinds, numbers) for numbers in (tuned_on, held)
     )
+    if not all(loss < float("inf") for loss in (*before.values(), *held_before.values())):
+        raise NonFiniteWeightsError(
+            "quantize: the quantized model gives NaN or Inf on the calibration samples before "
+            "end-to-end tuning; set end_to_end: null to look at it"
+        )
     steps = draw_steps(kinds, sorted(tuned_on), recipe.seed)
     with (
         Progress("end-to-end steps", recipe.steps) as progress,

@@ -46,8 +46,11 @@ def run_gptq(
     Raises
     ------
     NonFiniteWeightsError
-        If a linear is given NaN or infinite inputs.
+        If a linear is given NaN or infinite inputs, or has such gradients.
     """
+    for name, effect in (effects or {}).items():
+        if not all(part.isfinite().all() for part in (effect.outer, *effect.weights)):
+            raise NonFiniteWeightsError(f"quantize: {name} has NaN or infinite gradients")
     before = list(layer_outputs(layer, inputs, hidden, device))
     given = hidden if quantized is None else quantized
     for name, hessian in collect_hessians(layer, inputs, given, device, effects).items():
@@ -60,14 +63,46 @@ def run_gptq(
             codes, scales = quantize_weight(module.weight, hessian, bits[name], recipe.group_size)
         else:
             outer = effects[name].outer.to(device).double()
-            if not outer.isfinite().all():
-                raise NonFiniteWeightsError(f"quantize: {name} has NaN or infinite gradients")
             codes, scales = quantize_by_outputs(
                 module.weight, hessian, outer, bits[name], recipe.group_size
             )
         module.weight.copy_(dense_weight(codes, scales))
         module.scale = scales
     return before, list(layer_outputs(layer, inputs, given, device))
+
+
+@torch.no_grad()
+def effect_error(
+    layer: nn.Module,
+    original: Mapping[str, torch.Tensor],
+    hessians: Mapping[str, torch.Tensor],
+    effects: Effects,
+) -> float:
+    """Return what the errors of a layer's linears do to the final embeddings, to second order.
+
+    That is the root of the sum of tr(outer E hessian E^T) over the linears, relative to the same of
+    the weights themselves: what `quantize_by_outputs` keeps small.
+
+    Parameters
+    ----------
+    layer
+        The layer with quantized weights.
+    original
+        The weight of each quantized linear before, by its name in the layer.
+    hessians
+        As `collect_hessians` returns them.
+    effects
+        Of all linears of the layer.
+    """
+    wrong = whole = 0.0
+    for name, weight in original.items():
+        hessian, full = hessians[name], weight.to(hessians[name])
+        outer = effects[name].outer.to(hessian)
+        quantized: Any = layer.get_submodule(name)
+        error = quantized.weight.to(hessian) - full
+        wrong += float(((outer @ error) * (error @ hessian)).sum())
+        whole += float(((outer @ full) * (full @ hessian)).sum())
+    return float((wrong / max(whole, 1e-24)) ** 0.5)
 
 
 @torch.no_grad()

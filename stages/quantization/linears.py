@@ -69,7 +69,7 @@ class Job:
     scratch
         Keeps finished layers and the inputs of the next.
     kinds
-        ``query``, ``page`` or ``passage`` for each sample, which end-to-end tuning needs.
+        ``query``, ``page`` or ``passage`` for each sample, which whole-model steps need.
     """
 
     source: Checkpoint

@@ -1,7 +1,7 @@
 """What the steps that have the whole language model in memory take, compared with what there is."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 import torch
 
@@ -9,6 +9,8 @@ from colqwen3.system.device import memory_of
 from colqwen3.system.errors import UserError
 from stages.quantization.model_hessians import effects_bytes
 from stages.quantization.recipes import AnyRecipe, GptqRecipe, RtnRecipe
+from stages.quantization.tuning import INPUTS
+from stages.quantization.whole_model import TUNED
 
 CODE_BYTES, TUNED_BYTES = 1, 12
 """Of a weight tuned end to end: its code, and where codes are tuned the real number and Adam's two."""
@@ -17,6 +19,8 @@ FIXES = {
     "end_to_end": "set it to null, or codes_lr: 0 in it, which takes a thirteenth",
     "hessian": "leave it out",
 }
+DONE = {"end_to_end": TUNED, "hessian": INPUTS}
+"""Files of an interrupted run that tell that the step of a key is behind it."""
 
 
 class TooLittleMemoryError(UserError, MemoryError):
@@ -45,7 +49,11 @@ def memory_needed(recipe: AnyRecipe, shapes: Sequence[Sequence[int]]) -> dict[st
 
 
 def check_memory(
-    name: str, recipe: AnyRecipe, shapes: Sequence[Sequence[int]], device: torch.device
+    name: str,
+    recipe: AnyRecipe,
+    shapes: Sequence[Sequence[int]],
+    device: torch.device,
+    done: Container[str] = (),
 ) -> None:
     """Compare what a recipe needs with the memory of a device.
 
@@ -57,6 +65,8 @@ def check_memory(
         As of `memory_needed`.
     device
         Where.
+    done
+        Files that an interrupted run left.
 
     Raises
     ------
@@ -65,7 +75,7 @@ def check_memory(
     """
     for key, needed in memory_needed(recipe, shapes).items():
         there = memory_of(device)
-        if needed > there:
+        if needed > there and DONE[key] not in done:
             raise TooLittleMemoryError(
                 f"params.yaml: recipes.{name}.{key} needs more than {needed / 1e9:.1f} GB of memory for "
                 f"this model, and there are {there / 1e9:.1f} GB; {FIXES[key]}, or take another recipe"

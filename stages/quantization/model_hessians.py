@@ -35,7 +35,7 @@ class Effect:
     Attributes
     ----------
     weights
-        Float [tokens] for each pack of samples: the mean square of the gradient of each token.
+        Float [tokens] for each pack of samples: the sum of squares of the gradients of each token.
     outer
         Float [out_features, out_features]: the sum of g g^T over gradients g of all tokens.
     """
@@ -86,7 +86,8 @@ def measure_effects(
     packs
         What its first layer is given, one sample or a pack of them each.
     kinds
-        ``query``, ``page`` or ``passage`` for each sample, in the order of `pack_samples`. Each kind
+        ``query``, ``page`` or ``passage`` for each sample, in the order in which
+        `pack_samples` was given them. Each kind
         weighs as much as any other.
     """
     total: dict[str, int] = {}

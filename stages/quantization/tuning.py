@@ -2,9 +2,10 @@
 
 The front of the model (vision tower, token embeddings, deepstack mergers) runs once over the
 calibration samples and gives the inputs of the first layer; each layer is then loaded, quantized by
-AutoRound or GPTQ and dropped, so that memory holds one layer whatever the model's size. Its output
-in full precision and its output once quantized are the next layer's inputs; they are kept on disk,
-so that a killed run goes on where it stopped.
+AutoRound or GPTQ and dropped, so that memory holds one layer whatever the model's size; what GPTQ by
+the whole model needs is measured before the first. A layer's output in full precision and its output
+once quantized are the next layer's inputs; they are kept on disk, so that a killed run goes on where
+it stopped.
 """
 
 import copy
@@ -13,6 +14,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,7 +35,7 @@ from stages.quantization.activations import (
     write_states,
 )
 from stages.quantization.autoround import run_autoround
-from stages.quantization.gptq import run_gptq
+from stages.quantization.gptq import collect_hessians, effect_error, run_gptq
 from stages.quantization.model_hessians import Effects, read_effects, write_effects
 from stages.quantization.recipes import GptqRecipe, TunedRecipe
 from stages.quantization.sample_packs import pack_samples
@@ -62,7 +64,8 @@ class Outcome:
     """Output error of one decoder layer over all calibration samples, both ways.
 
     Each is the norm of the difference to the full-precision layer's output, divided by the norm of
-    that output; both layers are given the same inputs, those that the quantized model gives them.
+    that output; both layers are given the same inputs, those that the quantized model gives them. With
+    GPTQ by the whole model it is `gptq.effect_error` instead.
 
     Attributes
     ----------
@@ -129,6 +132,7 @@ def tune_layer(
         If even the rounded layer gives NaN or Inf.
     """
     rounded = copy.deepcopy(layer)
+    given = hidden if quantized is None else quantized
     before: Hidden | None
     after: Hidden | None
     if isinstance(recipe, GptqRecipe):
@@ -137,11 +141,16 @@ def tune_layer(
         before, after = run_autoround(layer, inputs, hidden, quantized, recipe, bits, device)
     if before is None:  # without tuning, AutoRound needs no data at 8 bits
         before = list(layer_outputs(rounded, inputs, hidden, device))
+    error: Callable[[nn.Module], float]
+    if effects is None:
+        error = partial(_output_error, inputs=inputs, given=given, before=before, device=device)
+    else:  # outputs are not what it minimises
+        hessians = collect_hessians(rounded, inputs, given, device, effects)
+        linears: dict[str, Any] = {name: rounded.get_submodule(name) for name in bits}
+        original = {name: linear.weight.detach().clone() for name, linear in linears.items()}
+        error = partial(effect_error, original=original, hessians=hessians, effects=effects)
     scales = round_layer(rounded.to(device), bits, recipe.group_size)
-    given = hidden if quantized is None else quantized
-    tuned_error, rounded_error = (
-        output_error(layer_outputs(way, inputs, given, device), before) for way in (layer, rounded)
-    )
+    tuned_error, rounded_error = error(layer), error(rounded)
     if not math.isfinite(rounded_error):
         raise NonFiniteWeightsError(
             "quantize: a decoder layer gives NaN or Inf on the calibration samples even when rounded; "
@@ -157,6 +166,16 @@ def tune_layer(
         if after is not None:
             after = list(layer_outputs(layer, inputs, given, device))
     return before, after, outcome
+
+
+def _output_error(
+    layer: nn.Module,
+    inputs: Sequence[Sample],
+    given: Hidden,
+    before: Hidden,
+    device: torch.device,
+) -> float:
+    return output_error(layer_outputs(layer, inputs, given, device), before)
 
 
 @torch.no_grad()
@@ -229,6 +248,7 @@ def tune_layers(
                 effects_path = scratch.folder / EFFECTS.format(index)
                 write_effects(effects_path, effects)
                 kept[effects_path.name] = digest_file(effects_path)
+                del effects  # a generator's names live until it ends
         if quantize_front is not None:
             quantize_front(front)
             quantized_path = scratch.folder / QUANTIZED_INPUTS

@@ -1,7 +1,7 @@
-"""End-to-end tuning of a checkpoint whose layers are filled: loading, keeping and storing.
+"""What has all decoder layers in memory: end-to-end tuning, and the gradients that GPTQ may weigh by.
 
-Unlike all else here it has every quantized decoder layer in memory. Its result is kept in the scratch
-before the checkpoint is touched, so that a killed run repeats at most the tuning, never the layers.
+The result of the tuning is kept in the scratch before the checkpoint is touched, so that a killed run
+repeats at most the tuning, never the layers.
 """
 
 import json

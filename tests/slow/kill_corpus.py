@@ -83,6 +83,10 @@ def main() -> None:
     with ProcessPoolExecutor() as pool:
         list(pool.map(draw, [work / "pages"] * args.pages, range(args.pages), chunksize=64))
     shards = -(-args.pages // PAGES_OF_SHARD)
+    if shards < 8:
+        parser.error(
+            f"--pages must be more than {7 * PAGES_OF_SHARD}: each kill needs shards of its own"
+        )
     command = [
         sys.executable, "-m", "colqwen3", "embed-corpus", work / "pages", "--model", args.model,
         "--device", args.device, "--workers", str(args.workers),
@@ -104,8 +108,9 @@ def main() -> None:
         name for name in names if files["undisturbed"].get(name) != files["killed"].get(name)
     )
     statuses = [results[name]["runs"][-1]["status"] for name in outs]
+    all_killed = all(run["status"] == -signal.SIGKILL for run in results["killed"]["runs"][:-1])
     complete = len(list(outs["killed"].glob("*.parquet"))) == shards
-    results["passed"] = not results["differing_files"] and complete and (
+    results["passed"] = not results["differing_files"] and complete and all_killed and (
         statuses == [bool(results["damaged"])] * 2
     )  # fmt: skip
     if args.out:

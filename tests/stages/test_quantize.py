@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -522,6 +523,27 @@ def test_too_little_memory_for_end_to_end_tuning_is_told_before_any_layer(
     monkeypatch.setattr(memory, "memory_of", lambda device: needed)
     with pytest.raises(AssertionError, match="began"):
         stage(recipe)
+
+
+def test_a_fallback_has_the_memory_of_what_failed(
+    stage: Callable[[dict[str, Any]], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work, alive = round_linears, []
+
+    def again(*args: Any) -> dict[str, float]:
+        alive.append(held[0]() is not None)
+        return work(*args)
+
+    def once(*_: Any) -> Filled:
+        model = torch.nn.Linear(2, 2)
+        held.append(weakref.ref(model))
+        monkeypatch.setattr(linears, "round_linears", again)
+        raise torch.OutOfMemoryError("no memory")
+
+    held: list[weakref.ref[torch.nn.Module]] = []
+    monkeypatch.setattr(linears, "round_linears", once)
+    stage({**FALLBACK, "group_size": 64, "fallback": "plain"})
+    assert alive == [False]
 
 
 def test_a_defect_of_our_own_is_shown_and_not_hidden_by_a_fallback(

@@ -16,6 +16,7 @@ from stages.quantization import gptq
 from stages.quantization.activations import Sample, layer_outputs, output_error
 from stages.quantization.gptq import (
     collect_hessians,
+    effect_error,
     quantize_by_outputs,
     quantize_weight,
     run_gptq,
@@ -389,9 +390,46 @@ def test_gptq_by_the_whole_model_weights_tokens_and_outputs() -> None:
     assert torch.allclose(layer.first.weight, dense_weight(codes, scales))
 
 
+def test_a_layer_is_kept_for_its_effect_even_where_its_output_is_worse() -> None:
+    """Few directions of its outputs matter: GPTQ by the whole model moves errors into the others."""
+    layer, (inputs, states) = Layer(), given()
+    generator = torch.Generator().manual_seed(0)
+    states = [torch.randn(state.shape, generator=generator) for state in states]  # all directions
+    effects = {}
+    for name, outputs in {"first": 96, "second": 64}.items():
+        seen = torch.randn(24, outputs, generator=generator)
+        effects[name] = Effect(
+            [torch.ones(state.shape[1]) for state in states], (seen.T @ seen).float()
+        )
+    original, rounded = copy.deepcopy(layer), copy.deepcopy(layer)
+    before, after, outcome = tune_layer(layer, inputs, states, None, recipe(), BITS, CPU, effects)
+    round_layer(rounded, BITS, 32)
+    assert after is not None
+    worse, better = (
+        output_error(layer_outputs(way, inputs, states, CPU), before) for way in (layer, rounded)
+    )
+    assert worse > better  # or this test says nothing
+    assert outcome.tuned < 0.5 * outcome.rounded and outcome.tuning_won
+    run_gptq(original, inputs, states, None, recipe(), BITS, CPU, effects)
+    for one, other in ((layer.first, original.first), (layer.second, original.second)):
+        assert torch.equal(one.weight, other.weight)
+
+
 def test_gradients_that_are_not_finite_are_an_error() -> None:
     layer, (inputs, states) = Layer(), given()
     effects = effects_of(states)
-    effects["first"].outer[0, 0] = float("nan")
+    effects["first"].outer[0, 0] = effects["first"].weights[0][0] = float("nan")
     with pytest.raises(NonFiniteWeightsError, match="first has NaN or infinite gradients"):
         run_gptq(layer, inputs, states, None, recipe(), BITS, CPU, effects)
+
+
+def test_the_error_of_effects_by_hand() -> None:
+    """Of one linear [2, 2]: an error e of one output costs outer[0, 0] x hessian[1, 1] x e^2."""
+    weight = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    layer = nn.ModuleDict({"one": nn.Linear(2, 2, bias=False)})
+    layer["one"].weight.data = weight + torch.tensor([[0.0, 0.5], [0.0, 0.0]])
+    outer, hessian = torch.diag(torch.tensor([4.0, 1.0])), torch.diag(torch.tensor([1.0, 9.0]))
+    effects = {"one": Effect([], outer)}
+    error = effect_error(layer, {"one": weight}, {"one": hessian.double()}, effects)
+    whole = 4 * (1 + 9 * 4) + 1 * (9 + 9 * 16)
+    assert error == pytest.approx((4 * 9 * 0.25 / whole) ** 0.5)
