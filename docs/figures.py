@@ -1253,6 +1253,7 @@ def tried_data() -> str:
         ("", "big", 0, 128, 200), ("", "big", 32, 128, 200), ("", "big", 128, 128, 200),
         ("", "varied", 128, 128, 200), ("", "varied", 128, 128, 600),
         ("", "varied", 128, 64, 200), (" by the whole model", "varied", 128, 64, 200),
+        (" by the whole model", "varied", 128, 64, 600),
     ):  # fmt: skip
         words = f"{names[kind]}, {passages} passages; group {group}, {steps} steps{way}"
         rows.append((words, (start + samples[kind]).format(way, steps, group, passages)))
