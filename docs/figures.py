@@ -787,6 +787,30 @@ def study_loss(model: str, contender: str, bits: int, page_set: str, kind: str) 
     return float(sum(losses) / len(losses))
 
 
+def _loss_cell(model: str, contender: str, bits: int, kind: str) -> str:
+    """Return a loss on both page sets, in 1e-6."""
+    from demo.studies.scale.summary import UNIT, significant
+
+    losses = (study_loss(model, contender, bits, page_set, kind) for page_set in PAGE_SETS)
+    return " / ".join(significant(loss / UNIT) for loss in losses)
+
+
+def _losses(model: str, contender: str) -> tuple[str, ...]:
+    """Return cells of losses: of pages by width, then of queries; none if it was not measured.
+
+    A width that was not measured has an empty cell.
+    """
+    recipes = read(f"metrics/scale/{model}.json")["recipes"].values()
+    measured = {recipe["bits"] for recipe in recipes if recipe["contender"] == contender}
+    if not measured:
+        return ()
+    return tuple(
+        _loss_cell(model, contender, bits, kind) if bits in measured else ""
+        for kind in ("pages", "queries")
+        for bits in WIDTHS
+    )
+
+
 def study_ratios(
     contender: str,
     other: str,
@@ -957,18 +981,13 @@ def scale_passages() -> str:
 @figure
 def gptq_losses() -> str:
     """Return rounding, GPTQ and AutoRound on the demo model, on one CPU."""
-    from demo.studies.scale.summary import UNIT, significant
-
     rows: list[tuple[str, ...]] = [
         ("demo model, 5.8M", "page loss, 1e-6: 4 bits", "3 bits", "query loss, 1e-6: 4 bits",
          "3 bits")
     ]  # fmt: skip
     for contender, words in GPTQ_WAYS.items():
         cells = (
-            " / ".join(
-                significant(study_loss(BESIDE, contender, bits, page_set, kind) / UNIT)
-                for page_set in PAGE_SETS
-            )
+            _loss_cell(BESIDE, contender, bits, kind)
             for kind in ("pages", "queries")
             for bits in WIDTHS
         )
@@ -1005,28 +1024,14 @@ def gptq_time() -> str:
 @figure
 def beyond_losses() -> str:
     """Return the losses with and without end-to-end tuning, of what was measured."""
-    from demo.studies.scale.summary import UNIT, significant
-
     rows: list[tuple[str, ...]] = [
         ("study model", "made by", "page loss, 1e-6: 4 bits", "3 bits", "query loss, 1e-6: 4 bits",
          "3 bits")
     ]  # fmt: skip
     for model in BEYOND:
-        recipes = read(f"metrics/scale/{model}.json")["recipes"].values()
-        measured = {(recipe["contender"], recipe["bits"]) for recipe in recipes}
         for contender, words in BEYOND_WAYS.items():
-            if contender not in {name for name, _ in measured}:
-                continue
-            cells = (
-                " / ".join(
-                    significant(study_loss(model, contender, bits, page_set, kind) / UNIT)
-                    for page_set in PAGE_SETS
-                    if (contender, bits) in measured
-                )
-                for kind in ("pages", "queries")
-                for bits in WIDTHS
-            )
-            rows.append((f"`{model.removeprefix('beyond-')}`", words, *cells))
+            if cells := _losses(model, contender):
+                rows.append((f"`{model.removeprefix('beyond-')}`", words, *cells))
     return table(*rows)
 
 
@@ -1281,8 +1286,6 @@ HESSIAN_WAYS = {
 @figure
 def hessian_losses() -> str:
     """Return the losses of GPTQ by the whole model beside others'; metrics/scale/hessian-demo.json."""
-    from demo.studies.scale.summary import UNIT, significant
-
     rows: list[tuple[str, ...]] = [
         ("demo model, 5.8M", "page loss, 1e-6: 4 bits", "3 bits", "query loss, 1e-6: 4 bits", "3 bits")
     ]  # fmt: skip
@@ -1290,20 +1293,8 @@ def hessian_losses() -> str:
     ways += [(HESSIAN, name) for name in HESSIAN_WAYS]
     names = {**BEYOND_WAYS, **HESSIAN_WAYS, "gptq-passages32-e2e": "the same, 32 passages more"}
     for model, contender in ways:
-        recipes = read(f"metrics/scale/{model}.json")["recipes"].values()
-        measured = {(recipe["contender"], recipe["bits"]) for recipe in recipes}
-        if contender not in {name for name, _ in measured}:
-            continue
-        cells = (
-            " / ".join(
-                significant(study_loss(model, contender, bits, page_set, kind) / UNIT)
-                for page_set in PAGE_SETS
-                if (contender, bits) in measured
-            )
-            for kind in ("pages", "queries")
-            for bits in WIDTHS
-        )
-        rows.append((names[contender].replace("**", ""), *cells))
+        if cells := _losses(model, contender):
+            rows.append((names[contender].replace("**", ""), *cells))
     return table(*rows)
 
 

@@ -79,21 +79,21 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 1) - 1))
     parser.add_argument("--out", type=Path, metavar="FILE.json")
     args = parser.parse_args()
-    work = Path(tempfile.mkdtemp(prefix="kill-corpus-"))
-    with ProcessPoolExecutor() as pool:
-        list(pool.map(draw, [work / "pages"] * args.pages, range(args.pages), chunksize=64))
     shards = -(-args.pages // PAGES_OF_SHARD)
     if shards < 8:
         parser.error(
             f"--pages must be more than {7 * PAGES_OF_SHARD}: each kill needs shards of its own"
         )
+    work = Path(tempfile.mkdtemp(prefix="kill-corpus-"))
+    with ProcessPoolExecutor() as pool:
+        list(pool.map(draw, [work / "pages"] * args.pages, range(args.pages), chunksize=64))
     command = [
         sys.executable, "-m", "colqwen3", "embed-corpus", work / "pages", "--model", args.model,
         "--device", args.device, "--workers", str(args.workers),
         "--pages-per-shard", str(PAGES_OF_SHARD),
     ]  # fmt: skip
     outs = {"undisturbed": work / "undisturbed", "killed": work / "killed"}
-    moments = [max(1, shards * eighths // 8) for eighths in EIGHTHS]
+    moments = [shards * eighths // 8 for eighths in EIGHTHS]
     results: dict[str, Any] = {
         "machine": machine(args.device == "cuda"), "weights": args.weights,
         "pages": args.pages, "damaged": args.pages // DAMAGED, "pixels": PIXELS, "shards": shards,
