@@ -22,6 +22,7 @@ from PIL import Image
 
 from colqwen3.dataset.beir import read_queries
 from colqwen3.dataset.pages import find_pages, open_page
+from colqwen3.serving.int8 import ActivationsKind
 from colqwen3.system.device import DTYPES, choose_device, device_name
 from colqwen3.system.errors import run
 from colqwen3.system.files import write_json
@@ -78,7 +79,12 @@ def minimum_cosine(runtime: Any, model: Any, queries: Any, pages: Any) -> dict[s
 
 
 def serve_alone(
-    folder: Path, device: torch.device, params: BenchmarkParams, queries: Any, pages: Any
+    folder: Path,
+    activations: ActivationsKind,
+    device: torch.device,
+    params: BenchmarkParams,
+    queries: Any,
+    pages: Any,
 ) -> dict[str, Any]:
     """Serve all query sizes and one page with nothing else in memory.
 
@@ -92,7 +98,7 @@ def serve_alone(
 
     dtype = DTYPES[params.dtype]
     free_memory(device)
-    runtime = load_runtime(folder, device, dtype)
+    runtime = load_runtime(folder, device, dtype, activations=activations)
     loaded = loaded_memory(device)
     rows = runtime.token_ids(queries)
     for count in params.query_batches:
@@ -111,7 +117,7 @@ def time_both(
     images: Sequence[Image.Image],
     processor: Any,
 ) -> dict[str, Any]:
-    """Time original and quantized in turns, in every mode and on every input."""
+    """Time all runtimes, original and quantized, in turns, in every mode and on every input."""
     device = runtimes[0].device
     inputs: dict[str, dict[int, list[Work]]] = {"query": {}, "page": {}}
     for count in params.query_batches:
@@ -164,6 +170,7 @@ def setting(device: torch.device, params: BenchmarkParams, runtime: Any) -> dict
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "dtype": params.dtype,
         "kernel": runtime.kernel,
+        "token_table": runtime.token_table and vars(runtime.token_table),
         "repeats": params.repeats,
         **versions,
     }
@@ -188,17 +195,24 @@ def main() -> None:
     images = [open_page(page) for page in pages]
     queries, page = processor.process_texts(texts), processor.process_images(images[:1])
     device = choose_device(params.compute.device)
-    folders = {"original": source, "quantized": CHECKPOINTS / name}
+    served: dict[str, tuple[Path, ActivationsKind]] = {
+        "original": (source, "bfloat16"),
+        "quantized": (CHECKPOINTS / name, "bfloat16"),
+    }
+    if options.int8_activations:
+        served |= {f"{role}_int8": (folder, "int8") for role, (folder, _) in served.items()}
     alone = {
-        role: serve_alone(folder, device, options, queries, page)
-        for role, folder in folders.items()
+        role: serve_alone(*which, device, options, queries, page) for role, which in served.items()
     }
     free_memory(device)
-    runtimes = [load_runtime(folder, device, DTYPES[options.dtype]) for folder in folders.values()]
+    runtimes = [
+        load_runtime(folder, device, DTYPES[options.dtype], activations=activations)
+        for folder, activations in served.values()
+    ]
     rows = runtimes[0].token_ids(queries)
     times = time_both(runtimes, options, rows, images, processor)
     digest = checkpoint_digest(CHECKPOINTS / name)
-    timings = {**times, "alone": alone, "setting": setting(device, options, runtimes[1])}
+    timings = {**times, "alone": alone, "setting": setting(device, options, runtimes[-1])}
     write_json(speed_file(name, digest), {"checkpoint": digest, **timings})
     timed = {"recipe": name, "checkpoint": digest, **options.model_dump()}
     write_json(BENCHMARKS / f"{name}.json", timed)

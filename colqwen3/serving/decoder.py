@@ -11,7 +11,8 @@ import torch
 from torch.nn import functional
 
 from colqwen3.serving.fused import Operations
-from colqwen3.serving.linears import Linear
+from colqwen3.serving.int8 import Int8Tokens
+from colqwen3.serving.linears import DecoderLinear, Linear
 
 SHORT = 64
 """Tokens up to which attention is one kernel with what comes before it."""
@@ -24,13 +25,13 @@ class DecoderLayer:
     """Weights of one decoder layer; linears that read the same input are one."""
 
     input_norm: torch.Tensor
-    qkv: Linear
+    qkv: DecoderLinear
     q_norm: torch.Tensor
     k_norm: torch.Tensor
-    o: Linear
+    o: DecoderLinear
     post_attention_norm: torch.Tensor
-    gate_up: Linear
-    down: Linear
+    gate_up: DecoderLinear
+    down: DecoderLinear
 
 
 @dataclass(frozen=True)
@@ -89,24 +90,28 @@ class Decoder:
         following = [layer.input_norm for layer in self.layers[1:]] + [self.norm]
         for index, (layer, norm) in enumerate(zip(self.layers, following, strict=True)):
             mixed = self._attend(layer, h, cos, sin, operations, (batch, tokens))
-            x, h = operations.add_rms_norm(x, layer.o(mixed), layer.post_attention_norm, self.eps)
+            change = layer.o(operations.attended(mixed))
+            x, h = operations.add_rms_norm(x, change, layer.post_attention_norm, self.eps)
             change = layer.down(operations.gate(layer.gate_up(h)))
             if deepstack and index < len(deepstack[1]):
                 change.index_add_(0, deepstack[0], deepstack[1][index])
-            x, h = operations.add_rms_norm(x, change, norm, self.eps)
+            last = index + 1 == len(self.layers)
+            add_norm = operations.last_norm if last else operations.add_rms_norm
+            x, h = add_norm(x, change, norm, self.eps)
         vectors = functional.normalize(self.projection(h).float(), dim=-1)
         return vectors.view(batch, tokens, -1)
 
     def _attend(
         self,
         layer: DecoderLayer,
-        h: torch.Tensor,
+        h: torch.Tensor | Int8Tokens,
         cos: torch.Tensor,
         sin: torch.Tensor,
         operations: Operations,
         shape: tuple[int, int],
     ) -> torch.Tensor:
-        qkv = layer.qkv(h).view(len(h), -1, self.head_dim)
+        qkv = layer.qkv(h)
+        qkv = qkv.view(len(qkv), -1, self.head_dim)
         fits = shape[1] <= SHORT and self.head_dim in SHORT_HEAD_DIMS
         if operations.short_attention and fits:
             mixed: torch.Tensor = operations.short_attention(
@@ -119,4 +124,4 @@ class Decoder:
         v = qkv[:, self.heads + k.shape[1] :]
         q, k, v = (part.unflatten(0, shape).transpose(1, 2) for part in (q, k, v))
         attended = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        return attended.transpose(1, 2).reshape(len(h), -1)
+        return attended.transpose(1, 2).reshape(len(qkv), -1)

@@ -8,16 +8,24 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional
 
+from colqwen3.serving.int8 import Int8Tokens, quantize_segments, quantize_tokens
+
 Operation = Callable[..., Any]
 
 
 class Operations(NamedTuple):
-    """The functions below, compiled or not, and what does several of them at once."""
+    """The functions below, compiled or not, and what does several of them at once.
+
+    Those that give the inputs of the decoder's linears may give them in 8 bits: `rms_norm`,
+    `add_rms_norm`, `gate` and `attended`. `last_norm` is `add_rms_norm` in 16 bits.
+    """
 
     rms_norm: Operation
     add_rms_norm: Operation
     rotate_heads: Operation
     gate: Operation
+    attended: Operation
+    last_norm: Operation
     add_layer_norm: Operation
     rotate_vision: Operation
     gelu: Operation
@@ -123,7 +131,22 @@ def gelu(x: torch.Tensor) -> torch.Tensor:
     return functional.gelu(x, approximate="tanh")
 
 
-PLAIN = Operations(rms_norm, add_rms_norm, rotate_heads, gate, add_layer_norm, rotate_vision, gelu)
+def unchanged(x: torch.Tensor) -> torch.Tensor:
+    """Return `x`."""
+    return x
+
+
+PLAIN = Operations(
+    rms_norm=rms_norm,
+    add_rms_norm=add_rms_norm,
+    rotate_heads=rotate_heads,
+    gate=gate,
+    attended=unchanged,
+    last_norm=add_rms_norm,
+    add_layer_norm=add_layer_norm,
+    rotate_vision=rotate_vision,
+    gelu=gelu,
+)
 
 
 def _compile(function: Operation) -> Operation:
@@ -153,9 +176,34 @@ def compiled_operations() -> Operations:
     from colqwen3.serving.short_attention import short_attention
 
     plain = PLAIN._asdict()
-    plain.pop("short_attention")
+    uncompiled = {"attended": plain.pop("attended"), "short_attention": short_attention}
+    del plain["short_attention"]
     compiled = {name: _compile(function) for name, function in plain.items()}
-    return Operations(**compiled, short_attention=short_attention)
+    return Operations(**compiled, **uncompiled)
+
+
+def int8_operations(base: Operations, device: torch.device) -> Operations:
+    """Return operations that give the decoder's linears inputs in 8 bits, the others of `base`."""
+    if device.type == "cuda":
+        from colqwen3.serving import int8_kernels as kernels
+
+        return base._replace(
+            rms_norm=kernels.rms_norm,
+            add_rms_norm=kernels.add_rms_norm,
+            gate=kernels.gate,
+            attended=kernels.quantize_tokens,
+        )
+
+    def add_rms_norm(*values: Any) -> tuple[torch.Tensor, Int8Tokens]:
+        x, normed = base.add_rms_norm(*values)
+        return x, quantize_tokens(normed)
+
+    return base._replace(
+        rms_norm=lambda *values: quantize_tokens(base.rms_norm(*values)),
+        add_rms_norm=add_rms_norm,
+        gate=lambda gate_up: quantize_segments(base.gate(gate_up)),
+        attended=quantize_tokens,
+    )
 
 
 def choose_operations(device: torch.device) -> Operations:

@@ -12,12 +12,21 @@ from torch.nn import functional
 
 from colqwen3.checkpoint.packing import dense_weight, dequantize, unpack
 from colqwen3.model.modeling_colqwen3 import dequantize_rows
+from colqwen3.serving.int8 import (
+    Int8Tokens,
+    Int8Weight,
+    channel_scales,
+    express_in_int8,
+    multiply,
+)
 from colqwen3.system.errors import first_line
 
 logger = logging.getLogger(__name__)
 
 Linear = Callable[[torch.Tensor], torch.Tensor]
 """[tokens, in_features] -> [tokens, out_features]."""
+DecoderLinear = Callable[[Any], torch.Tensor]
+"""A linear whose inputs may also be `Int8Tokens`, if it was built for that."""
 Embeddings = Callable[[torch.Tensor], torch.Tensor]
 """Token ids [...] -> vectors [..., hidden]."""
 BYTE = 8
@@ -35,7 +44,7 @@ def dense(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
     return lambda x: functional.linear(x, weight, bias)
 
 
-def side_by_side(linears: Sequence[Linear]) -> Linear:
+def side_by_side(linears: Sequence[DecoderLinear]) -> DecoderLinear:
     """Return linears of one input as one, outputs in a row."""
     return lambda x: torch.cat([linear(x) for linear in linears], -1)
 
@@ -77,6 +86,10 @@ def humming(parts: Parts, bits: int, group_size: int, dtype: torch.dtype) -> Lin
     ImportError
         If humming is not installed.
     """
+    return _without_overhead(_humming_layer(parts, bits, group_size, dtype))
+
+
+def _humming_layer(parts: Parts, bits: int, group_size: int, dtype: torch.dtype) -> Any:
     from humming.layer import HummingLayer
     from humming.schema.autoround import AutoRoundWeightSchema
 
@@ -94,7 +107,7 @@ def humming(parts: Parts, bits: int, group_size: int, dtype: torch.dtype) -> Lin
     layer.load_from_tensors({**parts, "scales": parts["scales"].to(dtype)})
     layer = layer.to(qweight.device)
     layer.transform()
-    return _without_overhead(layer)
+    return layer
 
 
 def _without_overhead(layer: Any) -> Linear:
@@ -124,6 +137,55 @@ def _without_overhead(layer: Any) -> Linear:
         return outputs
 
     return call
+
+
+def humming_or_int8(parts: Parts, group_size: int) -> DecoderLinear:
+    """Return a 4-bit linear that humming computes on bfloat16 inputs, and int8 kernels on others.
+
+    Its weights are kept once, in humming's layout.
+    """
+    from colqwen3.serving import int8_kernels as kernels
+
+    layer = _humming_layer(parts, 4, group_size, torch.bfloat16)
+    scales = parts["scales"].to(torch.bfloat16)
+    words, packed_scales = layer.weight.data, layer.weight_scale.data
+    channels = scales.new_ones(packed_scales.shape[1], dtype=torch.float32)
+    outputs = scales.shape[1]
+    channels[:outputs] = channel_scales(scales, 4)
+    inputs = parts["qweight"].shape[0] * 8
+    weight = kernels.PackedWeight(
+        words, packed_scales, channels, 1 / channels, outputs, inputs, group_size
+    )
+
+    def in_int8(x: Int8Tokens) -> torch.Tensor:
+        return kernels.multiply(x, kernels.unpack(weight))
+
+    return either(_without_overhead(layer), in_int8)
+
+
+def streams_int8(bits: int, inputs: int, group_size: int) -> bool:
+    """Whether `humming_or_int8` can compute such a linear."""
+    return bits == 4 and inputs % 128 == 0 and group_size in (32, 64, 128)
+
+
+def with_int8_weight(linear: Linear, weight: Int8Weight, dtype: torch.dtype) -> DecoderLinear:
+    """Return a linear that keeps a second weight for inputs in 8 bits."""
+    if weight.codes.device.type == "cpu":
+        return either(linear, lambda x: multiply(x, weight, dtype))
+    from colqwen3.serving import int8_kernels as kernels
+
+    return either(linear, lambda x: kernels.multiply(x, weight))
+
+
+def packed_in_int8(parts: Parts, bits: int, dtype: torch.dtype) -> Int8Weight:
+    """Return a packed weight in 8 bits, its scales as a kernel for inputs of `dtype` has them."""
+    codes = unpack(parts["qweight"], parts["qzeros"], bits)
+    return express_in_int8(codes, parts["scales"].to(dtype), bits)
+
+
+def either(linear: Linear, in_int8: Callable[[Int8Tokens], torch.Tensor]) -> DecoderLinear:
+    """Return what computes one linear on inputs of either kind."""
+    return lambda x: in_int8(x) if isinstance(x, Int8Tokens) else linear(x)
 
 
 def auto_round_lib(parts: Parts, bits: int, group_size: int, dtype: torch.dtype) -> Linear:

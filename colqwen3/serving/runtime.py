@@ -21,8 +21,10 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbe
 from colqwen3.model.configuration_colqwen3 import ColQwen3Config
 from colqwen3.model.processing_colqwen3 import ColQwen3Processor
 from colqwen3.serving.decoder import Decoder
-from colqwen3.serving.fused import PLAIN, Operations, choose_operations
+from colqwen3.serving.fused import PLAIN, Operations, choose_operations, int8_operations
+from colqwen3.serving.int8 import ActivationsKind
 from colqwen3.serving.recording import RecentlyUsed, Recording, Work, agree, record
+from colqwen3.serving.token_table import TokenTable, find_table
 from colqwen3.serving.vision import Grid, Places, Tower
 from colqwen3.serving.weights import Weights, build_decoder, build_tower
 from colqwen3.system.errors import first_line
@@ -31,11 +33,13 @@ logger = logging.getLogger(__name__)
 
 Mode = Literal["eager", "compiled", "graphs"]
 
-TOKEN_STEP = 4  # queries are padded to a multiple
+TOKEN_STEP = 2  # queries are padded to a multiple
 BATCHES = (1, 2, 4, 8, 16, 32, 64)  # and batches to one of these
 MAXIMUM_TOKENS = 6000  # in a recorded forward; beyond, launches cost nothing beside the arithmetic
 CACHED_PLACES = 64  # cosines and sines of text lengths, and of page sizes
 RECORDED_QUERIES, RECORDED_PAGES = 128, 16  # sizes of batches that stay recorded
+# of the trial, on average: 8 bits are off by some thousandths at most, what is broken by far more
+MINIMUM_INT8_COSINE = 0.95
 LONG = 256  # tokens from which cuDNN's attention is the faster one
 
 
@@ -81,6 +85,11 @@ class Runtime:
     mode
         What really runs: ``graphs`` (forwards replayed from CUDA graphs), ``compiled`` or
         ``eager``; a slower one than was asked for where the faster does not work, as on a CPU.
+    activations
+        What the decoder's linears really take: ``bfloat16`` (those of `dtype`), or ``int8``: in 8
+        bits wherever `token_table` says that it is faster.
+    token_table
+        Times of both kinds, with ``int8``.
     """
 
     def __init__(
@@ -90,6 +99,7 @@ class Runtime:
         weights: Weights,
         device: torch.device,
         dtype: torch.dtype,
+        activations: ActivationsKind = "bfloat16",
     ) -> None:
         self._config, self.processor = config, processor
         self.embed_dim: int = config.embed_dim
@@ -102,7 +112,10 @@ class Runtime:
         self._pad: int = processor.tokenizer.pad_token_id
         self.device, self.dtype, self.kernel = device, dtype, weights.kernel
         self.mode: Mode = "eager"
+        self.activations: ActivationsKind = activations
+        self.token_table: TokenTable | None = None
         self._operations: Operations = PLAIN
+        self._int8_operations: Operations | None = None
         # without a reference to the runtime, whose memory is freed with its last reference
         rotary = Qwen3VLTextRotaryEmbedding(config.text_config)
         cos_sin = functools.partial(_cos_sin, rotary, dtype, device)
@@ -117,11 +130,13 @@ class Runtime:
         that fails or does not agree, a warning says so and plain torch is used. CUDA graphs are
         recorded of either.
         """
-        self.mode, self._operations = "eager", PLAIN
+        self.mode, self._operations, self._int8_operations = "eager", PLAIN, None
         with self._at_home():
-            expected = self._trial()
+            expected = self._trial(PLAIN)
             if mode != "eager":
                 self._operations = self._compiled(expected)
+            if self.activations == "int8":
+                self._use_int8(expected)
         if mode != "eager":
             records = mode == "graphs" and self.device.type == "cuda"
             self.mode = "graphs" if records else self._unrecorded_mode()
@@ -130,13 +145,38 @@ class Runtime:
         """Return the fastest operations that give the expected embeddings of the trial."""
         problem = "are wrong"
         try:
-            self._operations = choose_operations(self.device)
-            if self._operations is PLAIN or all(map(agree, self._trial(), expected)):
-                return self._operations
+            operations = choose_operations(self.device)
+            if operations is PLAIN or all(map(agree, self._trial(operations), expected)):
+                return operations
         except Exception as error:  # a compiler can fail in many ways
             problem = f"fail ({first_line(error)})"
         logger.warning("compiled kernels %s here: plain torch is used, and slower", problem)
         return PLAIN
+
+    def _use_int8(self, expected: tuple[torch.Tensor, torch.Tensor]) -> None:
+        """Compute in 8 bits where that is faster, if it gives about the embeddings of the trial."""
+        try:
+            operations = int8_operations(self._operations, self.device)
+            worst = min(
+                float((actual * right).sum(-1).mean())
+                for actual, right in zip(self._trial(operations), expected, strict=True)
+            )
+            if worst >= MINIMUM_INT8_COSINE:
+                key = [self.kernel, self._config.text_config.to_dict()]
+                self.token_table = find_table(self._decoder, self._operations, operations, key)
+                self._int8_operations = operations
+                return
+            problem = f"give embeddings with a cosine of {worst:.3f} to those of 16 bits"
+        except Exception as error:  # a compiler or a driver can fail in many ways
+            problem = f"fail ({first_line(error)})"
+        logger.warning("8-bit activations %s here: 16-bit ones are used", problem)
+        self.activations = "bfloat16"
+
+    def _operations_for(self, tokens: int) -> Operations:
+        """Return what to compute a forward of so many tokens with."""
+        table, int8 = self.token_table, self._int8_operations
+        fast = table is not None and int8 is not None and table.int8_is_faster(tokens)
+        return int8 if int8 is not None and fast else self._operations
 
     def _unrecorded_mode(self) -> Mode:
         return "eager" if self._operations is PLAIN else "compiled"
@@ -151,11 +191,12 @@ class Runtime:
         return torch.cuda.device(self.device) if on_gpu else contextlib.nullcontext()
 
     @torch.inference_mode()
-    def _trial(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Embed a short text and a small page, without recording anything."""
+    def _trial(self, operations: Operations) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embed a short text and a small page with `operations`, without recording anything."""
         page = self.processor.process_images([Image.linear_gradient("L")])
-        batch = self.place_pages(page)
-        return self._unrecorded_queries([torch.arange(24)]), self._pages(batch, batch.pixels)
+        batch, ids = self.place_pages(page), torch.arange(24, device=self.device)[None]
+        text = self._queries(*self._text_places(24), ids, operations)
+        return text, self._pages(batch, batch.pixels, operations)
 
     # ---- Queries -------------------------------------------------------------------------------
 
@@ -229,12 +270,19 @@ class Runtime:
             place[: len(row)] = row
         return ids
 
-    def _queries(self, cos: torch.Tensor, sin: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    def _queries(
+        self,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        ids: torch.Tensor,
+        operations: Operations | None = None,
+    ) -> torch.Tensor:
         batch, tokens = ids.shape
+        operations = operations or self._operations_for(ids.numel())
         cos, sin = cos.repeat(batch, 1), sin.repeat(batch, 1)
         with _attention(tokens):
             hidden = self._embeddings(ids)
-            return self._decoder.run(hidden, cos, sin, self._operations)
+            return self._decoder.run(hidden, cos, sin, operations)
 
     def _record(self, work: Work, inputs: torch.Tensor, tensors: object) -> Recording | None:
         """Record `work`; if that fails, warn, and record nothing any more."""
@@ -334,13 +382,16 @@ class Runtime:
             sin,
         )
 
-    def _pages(self, batch: PageBatch, pixels: torch.Tensor) -> torch.Tensor:
+    def _pages(
+        self, batch: PageBatch, pixels: torch.Tensor, operations: Operations | None = None
+    ) -> torch.Tensor:
+        operations = operations or self._operations_for(batch.ids.numel())
         with _attention(batch.ids.shape[1]):
-            tokens, features = self._tower.run(pixels, batch.places, self._operations)
+            tokens, features = self._tower.run(pixels, batch.places, operations)
             hidden = self._embeddings(batch.ids)
             hidden.view(-1, hidden.shape[-1]).index_copy_(0, batch.visual, tokens)
             return self._decoder.run(
-                hidden, batch.cos, batch.sin, self._operations, (batch.visual, features)
+                hidden, batch.cos, batch.sin, operations, (batch.visual, features)
             )
 
     def _page_places(

@@ -19,9 +19,11 @@ from colqwen3.checkpoint.quantization import (
 from colqwen3.checkpoint.tensor_file import read_tensor
 from colqwen3.model.configuration_colqwen3 import ColQwen3Config
 from colqwen3.serving.decoder import Decoder, DecoderLayer
+from colqwen3.serving.int8 import quantize_weight
 from colqwen3.serving.linears import (
     BYTE,
     KERNELS,
+    DecoderLinear,
     Embeddings,
     Linear,
     Parts,
@@ -29,8 +31,12 @@ from colqwen3.serving.linears import (
     dense,
     dense_embeddings,
     dequantized_on_use,
+    humming_or_int8,
     packed_embeddings,
+    packed_in_int8,
     side_by_side,
+    streams_int8,
+    with_int8_weight,
 )
 from colqwen3.serving.vision import Merger, Norm, Tower, VisionBlock
 from colqwen3.system.errors import UserError
@@ -51,6 +57,8 @@ class Weights:
         Where to, and as what.
     config
         Its config.json.
+    int8
+        Whether the decoder's linears shall take inputs in 8 bits too.
 
     Attributes
     ----------
@@ -65,11 +73,13 @@ class Weights:
         device: torch.device,
         dtype: torch.dtype,
         config: dict[str, Any],
+        int8: bool = False,
     ) -> None:
         self._folder, self._device, self._dtype = folder, device, dtype
         self._quantization = config.get("quantization_config")
         self._stored = Checkpoint.read(folder).tensors
         self._embeddings_bits = embeddings_bits(config, self._stored)
+        self._int8 = int8
         self._kernels: dict[int, str] = {}  # bits -> name
         self.kernel = "dense"
         if self._quantization is not None:
@@ -133,16 +143,26 @@ class Weights:
             weight = dequantize(**packed, bits=bits).to(self._dtype)
         return dense(weight, self.tensor(f"{name}.bias"))
 
-    def merged(self, *names: str) -> Linear:
+    def merged(self, *names: str) -> DecoderLinear:
         """Return linears of the decoder that read the same input as one, outputs in a row."""
         if f"{names[0]}.weight" in self._stored:
-            return dense(torch.cat([self.tensor(f"{name}.weight") for name in names]))
+            weight = torch.cat([self.tensor(f"{name}.weight") for name in names])
+            linear = dense(weight)
+            if self._int8:
+                return with_int8_weight(linear, quantize_weight(weight), self._dtype)
+            return linear
         widths = {self._bits(name) for name in names}
         if len(widths) > 1:  # no recipe makes this, another program may
             return side_by_side([self.merged(name) for name in names])
         (bits,), parts = widths, self._packed(names)
-        kernel = KERNELS[self._kernel(bits, parts)]
-        return kernel(parts, bits, self._group_size, self._dtype)
+        kernel, inputs = self._kernel(bits, parts), parts["qweight"].shape[0] * 32 // bits
+        if self._int8 and kernel == "humming" and streams_int8(bits, inputs, self._group_size):
+            return humming_or_int8(parts, self._group_size)
+        linear = KERNELS[kernel](parts, bits, self._group_size, self._dtype)
+        if self._int8:
+            in_int8 = packed_in_int8(parts, bits, self._dtype)
+            return with_int8_weight(linear, in_int8, self._dtype)
+        return linear
 
     def _packed(self, names: Sequence[str]) -> Parts:
         return {

@@ -43,6 +43,7 @@ BUDGETS = [1280, 2560, 5120, 10240]
 SPEED = {
     "dtype": "bfloat16", "repeats": 12,
     "query_tokens": 26, "query_batches": [1, 8, 64], "page_batches": [1, 4, 16],
+    "int8_activations": True,
 }  # fmt: skip
 CAP_GIB = 11.25  # what a card of 12 GiB leaves to torch beside the driver's own
 LOW_LAYERS = 4
@@ -523,6 +524,7 @@ STEPS: dict[str, dict[str, Callable[[Bench], Result]]] = {
         "rtn": step_rtn,
         "tune-0": lambda bench: tune(bench, "tune-0", 0, MIXED),
         "gptq": lambda bench: gptq(bench, "gptq"),
+        "gptq-model": lambda bench: gptq(bench, "gptq-model", hessian="model"),
         "end-to-end": step_end_to_end,
         "tune-small": step_tune_small,
         "serve-small": step_serve_small,

@@ -65,7 +65,8 @@ def compare_times(times: dict[str, list[float]], items: int) -> dict[str, Any]:
     Parameters
     ----------
     times
-        Mode -> milliseconds of the original and of the quantized model.
+        Mode -> milliseconds of the original and of the quantized model; then, if they were timed,
+        of the same with 8-bit activations.
     items
         Queries or pages in the batch.
 
@@ -74,27 +75,33 @@ def compare_times(times: dict[str, list[float]], items: int) -> dict[str, Any]:
     dict
         Each mode with ``speedup``, the original's time by the quantized model's, and
         ``speedup_to_best``, the original's in its fastest mode instead; and ``best``: the fastest
-        mode of each, with items per second.
+        mode of each, with items per second. With 8-bit activations ``speedup_int8`` and
+        ``original_speedup_int8``: the time of the original with 16-bit ones by that.
     """
     best = [min(column) for column in zip(*times.values(), strict=True)]
     report: dict[str, Any] = {
-        mode: {**_pair(*pair), "speedup_to_best": round(best[0] / pair[1], 3)}
-        for mode, pair in times.items()
+        mode: {**_ratios(*columns), "speedup_to_best": round(best[0] / columns[1], 3)}
+        for mode, columns in times.items()
     }
     report[BEST] = {
-        **_pair(*best),
+        **_ratios(*best),
         "original_per_second": round(1000 * items / best[0], 2),
         "quantized_per_second": round(1000 * items / best[1], 2),
     }
     return report
 
 
-def _pair(original: float, quantized: float) -> dict[str, float]:
-    return {
+def _ratios(original: float, quantized: float, *in_int8: float) -> dict[str, float]:
+    ratios = {
         "original_ms": round(original, 3),
         "quantized_ms": round(quantized, 3),
         "speedup": round(original / quantized, 3),
     }
+    if in_int8:
+        for name, taken in zip(("original_", ""), in_int8, strict=True):
+            ratios[f"{name or 'quantized_'}int8_ms"] = round(taken, 3)
+            ratios[f"{name}speedup_int8"] = round(original / taken, 3)
+    return ratios
 
 
 def token_cosines(actual: Iterable[torch.Tensor], expected: Iterable[torch.Tensor]) -> torch.Tensor:

@@ -118,6 +118,7 @@ class BenchmarkParams(Section):
     query_tokens: int = Field(gt=10)  # ten of them are the augmentation tokens
     query_batches: list[BatchSize] = Field(min_length=1)
     page_batches: list[BatchSize] = Field(min_length=1)
+    int8_activations: bool
     warmup: int = Field(ge=0)
     repeats: int = Field(ge=1)
 

@@ -10,7 +10,13 @@ from stages import benchmark
 from stages.pipeline.params import BenchmarkParams
 
 PARAMS = BenchmarkParams(
-    dtype="float32", repeats=1, warmup=0, query_tokens=12, query_batches=[1, 2], page_batches=[2]
+    dtype="float32",
+    repeats=1,
+    warmup=0,
+    query_tokens=12,
+    query_batches=[1, 2],
+    page_batches=[2],
+    int8_activations=False,
 )
 ROWS = [torch.arange(11), torch.arange(14)]
 

@@ -84,10 +84,25 @@ CONTENDERS = {
     ),
     "gptq-model": Contender(queries=96, pages=48, method="gptq", hessian="model"),
     "gptq-model-e2e": Contender(
-        queries=96, pages=48, method="gptq", hessian="model", end_to_end=200
+        queries=96, pages=48, method="gptq", hessian="model", end_to_end=200, many_seeds=True
     ),
     "gptq-model-passages32-e2e": Contender(
-        queries=96, pages=48, passages=32, method="gptq", hessian="model", end_to_end=200
+        queries=96,
+        pages=48,
+        passages=32,
+        method="gptq",
+        hessian="model",
+        end_to_end=200,
+        many_seeds=True,
+    ),
+    "w3g64": Contender(
+        queries=96,
+        pages=48,
+        passages=128,
+        method="gptq",
+        hessian="model",
+        end_to_end=200,
+        weights={"bits": 3, "group_size": 64},
     ),
     "mixed-e2e-scales": Contender(queries=96, pages=48, end_to_end=200, codes=False),
     "gptq-e2e-scales": Contender(queries=96, pages=48, method="gptq", end_to_end=200, codes=False),

@@ -80,6 +80,7 @@ benchmark:
   dtype: bfloat16
   query_tokens: 26
   query_batches: [1, 8]
+  int8_activations: false
   page_batches: [1]
   warmup: 0
   repeats: 10
