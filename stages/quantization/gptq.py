@@ -4,8 +4,9 @@ Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-tr
 arXiv:2210.17323. Columns are taken in their order, without sorting by activation.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ DAMPING = 0.01
 """Of the Hessian's mean diagonal, added to its diagonal; the paper's own value."""
 SHRINKAGE = torch.linspace(1, 0.6, 21, dtype=torch.float64)
 """Factors to try on the scale that represents a group's largest weight."""
+SIDE = 64
+"""Rows and columns of the blocks that `quantize_by_outputs` cuts a weight into."""
 
 
 @torch.no_grad()
@@ -199,10 +202,15 @@ def quantize_weight(
         Codes, int8 [out_features, in_features] from ``-2 ** (bits - 1)``, and scales, float16
         [out_features, groups], as of `colqwen3.checkpoint.packing.round_to_nearest`.
     """
-    limit = 2 ** (torch.as_tensor(bits, device=hessian.device) - 1)
+    limit = (2 ** (torch.as_tensor(bits, device=hessian.device) - 1)).expand(len(weight))
     weight = weight.detach().to(hessian.device, torch.float64, copy=True)
     inverse = inverse_factor(hessian)
-    rounded = RecordedGroup() if weight.is_cuda else round_group
+    rounded: Callable[..., tuple[torch.Tensor, ...]] = round_group
+    if weight.is_cuda:
+        first = slice(group_size)
+        rounded = Recorded(
+            round_group, weight[:, first], inverse[first, first], weight[:, 0], limit
+        )
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     scales = weight.new_empty(len(weight), weight.shape[1] // group_size, dtype=torch.float16)
     for group, start in enumerate(range(0, weight.shape[1], group_size)):
@@ -224,7 +232,8 @@ def quantize_by_outputs(
 
     Weights are rounded row by row, and in a row column by column; the columns to come in the row make
     up for each one's error, as in `quantize_weight`, and the rows to come for that of each row. A
-    weight needs those above it and those on its left, so a whole diagonal is rounded at a time.
+    weight needs those above it and those on its left, so a whole diagonal is rounded at a time: one of
+    blocks, and in all of these one of weights after the other.
 
     Parameters
     ----------
@@ -239,30 +248,119 @@ def quantize_by_outputs(
         Codes and scales as of `quantize_weight`; the scales are those that represent the original
         weight best.
     """
-    weight = weight.detach().to(hessian.device, torch.float64, copy=True)
+    weight = weight.detach().to(hessian.device, torch.float64)
     (rows, columns), limit = weight.shape, 2 ** (bits - 1)
     scales = torch.stack(
         [search_scale(block, bits) for block in torch.split(weight, group_size, dim=1)], dim=1
     )
     steps = scales.double().repeat_interleave(group_size, dim=1)
-    inner, across = inverse_factor(hessian), inverse_factor(outer)
-    inner_diagonal, across_diagonal = inner.diagonal(), across.diagonal()
-    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-    owed = torch.zeros_like(weight)  # what a weight makes up for within its row
-    numbers = torch.arange(rows, device=weight.device)
-    for diagonal in range(rows + columns - 1):
-        row = numbers[max(0, diagonal - columns + 1) : diagonal + 1]
-        column = diagonal - row
-        target, step = weight[row, column], steps[row, column]
-        wanted = target - owed[row, column]
+    height, width = -(-rows // SIDE), -(-columns // SIDE)  # in blocks
+    margin = (0, width * SIDE - columns, 0, height * SIDE - rows)
+    # the first row is the last one here: what depends on nothing that is open is a diagonal then
+    weight = nn.functional.pad(weight, margin).flip(0)
+    steps = nn.functional.pad(steps, margin, value=1).flip(0)
+    inner = pad_factor(inverse_factor(hessian), margin[1])
+    across = pad_factor(inverse_factor(outer), margin[3]).flip(0, 1)
+    inner_blocks, across_blocks = diagonal_blocks(inner, 0), diagonal_blocks(across, 0)
+    codes = torch.zeros_like(weight, dtype=torch.int8)
+    within, between = torch.zeros_like(weight), torch.zeros_like(weight)  # errors; 0: still open
+    rounded: Callable[..., tuple[torch.Tensor, ...]] = partial(round_blocks, limit=limit)
+    if weight.is_cuda:
+        largest = weight.new_ones(min(height, width), SIDE, SIDE)
+        rounded = Recorded(rounded, *5 * [largest])
+    for offset, downs, rights in diagonals(height, width):
+        left, below = (rights.stop - 1) * SIDE, (downs.start + 1) * SIDE
+        owed = torch.bmm(
+            within.view(height, SIDE, -1)[downs, :, :left],
+            inner.view(-1, width, SIDE)[:left, rights].transpose(0, 1),
+        )
+        target = diagonal_blocks(weight, offset) - torch.bmm(
+            across.view(-1, height, SIDE)[below:, downs].permute(1, 2, 0),
+            between.view(-1, width, SIDE)[below:, rights].transpose(0, 1),
+        )
+        step = diagonal_blocks(steps, offset)
+        made = rounded(target, owed, step, inner_blocks[rights], across_blocks[downs])
+        for whole, blocks in zip((codes, within, between), made, strict=True):
+            diagonal_blocks(whole, offset).copy_(blocks)
+    return codes.flip(0)[:rows, :columns], scales
+
+
+def pad_factor(factor: torch.Tensor, margin: int) -> torch.Tensor:
+    """Add rows and columns of the identity at the end of a square matrix."""
+    padded = nn.functional.pad(factor, (0, margin, 0, margin))
+    padded.diagonal()[len(factor) :] = 1
+    return padded
+
+
+def diagonals(height: int, width: int) -> Iterator[tuple[int, slice, slice]]:
+    """Yield the diagonals of a matrix from its lower left to its upper right corner.
+
+    Yields
+    ------
+    tuple
+        Offset as of `torch.diagonal`, and the rows and the columns that it crosses.
+    """
+    for offset in range(1 - height, width):
+        top, left = max(0, -offset), max(0, offset)
+        length = min(height - top, width - left)
+        yield offset, slice(top, top + length), slice(left, left + length)
+
+
+def diagonal_blocks(matrix: torch.Tensor, offset: int) -> torch.Tensor:
+    """Return a view [blocks, SIDE, SIDE] of the blocks of a matrix on one diagonal of blocks."""
+    height, width = (size // SIDE for size in matrix.shape)
+    return matrix.view(height, SIDE, width, SIDE).diagonal(offset, 0, 2).permute(2, 0, 1)
+
+
+def round_blocks(
+    target: torch.Tensor,
+    owed: torch.Tensor,
+    steps: torch.Tensor,
+    inner: torch.Tensor,
+    across: torch.Tensor,
+    limit: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Round blocks of a weight, the last row first; the rows above and the columns on the right make up.
+
+    Parameters
+    ----------
+    target
+        Float64 [blocks, SIDE, SIDE]: the weights, with what they make up for the rows that are done.
+    owed
+        What they make up for the columns of other blocks besides.
+    steps
+        What one step of a code is worth.
+    inner, across
+        Each block's part of `inverse_factor` over columns, and over rows, which go from the last to
+        the first.
+    limit
+        What codes are below, and not below the negative of.
+
+    Returns
+    -------
+    tuple
+        Codes, int8, and errors that other columns, and other rows, must make up for, float64; of the
+        blocks' shape.
+    """
+    target, owed = target.clone(), owed.clone()
+    codes = torch.empty_like(target, dtype=torch.int8)
+    within, between = torch.empty_like(target), torch.empty_like(target)
+    inner_diagonal, across_diagonal = (part.diagonal(0, 1, 2) for part in (inner, across))
+    for offset, rows, columns in diagonals(SIDE, SIDE):
+        goal, step = target.diagonal(offset, 1, 2), steps.diagonal(offset, 1, 2)
+        wanted = goal - owed.diagonal(offset, 1, 2)
         code = (wanted / step).round_().clamp_(-limit, limit - 1)
-        codes[row, column] = code.to(torch.int8)
-        error = (wanted - code * step) / inner_diagonal[column]
-        owed[row] += error.unsqueeze(1) * inner[column]
-        # rows that are done are written to as well, and not looked at again
-        error = (target - code * step) / across_diagonal[row]
-        weight[:, column] -= across[row].T * error
-    return codes, scales
+        value = code * step
+        sideways = (wanted - value).div_(inner_diagonal[:, columns])
+        upwards = (goal - value).div_(across_diagonal[:, rows])
+        for whole, part in ((codes, code), (within, sideways), (between, upwards)):
+            whole.diagonal(offset, 1, 2).copy_(part)
+        # what is done is written to as well, and not looked at again
+        owed[:, rows].addcmul_(sideways.unsqueeze(2), inner[:, columns])
+        target[:, :, columns].addcmul_(
+            across[:, rows].transpose(1, 2), upwards.unsqueeze(1), value=-1
+        )
+    return codes, within, between
 
 
 def round_group(
@@ -296,40 +394,43 @@ def round_group(
     return codes, errors
 
 
-class RecordedGroup:
-    """`round_group` as a CUDA graph, for groups of one shape: a GPU waits for launches otherwise.
+class Recorded:
+    """A function of tensors as a CUDA graph: a GPU waits for launches otherwise.
 
     On an H100, GPTQ of a decoder layer of the 4B model's shapes would start some 100,000 kernels.
+
+    Parameters
+    ----------
+    function
+        Gives tensors; what it changes of its arguments are copies.
+    examples
+        Tensors of the largest shapes that it will be given.
     """
 
-    def __init__(self) -> None:
-        self._inputs: tuple[torch.Tensor, ...] = ()
-        self._graph: Any = None
-        self._outputs: tuple[torch.Tensor, torch.Tensor] | None = None
+    def __init__(
+        self, function: Callable[..., tuple[torch.Tensor, ...]], *examples: torch.Tensor
+    ) -> None:
+        self._inputs = tuple(tensor.clone() for tensor in examples)
+        device = examples[0].device
+        side: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):
+            function(*self._inputs)  # what is set up at first use is not recorded
+        torch.cuda.current_stream(device).wait_stream(side)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._outputs = function(*self._inputs)
 
-    def __call__(
-        self,
-        block: torch.Tensor,
-        factors: torch.Tensor,
-        scale: torch.Tensor,
-        limit: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Do as `round_group` does, but leave the block as it is; outputs hold until the next call."""
-        given = (block, factors, scale, limit)
-        if self._outputs is None:
-            self._inputs = tuple(tensor.clone() for tensor in given)
-            side: Any = torch.cuda.Stream(block.device)  # type: ignore[no-untyped-call]
-            side.wait_stream(torch.cuda.current_stream(block.device))
-            with torch.cuda.stream(side):
-                round_group(*self._inputs)  # what is set up at first use is not recorded
-            torch.cuda.current_stream(block.device).wait_stream(side)
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
-                self._outputs = round_group(*self._inputs)
+    def __call__(self, *given: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Do as the function does; outputs hold until the next call.
+
+        Tensors may be shorter in their first dimension than the examples, if the function treats each
+        of its entries alone; outputs are as long as the first of them then.
+        """
         for place, tensor in zip(self._inputs, given, strict=True):
-            place.copy_(tensor)
+            place[: len(tensor)].copy_(tensor)
         self._graph.replay()
-        return self._outputs
+        return tuple(output[: len(given[0])] for output in self._outputs)
 
 
 def inverse_factor(hessian: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -284,23 +285,41 @@ def test_inputs_that_are_not_finite_are_named() -> None:
         run_gptq(layer, inputs, states, None, recipe(), BITS, CPU)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@needs_gpu
 def test_a_recorded_group_is_rounded_as_an_unrecorded_one() -> None:
     generator = torch.Generator("cuda").manual_seed(3)
-    recorded = gptq.RecordedGroup()
     limit = torch.tensor([2, 8, 128] * 32, device="cuda")
-    for _ in range(3):  # recorded, then replayed on other numbers
+
+    def draw() -> tuple[torch.Tensor, ...]:
         block, factors = (
             torch.randn(rows, 32, generator=generator, device="cuda", dtype=torch.float64)
             for rows in (96, 32)
         )
         factors = factors.triu() + 8 * torch.eye(32, device="cuda", dtype=torch.float64)
-        scale = block.abs().amax(1) / limit
-        actual = [item.clone() for item in recorded(block, factors, scale, limit)]
-        for ours, expected in zip(
-            actual, gptq.round_group(block, factors, scale, limit), strict=True
-        ):
+        return block, factors, block.abs().amax(1) / limit, limit
+
+    recorded = gptq.Recorded(gptq.round_group, *draw())
+    for _ in range(3):  # replayed on other numbers
+        drawn = draw()
+        actual = recorded(*drawn)
+        for ours, expected in zip(actual, gptq.round_group(*drawn), strict=True):
             assert torch.equal(ours, expected)
+
+
+@needs_gpu
+@pytest.mark.parametrize("shape", [(200, 96), (96, 200), (256, 320), (40, 24)])
+def test_blocks_are_rounded_on_a_gpu_as_on_a_cpu(shape: tuple[int, int]) -> None:
+    weight, inner, outer = problem(shape)
+    codes, scales = quantize_by_outputs(weight, inner, outer, 4, shape[1] // 2)
+    for found, expected in zip(
+        quantize_by_outputs(weight.cuda(), inner.cuda(), outer.cuda(), 4, shape[1] // 2),
+        (codes, scales),
+        strict=True,
+    ):
+        assert torch.equal(found.cpu(), expected)
 
 
 def kronecker_surgeon(weight: Array, inner: Array, outer: Array, scales: Array) -> NDArray[np.int8]:
@@ -344,6 +363,69 @@ def test_rows_make_up_for_the_errors_of_rows_before(shape: tuple[int, int]) -> N
     if rows > 1:
         alone = kronecker_loss(weight, inner, outer, quantize_weight(weight, inner, 4, 32))
         assert kronecker_loss(weight, inner, outer, (codes, scales)) < 0.7 * alone
+
+
+def problem(shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return a weight of a shape, and what its inputs and its outputs do."""
+    rows, columns = shape
+    return weights(*shape), moments(tokens(400, columns)), moments(tokens(400, rows, 3))
+
+
+def walk_diagonals(
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    outer: torch.Tensor,
+    bits: int,
+    scales: torch.Tensor,
+) -> torch.Tensor:
+    """Return the codes of `quantize_by_outputs`, by each diagonal of the whole weight in turn."""
+    weight = weight.double()
+    (rows, columns), limit = weight.shape, 2 ** (bits - 1)
+    steps = scales.double().repeat_interleave(columns // scales.shape[1], dim=1)
+    inner, across = gptq.inverse_factor(hessian), gptq.inverse_factor(outer)
+    codes, owed = torch.empty(weight.shape, dtype=torch.int8), torch.zeros_like(weight)
+    numbers = torch.arange(rows)
+    for diagonal in range(rows + columns - 1):
+        row = numbers[max(0, diagonal - columns + 1) : diagonal + 1]
+        column = diagonal - row
+        target, step = weight[row, column], steps[row, column]
+        wanted = target - owed[row, column]
+        code = (wanted / step).round().clamp(-limit, limit - 1)
+        codes[row, column] = code.to(torch.int8)
+        error = (wanted - code * step) / inner.diagonal()[column]
+        owed[row] += error.unsqueeze(1) * inner[column]
+        error = (target - code * step) / across.diagonal()[row]
+        weight[:, column] -= across[row].T * error
+    return codes
+
+
+@pytest.mark.parametrize("bits", [4, 3])
+@pytest.mark.parametrize(
+    "shape", [(64, 64), (65, 64), (70, 260), (260, 70), (256, 320), (330, 192), (1, 140), (140, 2)]
+)
+def test_blocks_are_rounded_as_weight_after_weight(shape: tuple[int, int], bits: int) -> None:
+    weight, inner, outer = problem(shape)
+    kept = weight.clone()
+    codes, scales = quantize_by_outputs(weight, inner, outer, bits, shape[1] // 2)
+    assert codes.dtype == torch.int8 and torch.equal(weight, kept)
+    assert torch.equal(codes, walk_diagonals(weight, inner, outer, bits, scales))
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_blocks_and_weights_in_them_need_their_order(
+    monkeypatch: pytest.MonkeyPatch, inside: bool
+) -> None:
+    """Else the test above says little."""
+    weight, inner, outer = problem((200, 260))
+    real = gptq.diagonals
+
+    def backwards(height: int, width: int) -> Iterator[tuple[int, slice, slice]]:
+        found = real(height, width)
+        return reversed(list(found)) if inside == (height == gptq.SIDE) else found
+
+    monkeypatch.setattr(gptq, "diagonals", backwards)
+    codes, scales = quantize_by_outputs(weight, inner, outer, 4, 130)
+    assert not torch.equal(codes, walk_diagonals(weight, inner, outer, 4, scales))
 
 
 def test_rows_are_on_their_own_where_outputs_are() -> None:
