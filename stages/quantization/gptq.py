@@ -36,7 +36,7 @@ def run_gptq(
     bits: Mapping[str, int],
     device: torch.device,
     effects: Effects | None = None,
-) -> tuple[Hidden, Hidden]:
+) -> tuple[Hidden, Hidden, dict[str, torch.Tensor]]:
     """Quantize one decoder layer in place with GPTQ; parameters as of `tuning.tune_layer`.
 
     The Hessians are of the inputs that the linears have once the layers before are quantized.
@@ -44,7 +44,8 @@ def run_gptq(
     Returns
     -------
     tuple
-        Outputs of the layer before, on `hidden`, and after, on `quantized`.
+        Outputs of the layer before, on `hidden`, and after, on `quantized`, and the Hessians, as
+        `collect_hessians` returns them.
 
     Raises
     ------
@@ -56,7 +57,8 @@ def run_gptq(
             raise NonFiniteWeightsError(f"quantize: {name} has NaN or infinite gradients")
     before = list(layer_outputs(layer, inputs, hidden, device))
     given = hidden if quantized is None else quantized
-    for name, hessian in collect_hessians(layer, inputs, given, device, effects).items():
+    hessians = collect_hessians(layer, inputs, given, device, effects)
+    for name, hessian in hessians.items():
         if name not in bits:
             continue
         if not hessian.isfinite().all():
@@ -71,7 +73,7 @@ def run_gptq(
             )
         module.weight.copy_(dense_weight(codes, scales))
         module.scale = scales
-    return before, list(layer_outputs(layer, inputs, given, device))
+    return before, list(layer_outputs(layer, inputs, given, device)), hessians
 
 
 @torch.no_grad()
@@ -93,7 +95,7 @@ def effect_error(
     original
         The weight of each quantized linear before, by its name in the layer.
     hessians
-        As `collect_hessians` returns them.
+        As `run_gptq` returns them.
     effects
         Of all linears of the layer.
     """

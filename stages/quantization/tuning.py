@@ -35,7 +35,7 @@ from stages.quantization.activations import (
     write_states,
 )
 from stages.quantization.autoround import run_autoround
-from stages.quantization.gptq import collect_hessians, effect_error, run_gptq
+from stages.quantization.gptq import effect_error, run_gptq
 from stages.quantization.model_hessians import Effects, read_effects, write_effects
 from stages.quantization.recipes import GptqRecipe, TunedRecipe
 from stages.quantization.sample_packs import pack_samples
@@ -135,8 +135,11 @@ def tune_layer(
     given = hidden if quantized is None else quantized
     before: Hidden | None
     after: Hidden | None
+    hessians: dict[str, torch.Tensor] = {}
     if isinstance(recipe, GptqRecipe):
-        before, after = run_gptq(layer, inputs, hidden, quantized, recipe, bits, device, effects)
+        before, after, hessians = run_gptq(
+            layer, inputs, hidden, quantized, recipe, bits, device, effects
+        )
     else:
         before, after = run_autoround(layer, inputs, hidden, quantized, recipe, bits, device)
     if before is None:  # without tuning, AutoRound needs no data at 8 bits
@@ -145,7 +148,6 @@ def tune_layer(
     if effects is None:
         error = partial(_output_error, inputs=inputs, given=given, before=before, device=device)
     else:  # outputs are not what it minimises
-        hessians = collect_hessians(rounded, inputs, given, device, effects)
         linears: dict[str, Any] = {name: rounded.get_submodule(name) for name in bits}
         original = {name: linear.weight.detach().clone() for name, linear in linears.items()}
         error = partial(effect_error, original=original, hessians=hessians, effects=effects)

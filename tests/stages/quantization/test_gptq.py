@@ -234,13 +234,15 @@ def test_the_layers_outputs_are_those_before_and_after() -> None:
     layer, (inputs, states) = Layer(), given()
     original = copy.deepcopy(layer)
     shifted = [state + 0.01 for state in states]
-    before, after = run_gptq(layer, inputs, states, shifted, recipe(), BITS, CPU)
+    before, after, hessians = run_gptq(layer, inputs, states, shifted, recipe(), BITS, CPU)
     for found, expected in (
         (before, layer_outputs(original, inputs, states, CPU)),
         (after, layer_outputs(layer, inputs, shifted, CPU)),
     ):
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    hessians = collect_hessians(original, inputs, shifted, CPU)  # not those of `states`
+    expected_hessians = collect_hessians(original, inputs, shifted, CPU)  # not those of `states`
+    assert hessians.keys() == expected_hessians.keys()
+    assert all(torch.equal(hessians[name], expected_hessians[name]) for name in hessians)
     codes, scales = quantize_weight(original.first.weight, hessians["first"], 4, 32)
     first: Any = layer.first
     assert torch.equal(first.scale, scales)
@@ -495,6 +497,14 @@ def test_a_layer_is_kept_for_its_effect_even_where_its_output_is_worse() -> None
     run_gptq(original, inputs, states, None, recipe(), BITS, CPU, effects)
     for one, other in ((layer.first, original.first), (layer.second, original.second)):
         assert torch.equal(one.weight, other.weight)
+
+
+def test_judging_a_layer_by_its_effect_runs_it_no_further_time() -> None:
+    layer, (inputs, states) = Layer(), given()
+    calls: list[int] = []
+    layer.register_forward_hook(lambda *_: calls.append(0))  # copies of the layer have it too
+    tune_layer(layer, inputs, states, None, recipe(), BITS, CPU, effects_of(states))
+    assert len(calls) == 3 * len(states)  # for outputs before and after, and for the Hessians
 
 
 def test_gradients_that_are_not_finite_are_an_error() -> None:
