@@ -110,11 +110,7 @@ def quantize(
         try:
             kinds = [origin.kind for origin in origins]
             job = Job(Checkpoint.read(source), allocation, recipe, samples, device, scratch, kinds)
-            shapes = [
-                job.source.tensors[f"{linear}.weight"].shape
-                for linear in allocation.linears
-                if linear.startswith(f"{BLOCKS}.")
-            ]
+            shapes = [job.source.tensors[f"{linear}.weight"].shape for linear in allocation.text]
             # now, and not after all layers
             check_memory(ran, recipe, shapes, device, done=scratch.files)
             partial, filled = make_checkpoint(job)

@@ -43,6 +43,20 @@ class Allocation:
     token_embeddings: int = SIXTEEN
 
     @property
+    def text(self) -> list[str]:
+        """Names of the quantized linears of all decoder layers."""
+        return [name for name in self.linears if name.startswith(f"{BLOCKS}.")]
+
+    @property
+    def layers(self) -> list[list[str]]:
+        """Names of the quantized linears of each decoder layer."""
+        layers: dict[int, list[str]] = {}
+        for name in self.text:
+            index = name.removeprefix(f"{BLOCKS}.").partition(".")[0]
+            layers.setdefault(int(index), []).append(name)
+        return [layers[index] for index in sorted(layers)]
+
+    @property
     def vision(self) -> list[str]:
         """Names of the quantized linears of the vision tower."""
         return [name for name in self.linears if name.startswith(f"{VISION}.")]

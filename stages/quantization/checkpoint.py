@@ -57,8 +57,7 @@ def make_checkpoint(job: Job) -> tuple[Path, Filled]:
         hold_back(job.kinds)  # one sample of a kind is an error, now and not after all layers
         needed += bytes_of(spec for name, spec in specs.items() if name not in source.tensors)
     if isinstance(job.recipe, GptqRecipe) and job.recipe.hessian == "model":
-        outputs = [source.tensors[f"{name}.weight"].shape[0] for name in job.allocation.linears
-                   if name.startswith(f"{BLOCKS}.")]  # fmt: skip
+        outputs = [source.tensors[f"{name}.weight"].shape[0] for name in job.allocation.text]
         needed += effects_bytes(outputs, tokens)
     check_space(scratch.folder, max(0, needed - scratch.bytes()), "the checkpoint")
     folder = scratch.folder / "checkpoint"
@@ -84,12 +83,12 @@ def write_configs(source: Path, target: Path, recipe: AnyRecipe, allocation: All
     from the source.
     """
     config = read_json(source / "config.json", FIX)
-    inside = Counter(bits for name, bits in allocation.linears.items() if name.startswith(BLOCKS))
+    inside = Counter(allocation.linears[name] for name in allocation.text)
     most = max(inside, key=lambda bits: (inside[bits], bits))
     own = {
         name: {"bits": bits, "group_size": recipe.group_size, "sym": recipe.sym, "data_type": "int"}
         for name, bits in allocation.linears.items()
-        if bits != most or not name.startswith(f"{BLOCKS}.")
+        if bits != most or name in allocation.vision
     }
     config["quantization_config"] = {
         "quant_method": "auto-round",

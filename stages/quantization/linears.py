@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -326,7 +326,7 @@ def tune_linears(job: Job, file: TensorFile, find_effects: FindEffects) -> Fille
             weight = model.get_submodule(name).weight
             weight.data.copy_(read_dense(file, name, job.allocation.modules[name]))
 
-    layers = split_by_layer(job.allocation.linears)
+    layers = job.allocation.layers
     front_too = bool(job.allocation.vision) or job.allocation.token_embeddings < SIXTEEN
     for index, step in enumerate(scratch.steps):
         if layer_digest(file, layers[index]) != step["sha256"]:
@@ -358,17 +358,6 @@ def tune_linears(job: Job, file: TensorFile, find_effects: FindEffects) -> Fille
         {name: error for step in scratch.steps for name, error in step["errors"].items()},
         [Outcome(**step["outcome"]) for step in scratch.steps],
     )
-
-
-def split_by_layer(linears: Iterable[str]) -> list[list[str]]:
-    """Return the names of the planned linears of each decoder layer."""
-    layers: dict[int, list[str]] = {}
-    for name in linears:
-        if not name.startswith(f"{BLOCKS}."):
-            continue
-        index = name.removeprefix(f"{BLOCKS}.").partition(".")[0]
-        layers.setdefault(int(index), []).append(name)
-    return [layers[index] for index in sorted(layers)]
 
 
 def write_packed(file: TensorFile, name: str, packed: dict[str, torch.Tensor]) -> None:

@@ -28,7 +28,7 @@ from stages.quantization.end_to_end import (
     run_layers,
     tune_end_to_end,
 )
-from stages.quantization.linears import Filled, Job, layer_digest, split_by_layer
+from stages.quantization.linears import Filled, Job, layer_digest
 from stages.quantization.model_hessians import Effect, measure_effects
 from stages.quantization.recipes import EndToEnd, RtnRecipe
 from stages.quantization.tuned_linear import TunedLinear
@@ -114,8 +114,7 @@ def _tune(job: Job, file: TensorFile, recipe: EndToEnd) -> None:
     metadata = {"outcome": json.dumps(asdict(outcome))}
     save_file(stored, path, metadata)
     # the layers are recognised by what they will hold, and this in one step with the file's name
-    layers = split_by_layer(job.allocation.linears)
-    for step, names in zip(scratch.steps, layers, strict=True):
+    for step, names in zip(scratch.steps, job.allocation.layers, strict=True):
         step["sha256"] = layer_digest(file, names, stored)
     scratch.record({**scratch.files, TUNED: digest_file(path)})
 
@@ -169,7 +168,7 @@ def embed_original(job: Job, front: Any, samples: Sequence[Sample]) -> Hidden:
     states = list(samples)
     tail = Tail(front.vlm.model.language_model.norm, front.embedding_proj_layer)
     with torch.no_grad():
-        for index in range(len(split_by_layer(job.allocation.linears))):
+        for index in range(len(job.allocation.layers)):
             layer = _load(job, front, index).to(job.device)
             states = [
                 {**state, "hidden_states": run_layers([layer], [state], job.device)}
@@ -196,7 +195,7 @@ def find_effects(job: Job, packs: Sequence[Sample]) -> list[dict[str, Effect]]:
         front = load_front(job.source, torch.float32, job.device)
         front.vlm.model.visual.to("meta")
         front.get_input_embeddings().to("meta")
-        count = len(split_by_layer(job.allocation.linears))
+        count = len(job.allocation.layers)
         layers = [_load(job, front, index).to(job.device) for index in range(count)]
         tail = Tail(front.vlm.model.language_model.norm, front.embedding_proj_layer)
         network = Network(layers, tail.requires_grad_(False), job.device)
@@ -220,7 +219,7 @@ def build_network(
         Whether codes can be tuned beside scales.
     """
     layers, linears = [], dict[str, TunedLinear]()
-    for index, names in enumerate(split_by_layer(job.allocation.linears)):
+    for index, names in enumerate(job.allocation.layers):
         layer = _load(job, front, index)
         for name in names:
             inside = name.removeprefix(f"{BLOCKS}.{index}.")

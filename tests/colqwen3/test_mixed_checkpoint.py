@@ -87,9 +87,8 @@ def test_config_names_every_width_that_is_not_the_usual_one(folder: Path) -> Non
     own = config["quantization_config"]["extra_config"]
     assert config["quantization_config"]["bits"] == 4
     assert config["quantized_token_embeddings"] == {"bits": 8, "group_size": 32}
-    inside = {name: bits for name, bits in ALLOCATION.linears.items() if name.startswith(BLOCKS)}
-    outside = set(ALLOCATION.vision)
-    assert own.keys() == {name for name, bits in inside.items() if bits != 4} | outside
+    inside = {name for name in ALLOCATION.text if ALLOCATION.linears[name] != 4}
+    assert own.keys() == inside | set(ALLOCATION.vision)
     assert {name: entry["bits"] for name, entry in own.items()} == {
         name: ALLOCATION.linears[name] for name in own
     }

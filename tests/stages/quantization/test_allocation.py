@@ -41,8 +41,16 @@ def test_without_more_words_only_the_language_model_is_quantized() -> None:
     assert len(allocation.linears) == 4 * 7
     assert set(allocation.linears.values()) == {3}
     assert all(name.startswith(f"{BLOCKS}.") for name in allocation.linears)
+    assert allocation.text == list(allocation.linears)
     assert (allocation.vision, allocation.token_embeddings) == ([], 16)
     assert allocation.modules == allocation.linears
+
+
+def test_layers_are_in_the_order_of_their_numbers() -> None:
+    names = [f"{BLOCKS}.{index}.mlp.{part}" for index in (10, 2, 0) for part in ("up", "down")]
+    allocation = Allocation(dict.fromkeys(["vlm.model.visual.merger.linear_fc1", *names], 4))
+    assert allocation.text == names
+    assert allocation.layers == [names[4:], names[2:4], names[:2]]
 
 
 PARTS: list[tuple[Any, dict[str, dict[str, int]]]] = [

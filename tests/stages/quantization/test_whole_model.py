@@ -14,7 +14,6 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from colqwen3.checkpoint.headers import SINGLE, Checkpoint
-from colqwen3.checkpoint.layout import BLOCKS
 from colqwen3.checkpoint.packing import PACKED_TENSORS
 from colqwen3.model.loading import load_model, load_processor
 from colqwen3.system.errors import DiskFullError, UserError
@@ -114,8 +113,7 @@ def with_widths(
 ) -> tuple[Path, Filled, dict[str, int]]:
     """Make a checkpoint with 2, 3, 4 and 8 bits in turn in its language model."""
     plan = uniform("r", recipe, read_json(source / "config.json", ""))
-    text = [name for name in plan.linears if name.startswith(BLOCKS)]
-    plan.linears.update(zip(text, itertools.cycle((2, 3, 4, 8, 3)), strict=False))
+    plan.linears.update(zip(plan.text, itertools.cycle((2, 3, 4, 8, 3)), strict=False))
     with Scratch(folder, "key") as scratch:
         work = Job(Checkpoint.read(source), plan, recipe, samples(source), CPU, scratch, KINDS)
         made, filled = make_checkpoint(work)
