@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional
 
-from colqwen3.serving.int8 import Int8Tokens, quantize_segments, quantize_tokens
+from colqwen3.serving.int8 import Int8Tokens, quantize_tokens, rotate
 
 Operation = Callable[..., Any]
 
@@ -201,7 +201,7 @@ def int8_operations(base: Operations, device: torch.device) -> Operations:
     return base._replace(
         rms_norm=lambda *values: quantize_tokens(base.rms_norm(*values)),
         add_rms_norm=add_rms_norm,
-        gate=lambda gate_up: quantize_segments(base.gate(gate_up)),
+        gate=lambda gate_up: quantize_tokens(rotate(base.gate(gate_up))),
         attended=quantize_tokens,
     )
 

@@ -1,4 +1,4 @@
-// Rounds activations to int8 with one scale a token or each 128 features, and takes 4-bit weights to int8.
+// Rounds activations to int8 with one scale a token, and takes 4-bit weights to int8.
 //
 // One program is one token. What a kernel rounds is held in registers, eight bfloat16 numbers a vector.
 
@@ -81,30 +81,38 @@ template <int VECTORS> __global__ void quantize(const uint4 *x, s8 *codes, float
   store_int8<VECTORS>(values, codes, scales, vectors);
 }
 
-// Sixteen threads hold a segment of 128 features.
+// Two neighbouring threads hold what is rotated together.
 template <int VECTORS> __global__ void gate(const uint4 *x, s8 *codes, float *scales, int vectors) {
   let_next_start();
   await_previous();
+  float values[VECTORS][8] = {};
 #pragma unroll
   for (int i = 0; i < VECTORS; i++) {
     int at = threadIdx.x + i * blockDim.x;
-    float values[8] = {};
     if (at < vectors) {
       const uint4 *row = x + (size_t)blockIdx.x * 2 * vectors + at;
       float up[8];
-      widen(row[0], values);
+      widen(row[0], values[i]);
       widen(row[vectors], up);
 #pragma unroll
-      for (int j = 0; j < 8; j++) values[j] = values[j] / (1 + __expf(-values[j])) * up[j];
+      for (int j = 0; j < 8; j++) values[i][j] = values[i][j] / (1 + __expf(-values[i][j])) * up[j];
     }
-    u32 top = largest_of(values);
 #pragma unroll
-    for (int step = 8; step; step /= 2) top = max(top, __shfl_xor_sync(0xFFFFFFFF, top, step));
-    float largest = __uint_as_float(max(top, __float_as_uint(1e-8f)));
-    if (at >= vectors) continue;
-    if (at % 16 == 0) scales[(size_t)blockIdx.x * ((vectors + 15) / 16) + at / 16] = largest / 127.0f;
-    ((uint2 *)codes)[(size_t)blockIdx.x * vectors + at] = rounded(values, 127.0f / largest);
+    for (int step = 1; step < 8; step *= 2)
+#pragma unroll
+      for (int j = 0; j < 8; j++)
+        if (!(j & step)) {
+          float first = values[i][j], second = values[i][j + step];
+          values[i][j] = first + second;
+          values[i][j + step] = first - second;
+        }
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+      float other = __shfl_xor_sync(0xFFFFFFFF, values[i][j], 1);
+      values[i][j] = 0.25f * (threadIdx.x & 1 ? other - values[i][j] : values[i][j] + other);
+    }
   }
+  store_int8<VECTORS>(values, codes, scales, vectors);
 }
 
 template <int VECTORS>
@@ -164,10 +172,9 @@ __global__ void add_norm(const uint4 *x, const uint4 *change, const uint4 *weigh
 constexpr int CHUNK = 128;          // inputs of a program
 constexpr int PITCH = CHUNK + 16;   // bytes of an output in shared memory
 
-__device__ __forceinline__ u32 ratio_of(u16 scale, float inverse) {  // float16, twice
-  float product = __uint_as_float((u32)scale << 16) * inverse;
+__device__ __forceinline__ u32 twice(float value) {  // float16
   u16 half;
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half) : "f"(product));
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half) : "f"(value));
   return (u32)half << 16 | half;
 }
 
@@ -177,10 +184,35 @@ template <int B, int C> __device__ __forceinline__ u32 two(u32 word, u32 ratio) 
   asm("lop3.b32 %0, %1, 0x000F000F, 0x64006400, 0xEA;" : "=r"(codes) : "r"(word >> (8 * B + 4 * C)));  // 1024 + code
   asm("sub.rn.f16x2 %0, %0, %1;" : "+r"(codes) : "r"(0x64086408));
   asm("fma.rn.f16x2 %0, %0, %1, %2;" : "+r"(codes) : "r"(ratio), "r"(0x66006600));  // 1536: steps are integers
+  asm("min.f16x2 %0, %0, %1;" : "+r"(codes) : "r"(0x667F667F));                     // 1536 + 127
   return codes;
 }
 
-template <int GROUP_SIZE>
+// The same two, in float32.
+template <int B, int C> __device__ __forceinline__ float2 two_wide(u32 word, float ratio) {
+  u32 pair = word >> (8 * B + 4 * C);
+  return make_float2(((int)(pair & 15) - 8) * ratio, ((int)(pair >> 16 & 15) - 8) * ratio);
+}
+
+// Sum and difference with the lane `STEP` away, by the lane's own bit.
+template <int STEP> __device__ __forceinline__ float across(float value) {
+  float other = __shfl_xor_sync(0xFFFFFFFF, value, STEP);
+  return threadIdx.x & STEP ? other - value : value + other;
+}
+
+// Both pairs of an output's block, rotated: int8 in the low byte of each half.
+template <int B> __device__ __forceinline__ uint2 rotated_four(u32 word, float ratio) {
+  float2 low = two_wide<B, 0>(word, ratio), high = two_wide<B, 1>(word, ratio);
+  low = make_float2(low.x + low.y, low.x - low.y);
+  high = make_float2(high.x + high.y, high.x - high.y);
+  float values[4] = {low.x + high.x, low.y + high.y, low.x - high.x, low.y - high.y};
+  int codes[4];
+#pragma unroll
+  for (int i = 0; i < 4; i++) codes[i] = __float2int_rn(0.25f * across<1>(across<2>(values[i])));
+  return make_uint2(__byte_perm(codes[0], codes[1], 0x5410), __byte_perm(codes[2], codes[3], 0x5410));
+}
+
+template <int GROUP_SIZE, bool ROTATED>
 __global__ void __launch_bounds__(128)
 unpack(const uint4 *packed, const u16 *scales, const float *inverse, s8 *out, int outputs, int padded, int inputs) {
   __shared__ __align__(16) s8 tile[64 * PITCH];
@@ -194,9 +226,12 @@ unpack(const uint4 *packed, const u16 *scales, const float *inverse, s8 *out, in
   size_t group = chunk * (CHUNK / GROUP_SIZE) + warp * 32 / GROUP_SIZE;
   uint4 eight = *(const uint4 *)(scales + group * padded + first + row * 8);
   u32 pairs[4] = {eight.x, eight.y, eight.z, eight.w};
-  u32 ratios[8];
+  float ratios[8];
 #pragma unroll
-  for (int i = 0; i < 8; i++) ratios[i] = ratio_of(pairs[i / 2] >> (16 * (i % 2)), inverse[first + i * 8 + row]);
+  for (int i = 0; i < 8; i++) {
+    float scale = __uint_as_float(i % 2 ? pairs[i / 2] & 0xFFFF0000 : pairs[i / 2] << 16);
+    ratios[i] = scale * inverse[first + i * 8 + row];
+  }
   let_next_start();
   await_previous();  // which may still read what is written here
 #pragma unroll
@@ -205,10 +240,20 @@ unpack(const uint4 *packed, const u16 *scales, const float *inverse, s8 *out, in
     s8 *to = tile + row * PITCH + (warp * 2 + i) * 16 + lane % 4 * 2;
 #pragma unroll
     for (int s = 0; s < 4; s++) {
-      *(u16 *)(to + s * 16 * PITCH) = __byte_perm(two<0, 0>(w[s], ratios[2 * s]), 0, 0x0020);
-      *(u16 *)(to + s * 16 * PITCH + 8) = __byte_perm(two<0, 1>(w[s], ratios[2 * s]), 0, 0x0020);
-      *(u16 *)(to + (s * 16 + 8) * PITCH) = __byte_perm(two<1, 0>(w[s], ratios[2 * s + 1]), 0, 0x0020);
-      *(u16 *)(to + (s * 16 + 8) * PITCH + 8) = __byte_perm(two<1, 1>(w[s], ratios[2 * s + 1]), 0, 0x0020);
+      uint2 even, odd;
+      if (ROTATED) {
+        even = rotated_four<0>(w[s], ratios[2 * s]);
+        odd = rotated_four<1>(w[s], ratios[2 * s + 1]);
+      } else {
+        u32 low = twice(ratios[2 * s]), high = twice(ratios[2 * s + 1]);
+        even = make_uint2(two<0, 0>(w[s], low), two<0, 1>(w[s], low));
+        odd = make_uint2(two<1, 0>(w[s], high), two<1, 1>(w[s], high));
+      }
+      s8 *here = to + s * 16 * PITCH;
+      *(u16 *)here = __byte_perm(even.x, 0, 0x0020);
+      *(u16 *)(here + 8) = __byte_perm(even.y, 0, 0x0020);
+      *(u16 *)(here + 8 * PITCH) = __byte_perm(odd.x, 0, 0x0020);
+      *(u16 *)(here + 8 * PITCH + 8) = __byte_perm(odd.y, 0, 0x0020);
     }
   }
   __syncthreads();

@@ -4,13 +4,15 @@ Activations are rounded to int8 with one scale a token, weights to int8 with one
 that a product is one of integers. A 4-bit weight has a scale for each group of inputs; here that is
 expressed in the scale of the output, by which the codes become integers of 8 bits.
 
-What a gate gives has a few numbers far above the others: there each 128 features have a scale.
+What a gate gives has a few numbers far above the others, which would make the scale of all of a
+token. It is rotated before it is rounded, sixteen features at a time, and the weight of `down` with
+it: that spreads such a number over sixteen, and changes nothing else (Ashkboos et al., "QuaRot",
+arXiv:2404.00456, does so with all features at once).
 """
 
 from typing import Literal, NamedTuple
 
 import torch
-from torch.nn import functional
 
 ActivationsKind = Literal["bfloat16", "int8"]
 """What the decoder's linears take: 16 bits, or 8 wherever that is faster."""
@@ -18,8 +20,8 @@ LIMIT = 127
 """Of the int8 values, symmetric."""
 
 
-SEGMENT = 128
-"""Features that share a scale in what a gate gives."""
+ROTATED = 16
+"""Features that are rotated together: a multiple of it are in a row."""
 SMALLEST = 1e-8
 """What the largest of a token is taken to be at least."""
 
@@ -32,8 +34,7 @@ class Int8Tokens(NamedTuple):
     codes
         Int8 [tokens, features].
     scales
-        Float32 [tokens]: what one step of each token's codes is worth; or [tokens, segments], for
-        each `SEGMENT` of features.
+        Float32 [tokens]: what one step of each token's codes is worth.
     """
 
     codes: torch.Tensor
@@ -63,12 +64,17 @@ def quantize_tokens(x: torch.Tensor) -> Int8Tokens:
     return Int8Tokens(codes, largest / LIMIT)
 
 
-def quantize_segments(x: torch.Tensor) -> Int8Tokens:
-    """Do as `quantize_tokens` with each `SEGMENT` of features; the last one may be shorter."""
-    tokens, features = x.shape
-    padded = functional.pad(x, (0, -features % SEGMENT))
-    codes, scales = quantize_tokens(padded.view(-1, SEGMENT))
-    return Int8Tokens(codes.view(tokens, -1)[:, :features], scales.view(tokens, -1))
+def rotate(x: torch.Tensor) -> torch.Tensor:
+    """Multiply each `ROTATED` numbers of a row by the orthonormal Hadamard matrix: float32.
+
+    It is its own inverse. Sums are made in pairs as a GPU kernel makes them, the pairs next to each
+    other last.
+    """
+    values: torch.Tensor = x.float().view(*x.shape[:-1], -1, 2, 2, 2, 2)
+    for axis in (-1, -4, -3, -2):
+        first, second = values.unbind(axis)
+        values = torch.stack((first + second, first - second), axis)
+    return values.flatten(-5) * 0.25  # 1 / root of sixteen
 
 
 def quantize_weight(weight: torch.Tensor) -> Int8Weight:
@@ -89,10 +95,12 @@ def channel_scales(scales: torch.Tensor, bits: int) -> torch.Tensor:
     Returns
     -------
     torch.Tensor
-        Float32 [out_features].
+        Float32 [out_features]: the scale furthest from zero over ``2 ** (8 - bits)``, so that the
+        codes of its group become integers without rounding, and -128 the lowest.
     """
-    channels: torch.Tensor = scales.float().abs().amax(0).clamp_min(1e-30)
-    return channels.mul_(2 ** (bits - 1) / LIMIT)
+    wide = scales.float()
+    furthest: torch.Tensor = wide.gather(0, wide.abs().argmax(0, keepdim=True)).squeeze(0)
+    return furthest.masked_fill(furthest == 0, 1.0) * 2.0 ** (bits - 8)
 
 
 def express_in_int8(codes: torch.Tensor, scales: torch.Tensor, bits: int) -> Int8Weight:
@@ -110,29 +118,34 @@ def express_in_int8(codes: torch.Tensor, scales: torch.Tensor, bits: int) -> Int
     Returns
     -------
     Int8Weight
-        Each code times its scale over the output's, rounded as a GPU kernel does: that ratio in
-        float16, the sum with 1536 in float16, whose steps are integers there.
+        Each code times its scale over the output's, rounded to nearest; that ratio is in float16,
+        as in the GPU kernel.
     """
     channels = channel_scales(scales, bits)
     ratios = (scales.float() * (1 / channels)).half().T.float()
     values = codes.float().view(*ratios.shape, -1) * ratios.unsqueeze(-1)
-    return Int8Weight(values.round().flatten(1).to(torch.int8), channels)
+    # 128 comes of a group whose scale is as far from zero on the other side
+    return Int8Weight(values.round().clamp_max(LIMIT).flatten(1).to(torch.int8), channels)
+
+
+def rotate_into_int8(codes: torch.Tensor, scales: torch.Tensor) -> Int8Weight:
+    """Return a weight of few bits, rotated, as one of 8 bits with one scale an output.
+
+    Parameters
+    ----------
+    codes, scales
+        As of `express_in_int8`; ratios are in float32 here.
+    """
+    groups = codes.float().view(codes.shape[0], len(scales), -1)
+    wide = scales.float()
+    largest = rotate((groups * wide.T.unsqueeze(-1)).flatten(1)).abs().amax(-1)
+    channels = largest.clamp_min(SMALLEST) / LIMIT
+    ratios = wide * (1 / channels)
+    values = rotate((groups * ratios.T.unsqueeze(-1)).flatten(1))
+    return Int8Weight(values.round().to(torch.int8), channels)
 
 
 def multiply(x: Int8Tokens, weight: Int8Weight, dtype: torch.dtype) -> torch.Tensor:
     """Return the linear of 8-bit activations [tokens, out_features]; sums of integers are exact."""
-    if x.scales.dim() == 1:
-        sums = torch._int_mm(x.codes, weight.codes.T).float() * x.scales[:, None]
-    else:
-        pieces = zip(
-            torch.split(x.codes, SEGMENT, 1),
-            torch.split(weight.codes, SEGMENT, 1),
-            x.scales.T,
-            strict=True,
-        )
-        products = (
-            torch._int_mm(codes.contiguous(), part.T).float() * scales[:, None]
-            for codes, part, scales in pieces
-        )
-        sums = torch.stack(list(products)).sum(0)
-    return (sums * weight.scales).to(dtype)
+    sums = torch._int_mm(x.codes, weight.codes.T).float()
+    return (sums * (x.scales[:, None] * weight.scales)).to(dtype)

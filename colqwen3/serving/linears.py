@@ -15,9 +15,9 @@ from colqwen3.model.modeling_colqwen3 import dequantize_rows
 from colqwen3.serving.int8 import (
     Int8Tokens,
     Int8Weight,
-    channel_scales,
     express_in_int8,
     multiply,
+    rotate_into_int8,
 )
 from colqwen3.system.errors import first_line
 
@@ -139,22 +139,28 @@ def _without_overhead(layer: Any) -> Linear:
     return call
 
 
-def humming_or_int8(parts: Parts, group_size: int) -> DecoderLinear:
+def humming_or_int8(parts: Parts, group_size: int, rotated: bool) -> DecoderLinear:
     """Return a 4-bit linear that humming computes on bfloat16 inputs, and int8 kernels on others.
 
-    Its weights are kept once, in humming's layout.
+    Its weights are kept once, in humming's layout. Inputs in 8 bits may be `rotated`.
     """
     from colqwen3.serving import int8_kernels as kernels
 
     layer = _humming_layer(parts, 4, group_size, torch.bfloat16)
-    scales = parts["scales"].to(torch.bfloat16)
-    words, packed_scales = layer.weight.data, layer.weight_scale.data
-    channels = scales.new_ones(packed_scales.shape[1], dtype=torch.float32)
-    outputs = scales.shape[1]
-    channels[:outputs] = channel_scales(scales, 4)
-    inputs = parts["qweight"].shape[0] * 8
+    codes, channels = packed_in_int8(parts, 4, torch.bfloat16, rotated)
+    outputs, inputs = codes.shape
+    packed_scales = layer.weight_scale.data
+    padding = packed_scales.shape[1] - outputs
+    channels = functional.pad(channels, (0, padding), value=1.0)
     weight = kernels.PackedWeight(
-        words, packed_scales, channels, 1 / channels, outputs, inputs, group_size
+        words=layer.weight.data,
+        scales=packed_scales,
+        channels=channels,
+        inverse=1 / channels,
+        rotated=rotated,
+        outputs=outputs,
+        inputs=inputs,
+        group_size=group_size,
     )
 
     def in_int8(x: Int8Tokens) -> torch.Tensor:
@@ -177,10 +183,11 @@ def with_int8_weight(linear: Linear, weight: Int8Weight, dtype: torch.dtype) -> 
     return either(linear, lambda x: kernels.multiply(x, weight))
 
 
-def packed_in_int8(parts: Parts, bits: int, dtype: torch.dtype) -> Int8Weight:
+def packed_in_int8(parts: Parts, bits: int, dtype: torch.dtype, rotated: bool) -> Int8Weight:
     """Return a packed weight in 8 bits, its scales as a kernel for inputs of `dtype` has them."""
     codes = unpack(parts["qweight"], parts["qzeros"], bits)
-    return express_in_int8(codes, parts["scales"].to(dtype), bits)
+    scales = parts["scales"].to(dtype)
+    return rotate_into_int8(codes, scales) if rotated else express_in_int8(codes, scales, bits)
 
 
 def either(linear: Linear, in_int8: Callable[[Int8Tokens], torch.Tensor]) -> DecoderLinear:

@@ -19,7 +19,7 @@ from colqwen3.checkpoint.quantization import (
 from colqwen3.checkpoint.tensor_file import read_tensor
 from colqwen3.model.configuration_colqwen3 import ColQwen3Config
 from colqwen3.serving.decoder import Decoder, DecoderLayer
-from colqwen3.serving.int8 import quantize_weight
+from colqwen3.serving.int8 import quantize_weight, rotate
 from colqwen3.serving.linears import (
     BYTE,
     KERNELS,
@@ -143,24 +143,28 @@ class Weights:
             weight = dequantize(**packed, bits=bits).to(self._dtype)
         return dense(weight, self.tensor(f"{name}.bias"))
 
-    def merged(self, *names: str) -> DecoderLinear:
-        """Return linears of the decoder that read the same input as one, outputs in a row."""
+    def merged(self, *names: str, rotated: bool = False) -> DecoderLinear:
+        """Return linears of the decoder that read the same input as one, outputs in a row.
+
+        Inputs in 8 bits may be `rotated`, see `int8.rotate`.
+        """
         if f"{names[0]}.weight" in self._stored:
             weight = torch.cat([self.tensor(f"{name}.weight") for name in names])
             linear = dense(weight)
             if self._int8:
-                return with_int8_weight(linear, quantize_weight(weight), self._dtype)
+                whole = rotate(weight) if rotated else weight
+                return with_int8_weight(linear, quantize_weight(whole), self._dtype)
             return linear
         widths = {self._bits(name) for name in names}
         if len(widths) > 1:  # no recipe makes this, another program may
-            return side_by_side([self.merged(name) for name in names])
+            return side_by_side([self.merged(name, rotated=rotated) for name in names])
         (bits,), parts = widths, self._packed(names)
         kernel, inputs = self._kernel(bits, parts), parts["qweight"].shape[0] * 32 // bits
         if self._int8 and kernel == "humming" and streams_int8(bits, inputs, self._group_size):
-            return humming_or_int8(parts, self._group_size)
+            return humming_or_int8(parts, self._group_size, rotated)
         linear = KERNELS[kernel](parts, bits, self._group_size, self._dtype)
         if self._int8:
-            in_int8 = packed_in_int8(parts, bits, self._dtype)
+            in_int8 = packed_in_int8(parts, bits, self._dtype, rotated)
             return with_int8_weight(linear, in_int8, self._dtype)
         return linear
 
@@ -187,7 +191,7 @@ def build_decoder(weights: Weights, config: ColQwen3Config) -> Decoder:
             o=weights.merged(f"{attention}.o_proj"),
             post_attention_norm=weights.tensor(f"{at}.post_attention_layernorm.weight"),
             gate_up=weights.merged(f"{mlp}.gate_proj", f"{mlp}.up_proj"),
-            down=weights.merged(f"{mlp}.down_proj"),
+            down=weights.merged(f"{mlp}.down_proj", rotated=True),
         )
 
     return Decoder(

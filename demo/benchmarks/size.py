@@ -41,7 +41,7 @@ SAMPLES_PER_ITER = 8  # AutoRound's default
 GPU_PAGES = 32
 BUDGETS = [1280, 2560, 5120, 10240]
 SPEED = {
-    "dtype": "bfloat16", "repeats": 12,
+    "dtype": "bfloat16", "repeats": 8,
     "query_tokens": 26, "query_batches": [1, 8, 64], "page_batches": [1, 4, 16],
     "int8_activations": True,
 }  # fmt: skip

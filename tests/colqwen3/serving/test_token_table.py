@@ -1,0 +1,79 @@
+"""Which activations are chosen for how many tokens."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from colqwen3.serving import token_table
+from colqwen3.serving.fused import PLAIN
+from colqwen3.serving.token_table import TokenTable, find_table
+
+TABLE = TokenTable([128, 256, 512, 1024], [100.0, 110.0, 200.0, 300.0], [90.0, 150.0, 150.0, 210.0])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "expected"),
+    # never up to 64; else as at the next larger size, and beyond the last as at the last
+    [(1, False), (64, False), (65, True), (128, True), (129, False), (256, False), (257, True),
+     (1024, True), (9999, True)],
+)  # fmt: skip
+def test_the_next_larger_size_decides(tokens: int, expected: bool) -> None:
+    assert TABLE.int8_is_faster(tokens) == expected
+
+
+def test_on_a_cpu_all_but_single_queries_are_judged_in_8_bits() -> None:
+    decoder: Any = SimpleNamespace(norm=torch.zeros(4))
+    table = find_table(decoder, PLAIN, PLAIN, "key")
+    assert [table.int8_is_faster(tokens) for tokens in (64, 65, 100_000)] == [False, True, True]
+
+
+@pytest.fixture
+def on_a_card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[Any, list[int], Path]:
+    """A machine whose card is measured as `TABLE` says, with an empty cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "1.0")
+    measured: list[int] = []
+
+    def measure(*_: Any) -> TokenTable:
+        measured.append(1)
+        return TABLE
+
+    monkeypatch.setattr(token_table, "_measure", measure)
+    decoder = SimpleNamespace(norm=SimpleNamespace(device=torch.device("cuda:0")))
+    return decoder, measured, tmp_path / "colqwen3-autoround"
+
+
+def test_it_is_measured_once_for_each_key(on_a_card: tuple[Any, list[int], Path]) -> None:
+    decoder, measured, folder = on_a_card
+    assert find_table(decoder, PLAIN, PLAIN, "a model") == TABLE
+    assert find_table(decoder, PLAIN, PLAIN, "a model") == TABLE
+    assert len(measured) == 1
+    find_table(decoder, PLAIN, PLAIN, "another model")
+    assert len(measured) == len(list(folder.iterdir())) == 2
+
+
+@pytest.mark.parametrize("damaged", ["", "{}", "[1]", json.dumps({"tokens": [1]})])
+def test_a_damaged_file_is_measured_again(
+    on_a_card: tuple[Any, list[int], Path], damaged: str
+) -> None:
+    decoder, measured, folder = on_a_card
+    find_table(decoder, PLAIN, PLAIN, "a model")
+    (kept,) = folder.iterdir()
+    kept.write_text(damaged)
+    assert find_table(decoder, PLAIN, PLAIN, "a model") == TABLE
+    assert len(measured) == 2
+    assert json.loads(kept.read_text())["tokens"] == TABLE.tokens
+
+
+def test_without_a_place_to_keep_it_a_warning_says_so(
+    on_a_card: tuple[Any, list[int], Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    decoder, _, folder = on_a_card
+    folder.write_text("a file where the folder should be")
+    assert find_table(decoder, PLAIN, PLAIN, "a model") == TABLE
+    assert "measured at each start" in caplog.text
