@@ -1,9 +1,9 @@
 """Stage `benchmark@<recipe>`: latency of queries and pages, original against quantized.
 
-Both run through the serving runtime (`colqwen3.serving`) in one process, on the same
-inputs, in turns; so whatever slows the machine slows both. On a GPU that is compiled, within CUDA
-graphs and without; on a CPU plain torch, with dense weights for both. Only here are there timings. The runtime's embeddings are compared with those of plain transformers in the same
-arithmetic.
+Both run through the serving runtime (`colqwen3.serving`) in one process, on the same inputs, in turns;
+so whatever slows the machine slows both. On a GPU that is compiled, within CUDA graphs and without;
+on a CPU plain torch, with dense weights for both. Only here are there timings. The runtime's
+embeddings are compared with those of plain transformers in the same arithmetic.
 
 Timings are no outs of DVC: they belong to the machine that made them, so they are neither
 committed, pushed nor restored. The out says what was timed.
