@@ -22,8 +22,7 @@ from PIL import Image
 
 from colqwen3.dataset.beir import read_queries
 from colqwen3.dataset.pages import find_pages, open_page
-from colqwen3.serving.int8 import ActivationsKind
-from colqwen3.system.device import DTYPES, choose_device, device_name
+from colqwen3.system.device import DTYPES, ActivationsKind, choose_device, device_name
 from colqwen3.system.errors import run
 from colqwen3.system.files import write_json
 from colqwen3.system.progress import Progress

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from pydantic import Field
+
 from colqwen3.dataset.beir import read_queries
 from colqwen3.dataset.pages import find_pages
 from colqwen3.system.errors import run
@@ -12,6 +14,7 @@ from stages.pipeline.params import (
     EvaluateParams,
     ModelParams,
     Sections,
+    ServingOptions,
     load_params,
 )
 from stages.pipeline.paths import CHECKPOINTS, EMBEDDINGS, SCRATCH
@@ -27,6 +30,7 @@ class Params(Sections):
     compute: ComputeParams
     embed: EmbedParams
     evaluate: EvaluateParams
+    serving: dict[str, ServingOptions] = Field(default_factory=dict)
 
 
 def main() -> None:
@@ -46,6 +50,7 @@ def main() -> None:
         device=params.compute.device,
         max_num_visual_tokens=params.model.max_num_visual_tokens,
         trust_remote_code=params.model.trust_remote_code,
+        activations=params.serving[name].activations if name in params.serving else None,
         **params.embed.model_dump(),
     )
     embed_to_file(

@@ -8,6 +8,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
 from colqwen3.dataset.beir import Dataset, read_dataset
 from colqwen3.embedding.store import open_embeddings
 from colqwen3.system.errors import UserError, run
@@ -18,7 +20,7 @@ from stages.evaluation.limits import FEW_QUERIES, GateParams, describe_sharing
 from stages.evaluation.sharing import NOTHING_SHARED, find_shared
 from stages.evaluation.sizes import MODEL_KEYS, QUANTIZE_KEYS, compare_sizes, read_bytes
 from stages.evaluation.summary import layer_bars, quantize_metrics, summarize
-from stages.pipeline.params import EvaluateParams, Sections, load_params
+from stages.pipeline.params import EvaluateParams, Sections, ServingOptions, load_params
 from stages.pipeline.paths import (
     EMBEDDINGS,
     INDEX_METRICS,
@@ -47,6 +49,7 @@ class Params(Sections):
     calibration: CalibrationSource
     evaluate: EvaluateParams
     gate: GateParams
+    serving: dict[str, ServingOptions] = Field(default_factory=dict)
 
 
 def compare_datasets(dataset: Dataset, params: Params, record: dict[str, Any]) -> dict[str, Any]:
@@ -76,12 +79,14 @@ def main() -> None:
         overlap = compare_datasets(dataset, params, record)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{record_path}: lacks a figure ({error}); {fix}") from None
+    served = params.serving.get(recipe)
     comparison = evaluate(dataset, original, quantized)
     metrics = round_figures(
         {
             **comparison.metrics,
             "size": size,
             "overlap": overlap,
+            **({"serving": served.model_dump()} if served else {}),
             "quantization": {
                 "layers_worse_than_rounding": record.get("layers_worse_than_rounding", 0)
             },

@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from colqwen3.commands.embed import add_model_options, positive
+from colqwen3.commands.embed import add_activations, add_model_options, positive
 from colqwen3.system.errors import UserError
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the vectors (default: %(default)s)",
     )  # fmt: skip
     add_model_options(parser, dtype=None)
+    add_activations(parser)
     parser.add_argument(
         "--visual-tokens-per-batch", type=positive, metavar="N",
         help="bound of a batch of pages (default: 5120 on a GPU, 1280 on a CPU)",
@@ -113,6 +114,7 @@ def execute(args: argparse.Namespace) -> None:
         workers=args.workers,
         strict=args.strict,
         trust_remote_code=args.trust_remote_code,
+        activations=args.activations,
     )
     model = find_model(args.model, args.revision, args.trust_remote_code)
     pages = find_sources(args.inputs)

@@ -23,7 +23,7 @@ from colqwen3.corpus.sources import Source
 from colqwen3.embedding.embedder import Embedder, embed_groups, load_embedder, preparation
 from colqwen3.embedding.preparing import default_workers
 from colqwen3.model.loading import quantization_config
-from colqwen3.system.device import DTYPES, device_name
+from colqwen3.system.device import DTYPES, ActivationsKind, device_name
 from colqwen3.system.disk import check_space
 from colqwen3.system.errors import UserError
 from colqwen3.system.files import read_json, write_file, write_json
@@ -67,6 +67,8 @@ class CorpusOptions:
         Whether a page that cannot be embedded ends the run at once.
     trust_remote_code
         Whether Python files of the model folder may run (its tokenizer's).
+    activations
+        As of `EmbeddingOptions`.
     """
 
     format: str = "float16"
@@ -78,6 +80,7 @@ class CorpusOptions:
     workers: int | None = None
     strict: bool = False
     trust_remote_code: bool = False
+    activations: ActivationsKind | None = None
 
 
 @dataclass(frozen=True)
@@ -133,7 +136,7 @@ class Plan:
         return load_embedder(
             self.model, DTYPES[str(self.options.dtype)], device,
             self.options.max_num_visual_tokens, self.options.trust_remote_code,
-            torch.float32 if wide else torch.float16,
+            torch.float32 if wide else torch.float16, self.options.activations,
         )  # fmt: skip
 
     def write(
@@ -193,6 +196,8 @@ def plan_corpus(
         "max_num_visual_tokens": options.max_num_visual_tokens,
         "visual_tokens_per_batch": batch,
         "pages_per_shard": options.pages_per_shard,
+        # folders that were begun without the option stay what they are
+        **({"activations": options.activations} if options.activations else {}),
     }
     decided = CorpusOptions(**{**vars(options), "dtype": dtype, "visual_tokens_per_batch": batch})
     step = options.pages_per_shard

@@ -18,6 +18,7 @@ from colqwen3.dataset.pages import Page
 from colqwen3.dataset.patches import Cutter, PreparedPage
 from colqwen3.embedding.batches import embed, like_size_batches, page_batches, text_batches
 from colqwen3.embedding.preparing import prepare_pages
+from colqwen3.system.device import ActivationsKind
 from colqwen3.system.errors import UserError
 
 Key = TypeVar("Key")
@@ -122,7 +123,7 @@ class OnRuntime:
     def __init__(self, runtime: Any, output: torch.dtype = torch.float32) -> None:
         self.runtime, self.processor, self.output = runtime, runtime.processor, output
         self.device: torch.device = runtime.device
-        self.name = f"runtime, {runtime.kernel or 'dense'}"
+        self.name = f"runtime, {runtime.kernel or 'dense'}, {runtime.activations} activations"
         self._on_gpu = self.device.type == "cuda"
         self._copies: Any = torch.cuda.Stream(self.device) if self._on_gpu else None  # type: ignore[no-untyped-call]
 
@@ -196,21 +197,29 @@ def load_embedder(
     max_num_visual_tokens: int,
     trust_remote_code: bool = False,
     output: torch.dtype = torch.float32,
+    activations: ActivationsKind | None = None,
 ) -> Embedder:
     """Load a model folder, original or quantized, to embed with: the runtime on a GPU.
+
+    With `activations`, as of `load_runtime`, it is the runtime on a CPU too.
 
     Raises
     ------
     UserError
-        If the folder is damaged or no ColQwen3.
+        If the folder is damaged or no ColQwen3, or the activations do not work here.
     """
-    if device.type == "cuda":
+    if device.type == "cuda" or activations:
         from colqwen3.serving.load import load_runtime
 
         runtime = load_runtime(
             folder, device, dtype, max_num_visual_tokens=max_num_visual_tokens,
-            trust_remote_code=trust_remote_code,
+            trust_remote_code=trust_remote_code, activations=activations or "bfloat16",
         )  # fmt: skip
+        if activations and runtime.activations != activations:
+            raise UserError(
+                f"{folder}: {activations} activations do not work on this machine, as a warning above "
+                "says; embed without them"
+            )
         return OnRuntime(runtime, output)
     from colqwen3.model.loading import load_model, load_processor
 

@@ -14,7 +14,7 @@ from colqwen3.embedding.embedder import Embedder, embed_pages, embed_texts, load
 from colqwen3.embedding.parts import Parts
 from colqwen3.embedding.preparing import default_workers
 from colqwen3.embedding.store import write_embeddings
-from colqwen3.system.device import DTYPES, choose_device, make_deterministic
+from colqwen3.system.device import DTYPES, ActivationsKind, choose_device, make_deterministic
 from colqwen3.system.disk import check_space
 from colqwen3.system.files import digest_file
 from colqwen3.system.progress import Progress
@@ -47,6 +47,9 @@ class EmbeddingOptions:
         Bounds of a batch.
     trust_remote_code
         Whether Python files of the model folder may run (its tokenizer's).
+    activations
+        ``bfloat16`` or ``int8``: by the runtime, as it serves; None: by transformers on a CPU, and
+        on a GPU by the runtime with 16-bit ones.
     workers
         Processes that prepare pages; None: as many as there are cores but one on a GPU, and none on
         a CPU, whose cores the model takes.
@@ -59,6 +62,7 @@ class EmbeddingOptions:
     queries_per_batch: int = 16
     visual_tokens_per_batch: int = 1280
     trust_remote_code: bool = False
+    activations: ActivationsKind | None = None
     workers: int | None = None
 
 
@@ -99,7 +103,7 @@ def embed_to_file(
     device = choose_device(options.device)
     embedder = load_embedder(
         folder, DTYPES[options.dtype], device, options.max_num_visual_tokens,
-        options.trust_remote_code, OUTPUTS[options.output],
+        options.trust_remote_code, OUTPUTS[options.output], options.activations,
     )  # fmt: skip
     key = work_key(determinants(folder, queries, pages, options, embedder, code))
     needed = maximum_bytes(queries, pages, options.max_num_visual_tokens, embedder.embed_dim)

@@ -10,12 +10,10 @@ it: that spreads such a number over sixteen, and changes nothing else (Ashkboos 
 arXiv:2404.00456, does so with all features at once).
 """
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-ActivationsKind = Literal["bfloat16", "int8"]
-"""What the decoder's linears take: 16 bits, or 8 wherever that is faster."""
 LIMIT = 127
 """Of the int8 values, symmetric."""
 

@@ -16,9 +16,10 @@ from colqwen3.model.loading import (
     load_processor,
     quantization_config,
 )
-from colqwen3.serving.int8 import ActivationsKind
+from colqwen3.serving.int8 import ROTATED
 from colqwen3.serving.runtime import Mode, Runtime
 from colqwen3.serving.weights import Weights
+from colqwen3.system.device import ActivationsKind
 from colqwen3.system.files import read_json
 
 logger = logging.getLogger(__name__)
@@ -88,10 +89,6 @@ def load_runtime(
         raise ValueError(f"device is {str(place)!r}, but torch sees no GPU; give 'cpu'")
     quantization = quantization_config(folder)
     chosen = dtype or (torch.bfloat16 if place.type == "cuda" else faster_dtype())
-    problem = int8_problem(place, chosen) if activations == "int8" else None
-    if problem:
-        logger.warning("%s: 16-bit activations are used", problem)
-        activations = "bfloat16"
     processor = load_processor(folder, max_num_visual_tokens, trust_remote_code)
     with as_user_error(folder):
         with torch.device("cpu"):
@@ -99,14 +96,23 @@ def load_runtime(
             config = ColQwen3Config.from_dict(raw)
             if quantization is not None:
                 check_packing(quantization)
+            problem = int8_problem(place, chosen, config) if activations == "int8" else None
+            if problem:
+                logger.warning("%s: 16-bit activations are used", problem)
+                activations = "bfloat16"
             weights = Weights(folder, place, chosen, raw, activations == "int8")
             runtime = Runtime(config, processor, weights, place, chosen, activations)
         runtime.use(mode)  # outside of torch.device, which compiled code would be bound to
     return runtime
 
 
-def int8_problem(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Return what keeps a device from 8-bit activations, or None."""
+def int8_problem(device: torch.device, dtype: torch.dtype, config: ColQwen3Config) -> str | None:
+    """Return what keeps a device or a model from 8-bit activations, or None."""
+    text = config.text_config
+    heads = text.num_attention_heads * text.head_dim
+    widths = (text.hidden_size, heads, text.intermediate_size)
+    if any(width % ROTATED for width in widths):
+        return f"8-bit activations need {ROTATED} to divide the inputs {widths} of the linears"
     if device.type == "cpu":
         return None
     missing = [name for name in ("humming", "triton") if find_spec(name) is None]

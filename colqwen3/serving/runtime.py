@@ -22,11 +22,11 @@ from colqwen3.model.configuration_colqwen3 import ColQwen3Config
 from colqwen3.model.processing_colqwen3 import ColQwen3Processor
 from colqwen3.serving.decoder import Decoder
 from colqwen3.serving.fused import PLAIN, Operations, choose_operations, int8_operations
-from colqwen3.serving.int8 import ActivationsKind
 from colqwen3.serving.recording import RecentlyUsed, Recording, Work, agree, record
 from colqwen3.serving.token_table import TokenTable, find_table
 from colqwen3.serving.vision import Grid, Places, Tower
 from colqwen3.serving.weights import Weights, build_decoder, build_tower
+from colqwen3.system.device import ActivationsKind
 from colqwen3.system.errors import first_line
 
 logger = logging.getLogger(__name__)

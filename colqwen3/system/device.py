@@ -5,6 +5,7 @@ import logging
 import os
 import platform
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -12,6 +13,8 @@ from colqwen3.system.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+ActivationsKind = Literal["bfloat16", "int8"]
+"""What the decoder's linears take when served: 16 bits, or 8 wherever that is faster."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 

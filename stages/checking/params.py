@@ -1,6 +1,6 @@
 """The whole of params.yaml, and what its sections must agree on."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from pydantic import Field, field_validator, model_validator
 
@@ -15,6 +15,7 @@ from stages.pipeline.params import (
     EvaluateParams,
     ModelParams,
     Section,
+    ServingOptions,
     check_names,
     quote,
     suggest,
@@ -59,6 +60,7 @@ class Params(Section):
     sensitivity: SensitivityParams
     fallbacks: dict[str, str] = Field(default_factory=dict)
     release: dict[str, ReleaseOptions] = Field(default_factory=dict)
+    serving: dict[str, ServingOptions] = Field(default_factory=dict)
     embed: EmbedParams
     evaluate: EvaluateParams
     benchmark: BenchmarkParams
@@ -77,7 +79,12 @@ class Params(Section):
         check_sets(self.recipes, self.calibration.sets, "recipes", "calibration.sets")
         self._check_budgets()
         self._check_samples_held_back()
-        for section, names in (("fallbacks", self.fallbacks), ("release", self.release)):
+        named: dict[str, Iterable[str]] = {
+            "fallbacks": self.fallbacks,
+            "release": self.release,
+            "serving": self.serving,
+        }
+        for section, names in named.items():
             for name in names:
                 if name not in self.recipes:
                     raise ValueError(

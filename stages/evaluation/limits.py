@@ -115,6 +115,14 @@ def judge(metrics: Mapping[str, Any], gate: GateParams) -> Verdict:
     KeyError, TypeError
         If the metrics lack a figure.
     """
+    verdict = _judge(metrics, gate)
+    if serving := metrics.get("serving"):
+        reason = f"{verdict.reason}; as served with {serving['activations']} activations"
+        return Verdict(verdict.verdict, reason, verdict.breaches)
+    return verdict
+
+
+def _judge(metrics: Mapping[str, Any], gate: GateParams) -> Verdict:
     doubts = [text for text in (describe_sharing(metrics), _describe_nonfinite(metrics)) if text]
     breaches = find_breaches(metrics, gate)
     if breaches:

@@ -95,6 +95,12 @@ class EmbedParams(Section):
     visual_tokens_per_batch: int = Field(ge=1)
 
 
+class ServingOptions(Section):
+    """How one recipe's checkpoint is served, and so embedded here."""
+
+    activations: Literal["bfloat16", "int8"]
+
+
 IndexFormat = Literal[
     "float32", "float16", "int8", "binary",
     "pool2-float16", "pool3-float16", "pool2-int8", "pool3-int8",

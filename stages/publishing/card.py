@@ -283,6 +283,7 @@ def _figures(metrics: Mapping[str, Any]) -> dict[str, Any]:
         "first_changed": f"{retrieval['first_pages']['changed']} of {metrics['data']['queries']}",
         "cosine_pages": f"{metrics['pages']['cosine']['mean']:.5f}",
         "cosine_queries": f"{metrics['queries']['cosine']['mean']:.5f}",
+        "serving": metrics.get("serving", {}).get("activations"),
         "bytes": f"{files['quantized']:,}",
         "bytes_original": f"{files['original']:,}",
     }

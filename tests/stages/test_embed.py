@@ -3,6 +3,7 @@
 import shutil
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -10,10 +11,12 @@ from PIL import Image
 from ruamel.yaml import YAML
 
 from colqwen3.dataset.beir import read_queries
-from colqwen3.dataset.pages import find_pages
+from colqwen3.dataset.pages import find_pages, open_page
 from colqwen3.embedding.embedder import embed_all
 from colqwen3.embedding.store import read_embeddings
 from colqwen3.model.loading import load_model, load_processor
+from colqwen3.serving import load_runtime
+from colqwen3.system.device import ActivationsKind
 from stages import embed, inspect_model
 
 GOLDEN = Path("tests/golden/model").absolute()
@@ -56,6 +59,31 @@ def test_stage_embeds_the_evaluation_set(
         for item in other:
             torch.testing.assert_close(embedded[item], other[item], atol=1e-5, rtol=0)
     assert not list((work / "artifacts/scratch").glob("*.embed"))
+
+
+def test_a_recipe_can_be_embedded_as_it_is_served(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(GOLDEN, work / "artifacts/checkpoints/recipe")
+    params = YAML(typ="safe").load(Path("params.yaml"))
+    params["serving"] = {"recipe": {"activations": "int8"}}
+    with Path("params.yaml").open("w") as file:
+        YAML(typ="safe").dump(params, file)
+    monkeypatch.setattr(sys, "argv", ["embed", "recipe"])
+    embed.main()
+    stored = read_embeddings(work / "artifacts/embeddings/recipe.safetensors")
+    served, plain = (
+        load_runtime(
+            GOLDEN, "cpu", torch.float32, max_num_visual_tokens=64, activations=activations
+        )
+        for activations in get_args(ActivationsKind)[::-1]
+    )
+    for name, page in find_pages(work / "data/corpus").items():
+        (expected,) = served.embed_pages([open_page(page)])
+        (other,) = plain.embed_pages([open_page(page)])
+        # in another batch a number may be rounded to the next step
+        assert (stored.pages[name] - expected).norm() < 0.3 * (stored.pages[name] - other).norm()
+        assert (stored.pages[name] - other).norm() > 1e-3
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from colqwen3.system.errors import run
 from stages import evaluate
 from stages.evaluation import comparison
 from stages.evaluation.comparison import round_figures, round_points
+from stages.evaluation.limits import GateParams, judge
 from stages.pipeline.params import PARAMS_FILE
 from tests.helpers.embeddings import DATASET, DIM, ORIGINAL, PAGES, QUANTIZED, QUERIES, RELEVANCE
 from tests.helpers.metrics import write_json
@@ -272,3 +273,15 @@ def test_pages_are_read_from_the_file_one_batch_at_a_time(
     monkeypatch.setattr(evaluate, "evaluate", record)
     run(evaluate.main)
     assert all(isinstance(stored.pages, StoredTensors) for stored in given[1:])
+
+
+def test_metrics_and_verdict_say_how_it_was_served(project: Path) -> None:
+    params = YAML(typ="safe", pure=True).load(Path("params.yaml"))
+    params["serving"] = {"low": {"activations": "int8"}}
+    with open("params.yaml", "w") as file:
+        YAML(typ="safe", pure=True).dump(params, file)
+    run(evaluate.main)
+    metrics = json.loads(Path("metrics/quality/low.json").read_text())
+    assert metrics["serving"] == {"activations": "int8"}
+    verdict = judge(metrics, GateParams(**params["gate"]))
+    assert verdict.reason.endswith("; as served with int8 activations")

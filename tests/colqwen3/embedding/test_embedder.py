@@ -160,8 +160,22 @@ def test_a_cpu_gets_transformers_and_a_gpu_the_runtime(monkeypatch: pytest.Monke
     embeds = load_embedder(MODEL, torch.bfloat16, torch.device("cuda"), 64, True, torch.float16)
     assert isinstance(embeds, OnRuntime)
     assert embeds.output == torch.float16
-    options = {"max_num_visual_tokens": 64, "trust_remote_code": True}
+    options = {
+        "max_num_visual_tokens": 64, "trust_remote_code": True, "activations": "bfloat16",
+    }  # fmt: skip
     assert asked == [(MODEL, "cuda", options)]
+
+
+def test_activations_are_those_of_the_runtime_or_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    embeds = load_embedder(MODEL, torch.float32, CPU, 64, activations="int8")
+    assert embeds.name == "runtime, dense, int8 activations"
+
+    def fails(*_: object) -> str:
+        return "this card is too old"
+
+    monkeypatch.setattr("colqwen3.serving.load.int8_problem", fails)
+    with pytest.raises(UserError, match="int8 activations do not work on this machine"):
+        load_embedder(MODEL, torch.float32, CPU, 64, activations="int8")
     assert embedder.GROUP >= 16  # pages of one size need others to go with
 
 

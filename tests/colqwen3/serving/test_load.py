@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from colqwen3.serving import load_runtime
+from colqwen3.model.configuration_colqwen3 import ColQwen3Config
+from colqwen3.serving import load, load_runtime
 from colqwen3.system.errors import UserError
 from colqwen3.system.files import read_json
 
@@ -79,6 +80,46 @@ def test_wrong_arguments_are_named() -> None:
         load_runtime(MODEL, CPU, mode="fast")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="max_num_visual_tokens is 0"):
         load_runtime(MODEL, CPU, max_num_visual_tokens=0)
+    with pytest.raises(ValueError, match="activations is 'float8'; give one of bfloat16, int8"):
+        load_runtime(MODEL, CPU, activations="float8")  # type: ignore[arg-type]
+
+
+CONFIG = ColQwen3Config.from_dict(json.loads((MODEL / "config.json").read_text()))
+
+
+@pytest.mark.parametrize(
+    ("installed", "dtype", "capability", "expected"),
+    [
+        (("humming", "triton"), torch.bfloat16, (9, 0), None),
+        (("humming", "triton"), torch.bfloat16, (10, 0), None),
+        (("triton",), torch.bfloat16, (9, 0), "need humming"),
+        (("humming",), torch.bfloat16, (9, 0), "need triton"),
+        (("humming", "triton"), torch.float16, (9, 0), "need bfloat16 beside them"),
+        (("humming", "triton"), torch.bfloat16, (8, 9), "and an old card has 8.9"),
+    ],
+)
+def test_what_keeps_a_gpu_from_8_bit_activations(
+    installed: tuple[str, ...],
+    dtype: torch.dtype,
+    capability: tuple[int, int],
+    expected: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(load, "find_spec", lambda name: name if name in installed else None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "an old card")
+    problem = load.int8_problem(torch.device("cuda"), dtype, CONFIG)
+    assert problem is None if expected is None else expected in str(problem)
+
+
+def test_linears_whose_inputs_cannot_be_rotated_stay_at_16_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(load, "ROTATED", 1000)
+    runtime = load_runtime(MODEL, CPU, torch.float32, activations="int8")
+    assert runtime.activations == "bfloat16"
+    assert "need 1000 to divide the inputs" in caplog.text
+    assert "16-bit activations are used" in caplog.text
 
 
 def test_code_of_the_folder_runs_only_when_it_is_trusted(tmp_path: Path) -> None:

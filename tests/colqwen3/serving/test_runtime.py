@@ -1,5 +1,7 @@
 """The serving runtime against golden embeddings of the publisher's code, and of transformers."""
 
+import dataclasses
+import functools
 import gc
 import json
 import weakref
@@ -15,7 +17,7 @@ from safetensors.torch import load_file
 from colqwen3.embedding.batches import embed
 from colqwen3.inspection import inspect_folder
 from colqwen3.model.loading import load_model
-from colqwen3.serving import Runtime, load_runtime
+from colqwen3.serving import Runtime, int8, load_runtime
 from colqwen3.serving.fused import PLAIN
 from colqwen3.serving.runtime import Mode, page_positions
 from tests.helpers.golden import STEMS, golden_page
@@ -104,6 +106,70 @@ def test_a_right_operation_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     runtime = load_runtime(GOLDEN / "model", CPU, torch.float32, "compiled")
     assert runtime.runs("compiled")
     assert not runtime.runs("graphs")
+
+
+def unit_cosines(actual: Any, expected: Any) -> torch.Tensor:
+    return torch.cat([(a * b).sum(-1) for a, b in zip(actual, expected, strict=True)])
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_8_bit_activations_are_near_and_never_a_single_querys(
+    packed: bool, quantized: Path
+) -> None:
+    folder = quantized if packed else GOLDEN / "model"
+    plain = load_runtime(folder, CPU, torch.float32)
+    served = load_runtime(folder, CPU, torch.float32, activations="int8")
+    assert served.activations == "int8"
+    text = next(iter(QUERIES.values()))
+    assert torch.equal(served.embed_queries([text])[0], plain.embed_queries([text])[0])
+    for kind, inputs in (("queries", [text] * 8), ("pages", [page(PAGES[0])])):
+        embedded = getattr(served, f"embed_{kind}")(inputs)
+        cosines = unit_cosines(embedded, getattr(plain, f"embed_{kind}")(inputs))
+        assert 0.99 < cosines.mean() < 0.999999, kind  # rounded, and nothing worse
+
+
+def test_8_bit_activations_are_those_of_the_linears_alone() -> None:
+    """Dequantized activations and weights in plain linears give the same embeddings."""
+    served = load_runtime(GOLDEN / "model", CPU, torch.float32, activations="int8")
+    plain = load_runtime(GOLDEN / "model", CPU, torch.float32)
+
+    def rounded_values(x: torch.Tensor, weight: torch.Tensor, turn: bool) -> torch.Tensor:
+        both = [int8.rotate(part) if turn else part for part in (x, weight)]
+        given = [int8.quantize_tokens(part) for part in both]
+        dense = [part.codes.double() * part.scales.double()[:, None] for part in given]
+        return (dense[0] @ dense[1].T).float()
+
+    layers = []
+    for index, layer in enumerate(plain._decoder.layers):
+        at = f"vlm.model.language_model.layers.{index}"
+        read = load_model(GOLDEN / "model", torch.float32, CPU).state_dict()
+        names = {"qkv": [f"self_attn.{part}_proj" for part in "qkv"], "o": ["self_attn.o_proj"],
+                 "gate_up": ["mlp.gate_proj", "mlp.up_proj"], "down": ["mlp.down_proj"]}  # fmt: skip
+        weights = {
+            name: torch.cat([read[f"{at}.{part}.weight"] for part in parts])
+            for name, parts in names.items()
+        }
+        linears: dict[str, Any] = {
+            name: functools.partial(rounded_values, weight=weight, turn=name == "down")
+            for name, weight in weights.items()
+        }
+        layers.append(dataclasses.replace(layer, **linears))
+    plain._decoder = dataclasses.replace(plain._decoder, layers=layers)
+    pages = [page(PAGES[0])]
+    cosines = unit_cosines(served.embed_pages(pages), plain.embed_pages(pages))
+    assert cosines.min() > 0.99999
+
+
+@pytest.mark.parametrize("broken", [raises, lambda *_: PLAIN._replace(gate=lambda x: x[:, ::2])])
+def test_8_bit_activations_that_fail_or_are_wrong_are_not_used(
+    broken: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("colqwen3.serving.runtime.int8_operations", broken)
+    runtime = load_runtime(GOLDEN / "model", CPU, torch.float32, activations="int8")
+    assert runtime.activations == "bfloat16"
+    assert "here: 16-bit ones are used" in caplog.text
+    expected = load_runtime(GOLDEN / "model", CPU, torch.float32).embed_pages([page(PAGES[0])])
+    assert torch.equal(runtime.embed_pages([page(PAGES[0])])[0], expected[0])
 
 
 def test_more_texts_than_one_batch_keep_their_order(runtime: Runtime) -> None:

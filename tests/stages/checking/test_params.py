@@ -697,6 +697,12 @@ def test_a_format_that_cannot_hold_the_model_is_refused_with_the_reason(
         ("release: {plian: {format: auto_gptq}}", "no such recipe; did you mean plain?"),
         ("release: {plain: {formt: auto_gptq}}", "unknown key; did you mean format?"),
         ("release: {plain: {even_if_worse: 1}}", "release.plain.even_if_worse"),
+        (
+            "serving: {plian: {activations: int8}}",
+            "serving.plian: no such recipe; did you mean plain?",
+        ),
+        ("serving: {plain: {activations: float8}}", "serving.plain.activations: "),
+        ("serving: {plain: {activation: int8}}", "unknown key; did you mean activations?"),
         ("fallbacks: {plain: tuned}", "is tuned on"),
         ("fallbacks: {plain: plain}", "is not another recipe (known: tuned)"),
         ("fallbacks: {plain: other}", "is not another recipe (known: tuned)"),
