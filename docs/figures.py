@@ -1714,6 +1714,53 @@ def kernels_gpu() -> str:
     return table(*rows)
 
 
+@figure
+def int8_linears() -> str:
+    """Return microseconds of a layer's linears with 8-bit activations; int8-linears-h100.json."""
+    results = read("metrics/size/int8-linears-h100.json")
+    rows: list[tuple[str, ...]] = [
+        ("tokens", "bfloat16", "4-bit, humming", "4-bit, int8 activations", "of bfloat16's")
+    ]
+    for tokens, taken in results["microseconds"].items():
+        humming = f"{taken['humming']:.0f}" if "humming" in taken else ""
+        ratio = times(taken["int8"] / taken["bfloat16"])
+        rows.append(
+            (
+                f"{int(tokens):,}",
+                f"{taken['bfloat16']:,.0f}",
+                humming,
+                f"{taken['int8']:.0f}",
+                ratio,
+            )
+        )
+    return table(*rows)
+
+
+@figure
+def int8_unpacking() -> str:
+    """Return the part of it that does not depend on the tokens."""
+    return f"{read('metrics/size/int8-linears-h100.json')['unpacking']:.0f} µs"
+
+
+@figure
+def int8_losses() -> str:
+    """Return the loss of the demo's checkpoints with either activations; activations-demo.json."""
+    losses = read("metrics/scale/activations-demo.json")["loss"]
+    rows: list[tuple[str, ...]] = [
+        ("loss, pages / queries", "set", "16-bit activations", "int8", "ratio")
+    ]
+    for recipe, kinds in losses.items():
+        for page_set, plain in kinds["bfloat16"].items():
+            served = kinds["int8"][page_set]
+            cells = (
+                " / ".join(f"{values[kind]:.6f}" for kind in ("pages", "queries"))
+                for values in (plain, served)
+            )
+            ratio = " / ".join(times(served[kind] / plain[kind]) for kind in ("pages", "queries"))
+            rows.append((f"`{recipe}`", page_set, *cells, ratio))
+    return table(*rows)
+
+
 def _cpu_ratios(kernel: str, tokens: str) -> str:
     """Return the range over the linears of a kernel's time over that of dense float32."""
     shapes = read("metrics/size/kernels-cpu.json")["shapes"].values()

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from colqwen3.checkpoint.packing import dequantize, pack
-from colqwen3.serving.linears import Linear, auto_round_lib, dense, humming
+from colqwen3.serving.linears import Linear, auto_round_lib, dense, humming, humming_or_int8
 from colqwen3.system.errors import first_line, run
 from colqwen3.system.files import write_json
 from demo.benchmarks.measure import machine
@@ -26,7 +26,7 @@ from demo.benchmarks.true_size import PRESETS
 logger = logging.getLogger(__name__)
 
 BITS, GROUP_SIZE = 4, 128
-TOKENS = {"cuda": (16, 26, 64, 208, 1291, 5164), "cpu": (1, 26, 208)}
+TOKENS = {"cuda": (16, 26, 64, 208, 512, 1291, 1664, 5164), "cpu": (1, 26, 208)}
 WEIGHTS_BYTES = 3e8  # of all weights of one shape together: more than a GPU's cache
 REPEATS = {"cuda": 15, "cpu": 3}
 
@@ -93,6 +93,14 @@ def auto_round(kind: str, dtype: torch.dtype) -> Candidate:
     return make
 
 
+def in_int8(parts: Parts) -> Linear:
+    """Return the serving runtime's linear on 8-bit activations, rounding included."""
+    from colqwen3.serving.int8_kernels import quantize_tokens
+
+    linear = humming_or_int8(parts, GROUP_SIZE, rotated=False)
+    return lambda x: linear(quantize_tokens(x))
+
+
 def candidates(device: str) -> dict[str, tuple[torch.dtype, Candidate]]:
     """Return name -> (dtype of the inputs, how to make the linear)."""
     bf16, f32 = torch.bfloat16, torch.float32
@@ -100,6 +108,7 @@ def candidates(device: str) -> dict[str, tuple[torch.dtype, Candidate]]:
         return {
             "dense bfloat16": (bf16, lambda parts: dense(dense_weight(parts, bf16))),
             "humming": (bf16, lambda parts: humming(parts, BITS, GROUP_SIZE, bf16)),
+            "int8 activations": (bf16, in_int8),
             "torch int4": (bf16, torch_int4),
             "auto-round tritonv2": (bf16, auto_round("auto_round:tritonv2_zp", bf16)),
             "auto-round torch": (bf16, auto_round("auto_round:torch_zp", bf16)),
