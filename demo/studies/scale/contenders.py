@@ -98,7 +98,7 @@ CONTENDERS = {
     "w3g64": Contender(
         queries=96,
         pages=48,
-        passages=128,
+        passages=64,
         method="gptq",
         hessian="model",
         end_to_end=200,

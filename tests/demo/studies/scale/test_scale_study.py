@@ -16,6 +16,7 @@ from colqwen3.inspection import inspect_folder
 from colqwen3.system.errors import UserError
 from demo.studies.scale import frontier, study, summary
 from demo.studies.scale.contenders import (
+    ALL_CONTENDERS,
     CONTENDERS,
     FRONTIER,
     Run,
@@ -52,10 +53,12 @@ def base() -> dict[str, Any]:
 def test_later_seeds_run_the_main_contenders_alone() -> None:
     runs = plan(CONTENDERS, (4, 3), (1, 2))
     names = [run.name for run in runs]
-    assert len(set(names)) == len(names) == 2 * len(CONTENDERS) + 2 * 5
+    once = sum(contender.weights is not None for contender in CONTENDERS.values())
+    assert len(set(names)) == len(names) == 2 * len(CONTENDERS) - once + 2 * 7
     assert names[:2] == ["rounding-w4", "rounding-w3"]
     later = {run.contender for run in runs if run.seed == 2}
-    assert later == {"mixed", "text", "mixed-passages32", "gptq-e2e", "gptq-passages32-e2e"}
+    main = {"mixed", "text", "mixed-passages32", "gptq-e2e", "gptq-passages32-e2e"}
+    assert later == main | {"gptq-model-e2e", "gptq-model-passages32-e2e"}
 
 
 def test_params_are_valid_and_hold_every_recipe() -> None:
@@ -134,9 +137,17 @@ def test_shrunk_sets_keep_every_kind() -> None:
     assert counts == {"queries": 1, "pages": 1, "passages": 1, "seed": 1}
 
 
-def test_passages_asked_for_are_there() -> None:
-    texts = Path("demo/pages/calibration/texts.jsonl").read_text().splitlines()
-    assert max(contender.passages for contender in CONTENDERS.values()) <= len(texts)
+@pytest.mark.parametrize("name", ALL_CONTENDERS)
+def test_samples_asked_for_are_in_the_calibration_set(name: str) -> None:
+    data = Path("demo/pages/calibration")
+    held = {
+        "queries": len((data / "queries.jsonl").read_text().splitlines()),
+        "pages": len(list((data / "corpus").iterdir())),
+        "passages": len((data / "texts.jsonl").read_text().splitlines()),
+    }
+    contender = ALL_CONTENDERS[name]
+    asked = {kind: getattr(contender, kind) for kind in held}
+    assert {kind: count for kind, count in asked.items() if count > held[kind]} == {}
 
 
 @pytest.mark.parametrize(("widths", "group"), [((256, 512), 128), ((192, 512), 64), ((96, 32), 32)])
