@@ -1346,6 +1346,164 @@ def hessian_three_bits() -> str:
     )
 
 
+HESSIAN_MODELS = {
+    "demo": (HESSIAN, "beyond-demo", "demo"),
+    "39m": ("hessian-39m",),
+    "150m": ("hessian-150m",),
+}
+"""Models on which GPTQ by the whole model was measured -> files with figures of these very models."""
+BY_MODEL, BY_MODEL_PASSAGES = "gptq-model-e2e", "gptq-model-passages32-e2e"
+HESSIAN_SCALE_WAYS = {
+    "text": "AutoRound, 16 passages",
+    "mixed": "AutoRound: the default",
+    "gptq-passages32-e2e": "GPTQ by layers, 32 passages more, end to end",
+    BY_MODEL: "GPTQ by the whole model, end to end",
+    BY_MODEL_PASSAGES: "the same with 32 passages more",
+}
+
+
+def _hessian_file(model: str, contender: str) -> str | None:
+    """Return the name of the file with a contender's losses on a model, None if it was not measured."""
+    for name in HESSIAN_MODELS[model]:
+        recipes = read(f"metrics/scale/{name}.json")["recipes"].values()
+        if any(recipe["contender"] == contender for recipe in recipes):
+            return name
+    return None
+
+
+def _hessian_losses(model: str, contender: str, bits: int, kind: str) -> list[float]:
+    """Return the losses of a contender on both page sets."""
+    name = _hessian_file(model, contender)
+    assert name is not None, f"{contender} was not measured on {model}"
+    return [study_loss(name, contender, bits, page_set, kind) for page_set in PAGE_SETS]
+
+
+def _hessian_over(
+    model: str, contender: str, bits: int, kind: str, other: str = "mixed", other_bits: int = 4
+) -> list[float]:
+    """Return them over those of another contender on the same model."""
+    losses = _hessian_losses(model, contender, bits, kind)
+    others = _hessian_losses(model, other, other_bits, kind)
+    return [one / two for one, two in zip(losses, others, strict=True)]
+
+
+def _pair(values: list[float]) -> str:
+    return " / ".join(f"{value:.2f}" for value in values)
+
+
+def _round_pair(values: list[float]) -> str:
+    """Return both as one number if they are the same to two digits."""
+    return " to ".join(sorted({f"{value:.2f}" for value in values}))
+
+
+def _millionths(losses: list[float]) -> str:
+    from demo.studies.scale.summary import UNIT, significant
+
+    return " / ".join(significant(loss / UNIT) for loss in losses)
+
+
+@figure
+def hessian_models() -> str:
+    """Return training and search of the larger models of GPTQ by the whole model."""
+    said = []
+    for model in ("39m", "150m"):
+        values = read(f"metrics/scale/hessian-{model}.json")
+        training = values["training"]
+        found = " / ".join(f"{values['page_sets'][name]['ndcg_at_5']:.3f}" for name in PAGE_SETS)
+        said.append(
+            f"`{model}` for {training['wall_seconds']} s ({training['steps']:,} steps), nDCG@5 {found}"
+        )
+    return "; ".join(said)
+
+
+@figure
+def hessian_scale() -> str:
+    """Return the losses of GPTQ by the whole model by study model, beside the default's."""
+    rows: list[tuple[str, ...]] = [
+        ("study model", "bits", "made by", "page loss, 1e-6", "of the default's", "query loss, 1e-6",
+         "of the default's", "of 4-bit text-only tuning's")
+    ]  # fmt: skip
+    for model in HESSIAN_MODELS:
+        for bits in WIDTHS:
+            for contender, words in HESSIAN_SCALE_WAYS.items():
+                if _hessian_file(model, contender) is None:
+                    continue
+                cells = [
+                    cell
+                    for kind in ("pages", "queries")
+                    for cell in (
+                        _millionths(_hessian_losses(model, contender, bits, kind)),
+                        "" if contender == "mixed"
+                        else _pair(_hessian_over(model, contender, bits, kind, other_bits=bits)),
+                    )
+                ]  # fmt: skip
+                itself = (contender, bits) == ("text", 4) or _hessian_file(model, "text") is None
+                text = "" if itself else _pair(
+                    _hessian_over(model, contender, bits, "queries", "text")
+                )  # fmt: skip
+                rows.append((f"`{model}`", str(bits), words, *cells, text))
+    return table(*rows)
+
+
+def _hessian_default(model: str, contender: str, bits: int) -> str:
+    pages, queries = (
+        _round_pair(_hessian_over(model, contender, bits, kind, other_bits=bits))
+        for kind in ("pages", "queries")
+    )
+    return f"{pages} times the default's page loss and {queries} times its query loss"
+
+
+@figure
+def hessian_39m() -> str:
+    """Return the losses by the whole model with passages at 39m over the default's, 4 bits."""
+    return _hessian_default("39m", BY_MODEL_PASSAGES, 4)
+
+
+@figure
+def hessian_150m() -> str:
+    """Return the losses by the whole model at 150m over the default's, 4 bits, without passages."""
+    return _hessian_default("150m", BY_MODEL, 4)
+
+
+@figure
+def hessian_39m_three_bits() -> str:
+    """Return the query loss at 39m, 3 bits with passages, over that of text-only tuning at 4."""
+    return _pair(_hessian_over("39m", BY_MODEL_PASSAGES, 3, "queries", "text"))
+
+
+@figure
+def hessian_39m_three_bits_pages() -> str:
+    """Return the page loss of the same, and over the default's at 4 bits."""
+    losses = " / ".join(
+        f"{loss:.6f}" for loss in _hessian_losses("39m", BY_MODEL_PASSAGES, 3, "pages")
+    )
+    ratios = " / ".join(
+        f"{ratio:.1f}" for ratio in _hessian_over("39m", BY_MODEL_PASSAGES, 3, "pages")
+    )
+    return f"{losses}, {ratios} times the default's at 4 bits"
+
+
+@figure
+def hessian_150m_three_bits() -> str:
+    """Return the losses at 150m and 3 bits by the whole model, and by layers with passages."""
+    pages, queries = (
+        " against ".join(
+            " / ".join(f"{loss:.6f}" for loss in _hessian_losses("150m", contender, 3, kind))
+            for contender in (BY_MODEL, "gptq-passages32-e2e")
+        )
+        for kind in ("pages", "queries")
+    )
+    return f"pages {pages}, queries {queries}"
+
+
+@figure
+def hessian_150m_by_layers() -> str:
+    """Return page losses over the default's at 3 bits: of the 150m here, of another by layers."""
+    here = _round_pair(_hessian_over("150m", BY_MODEL, 3, "pages", other_bits=3))
+    other = study_ratios("gptq-e2e", "mixed", "pages", (3,), models=("beyond-150m",))
+    return f"{here} times the default's page loss here, {_round_pair(other)} times there"
+
+
 @figure
 def tried_reach() -> str:
     """Return the share of GPTQ's codes that are more than one step from their weight."""
