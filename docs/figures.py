@@ -689,6 +689,29 @@ def end_to_end_memory() -> str:
 
 
 @figure
+def end_to_end_time() -> str:
+    """Return the time of 200 end-to-end steps at true size, extrapolated from the first of them."""
+    time = read("metrics/size/end-to-end-h100.json")["end_to_end_time"]
+    rate = time["steps_per_second"]
+    return (
+        f"{time['steps_done']} of {time['steps']} steps at {1 / rate:.2f} s each, "
+        f"so about {200 / rate / 60:.1f} minutes for 200"
+    )
+
+
+@figure
+def hessian_true_size() -> str:
+    """Return the time of GPTQ by the whole model at true size, extrapolated from 29 layers."""
+    time = read("metrics/size/end-to-end-h100.json")["gptq_model_time"]
+    before, rate = time["seconds_before_layers"], time["layers_per_second"]
+    whole = before + time["layers"] / rate
+    return (
+        f"{before} s before the layers and {1 / rate:.1f} s for each of {time['layers_done']} of "
+        f"{time['layers']}, so about {whole / 60:.0f} minutes in all"
+    )
+
+
+@figure
 def pages_against_rounding() -> str:
     """Return the page loss of 16 pages + 16 queries over that of rounding, 4 bits."""
     return f"{_seeds('mixed-w4g128', 'pages') / loss(ablation('rtn-w4g128'), 'pages'):.2f}"
