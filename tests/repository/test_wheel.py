@@ -31,13 +31,17 @@ DISTRIBUTIONS = {"PIL": "pillow", "huggingface_hub": "huggingface-hub"}
 EXTRAS = {
     "mteb": "benchmarks", "humming": "gpu", "auto_round_kernel": "cpu", "gguf": "gguf",
     "pyarrow": "corpus", "sentence_transformers": "corpus", "ray": "ray", "streamlit": "search",
-    "vllm": "vllm",
+    "vllm": "vllm", "cuda": "gpu",
 }  # fmt: skip
 """Import name -> extra of pyproject.toml."""
 TRAVELS = Path("colqwen3/gguf/run_gguf.py")
 """Nothing of the library imports it: it runs by itself, beside the files that it reads."""
-ALONE = (Path("colqwen3/search/page.py"), Path("colqwen3/vllm_plugin/model.py"))
-"""Streamlit runs the one, vLLM imports the other, and nothing of the library does."""
+ALONE = (
+    Path("colqwen3/search/page.py"),
+    Path("colqwen3/vllm_plugin/model.py"),
+    Path("colqwen3/serving/int8_kernels.py"),
+)
+"""Streamlit runs the first, vLLM imports the second, and the library the third where it is used."""
 WITH_TORCH = {"triton"}
 """What torch's CUDA builds bring along; used only on a GPU."""
 
@@ -147,7 +151,7 @@ def test_the_wheel_holds_the_library_alone(wheel: Path) -> None:
         names = set(archive.namelist())
     info = {name for name in names if ".dist-info/" in name.split("/", 1)[0] + "/"}
     sources = {str(path) for path in Path("colqwen3").rglob("*.py")}
-    assert names - info == sources | {"colqwen3/py.typed"}
+    assert names - info == sources | {"colqwen3/py.typed", "colqwen3/serving/int8.cu"}
     assert any(name.endswith("LICENSE") for name in info)
     assert {name.split("/", 1)[0] for name in info} == {
         f"colqwen3_autoround-{PROJECT['version']}.dist-info"
