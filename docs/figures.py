@@ -1528,6 +1528,28 @@ def hessian_150m_by_layers() -> str:
 
 
 @figure
+def small_by_model() -> str:
+    """Return the losses of the recipe small with hessian: model over those without."""
+    trial = read("metrics/scale/small-demo.json")
+    pages, queries = (
+        _between([trial["model"][name][kind] / trial["layer"][name][kind] for name in PAGE_SETS])
+        for kind in ("pages", "queries")
+    )
+    return f"{pages} times the page loss and {queries} times the query loss"
+
+
+@figure
+def small_by_model_time() -> str:
+    """Return the seconds of the stage for both, two runs each."""
+    trial = read("metrics/scale/small-demo.json")
+    model, layer = (
+        " and ".join(f"{seconds:.0f}" for seconds in sorted(trial[way]["quantize_seconds"]))
+        for way in ("model", "layer")
+    )
+    return f"{model} s instead of {layer}"
+
+
+@figure
 def tried_reach() -> str:
     """Return the share of GPTQ's codes that are more than one step from their weight."""
     trials = read("metrics/scale/beyond-tried.json")

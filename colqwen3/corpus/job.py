@@ -196,8 +196,7 @@ def plan_corpus(
         "max_num_visual_tokens": options.max_num_visual_tokens,
         "visual_tokens_per_batch": batch,
         "pages_per_shard": options.pages_per_shard,
-        # folders that were begun without the option stay what they are
-        **({"activations": options.activations} if options.activations else {}),
+        "activations": options.activations,
     }
     decided = CorpusOptions(**{**vars(options), "dtype": dtype, "visual_tokens_per_batch": batch})
     step = options.pages_per_shard

@@ -239,6 +239,7 @@ def test_another_model_or_other_options_need_another_folder(folder: Path) -> Non
         ({"visual_tokens_per_batch": 50}, "visual_tokens_per_batch"),
         ({"max_num_visual_tokens": 8}, "max_num_visual_tokens"),
         ({"dtype": "bfloat16"}, "dtype"),
+        ({"activations": "int8"}, "activations"),
     ):
         with pytest.raises(UserError, match=rf"^out/_manifest.json: {key} is .*; give --out a new"):
             run("out", **changes)

@@ -129,7 +129,7 @@ def test_shipped_file_loads_with_the_recipes_that_the_readme_names() -> None:
     assert isinstance(params.recipes["w4g128"], AutoRoundRecipe)
     assert isinstance(params.recipes["rtn-w4g128"], RtnRecipe)
     assert isinstance(params.recipes["small"], GptqRecipe)
-    assert params.recipes["small"].end_to_end
+    assert params.recipes["small"].end_to_end and params.recipes["small"].hessian == "model"
     assert not params.model.trust_remote_code
     assert params.calibration.dataset != params.evaluate.dataset
     tuned_on = params.calibration.sets[params.recipes["w4g128"].calibration]
