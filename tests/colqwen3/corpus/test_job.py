@@ -43,7 +43,8 @@ def loaded_once(embedder: Plain, monkeypatch: pytest.MonkeyPatch) -> None:
     """Load the model once for all tests; its output is that of the format all the same."""
 
     def load(*arguments: Any) -> Embedder:
-        return Plain(embedder.model, embedder.processor, arguments[-1])
+        output = arguments[5]
+        return Plain(embedder.model, embedder.processor, output)
 
     monkeypatch.setattr(job, "load_embedder", load)
 
