@@ -1799,11 +1799,11 @@ def serving_speed() -> str:
     weights = _operations()["token"] // 2  # of the decoder's linears
     rows: list[tuple[str, ...]] = [
         ("", "fastest mode", "original", "4-bit", "ratio", "floor of the original / of 4-bit",
-         "with graphs, the default", "eager")
+         "with graphs, the default")
     ]  # fmt: skip
 
-    def both(times: Mapping[str, float], digits: int) -> str:
-        return f"{times['original_ms']:.{digits}f} / {times['quantized_ms']:.{digits}f} ms"
+    def both(times: Mapping[str, float]) -> str:
+        return f"{times['original_ms']:.1f} / {times['quantized_ms']:.1f} ms"
 
     def floors(kind: str, count: int) -> str:
         if kind == "page":
@@ -1820,7 +1820,7 @@ def serving_speed() -> str:
             best = modes["best"]
             mode = next(
                 name
-                for name in ("graphs", "compiled", "eager")
+                for name in ("graphs", "compiled")
                 if modes[name]["original_ms"] == best["original_ms"]
             )
             tokens = f" of {speed[kind]['tokens']:,} tokens" if count == 1 else ""
@@ -1830,7 +1830,7 @@ def serving_speed() -> str:
                     f"{count} {kind if count == 1 else name}{tokens}", mode,
                     f"{best['original_ms']:.1f} ms", f"{best['quantized_ms']:.1f} ms",
                     f"**{times(best['speedup'])}**", floors(kind, count),
-                    both(modes["graphs"], 1), both(modes["eager"], 0),
+                    both(modes["graphs"]),
                 )
             )  # fmt: skip
     files = gpu("floor")
@@ -1840,10 +1840,10 @@ def serving_speed() -> str:
     }
     rows += [
         ("all weights, as files", "", gb(files["read_bytes"], 2), gb(files["written_bytes"], 2),
-         times(files['written_bytes'] / files['read_bytes']), "", ""),
+         times(files['written_bytes'] / files['read_bytes']), ""),
         ("peak GPU memory, loading included; query batches of 1, 8 and 64 and a page recorded", "",
          gb(memory["original"]), gb(memory["quantized"]),
-         times(memory['quantized'] / memory['original']), "", ""),
+         times(memory['quantized'] / memory['original']), ""),
     ]  # fmt: skip
     return table(*rows)
 

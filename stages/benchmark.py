@@ -23,7 +23,7 @@ from PIL import Image
 from colqwen3.dataset.beir import read_queries
 from colqwen3.dataset.pages import find_pages, open_page
 from colqwen3.system.device import DTYPES, ActivationsKind, choose_device, device_name
-from colqwen3.system.errors import run
+from colqwen3.system.errors import UserError, run
 from colqwen3.system.files import write_json
 from colqwen3.system.progress import Progress
 from stages.evaluation.speed import checkpoint_digest, speed_file
@@ -100,6 +100,7 @@ def serve_alone(
     dtype = DTYPES[params.dtype]
     free_memory(device)
     runtime = load_runtime(folder, device, dtype, activations=activations)
+    check_activations(runtime, activations)
     loaded = loaded_memory(device)
     rows = runtime.token_ids(queries)
     for count in params.query_batches:
@@ -109,6 +110,21 @@ def serve_alone(
     used = {**loaded, **memory(device)}
     agreement = minimum_cosine(runtime, load_model(folder, dtype, device), queries, pages)
     return {"memory": used, "cosine": agreement}
+
+
+def check_activations(runtime: Any, wanted: ActivationsKind) -> None:
+    """Check that a runtime computes with the activations that are to be timed.
+
+    Raises
+    ------
+    UserError
+        If it does not.
+    """
+    if runtime.activations != wanted:
+        raise UserError(
+            f"{wanted} activations do not work on this machine, as a warning above says; set "
+            "benchmark.int8_activations to false in params.yaml"
+        )
 
 
 def time_both(
@@ -139,7 +155,9 @@ def time_both(
     with Progress("timings", total) as progress:
         for mode in modes:
             for runtime in runtimes:
+                wanted = runtime.activations
                 runtime.use(mode)
+                check_activations(runtime, wanted)
             for kind, batches in inputs.items():
                 for count, works in batches.items():
                     taken = median_ms(works, device, warmup, params.repeats)

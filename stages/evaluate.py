@@ -68,6 +68,12 @@ def main() -> None:
     original = open_embeddings(EMBEDDINGS / "original.safetensors")
     quantized = open_embeddings(EMBEDDINGS / f"{recipe}.safetensors")
     check_items(dataset, original, quantized)
+    served = params.serving.get(recipe)
+    if quantized.activations != (served and served.activations):
+        raise UserError(
+            f"{EMBEDDINGS / recipe}.safetensors: is of {quantized.activations or 'other'} activations than "
+            f"params.yaml serving.{recipe} asks for; run `dvc repro embed@{recipe}`"
+        )
     record_path, fix = QUANTIZED / f"{recipe}.json", f"run `dvc repro quantize@{recipe}`"
     record = read_json(record_path, fix)
     size = compare_sizes(
@@ -79,7 +85,6 @@ def main() -> None:
         overlap = compare_datasets(dataset, params, record)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{record_path}: lacks a figure ({error}); {fix}") from None
-    served = params.serving.get(recipe)
     comparison = evaluate(dataset, original, quantized)
     metrics = round_figures(
         {

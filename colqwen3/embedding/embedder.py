@@ -201,19 +201,26 @@ def load_embedder(
 ) -> Embedder:
     """Load a model folder, original or quantized, to embed with: the runtime on a GPU.
 
-    With `activations`, as of `load_runtime`, it is the runtime on a CPU too.
+    With `activations`, as of `load_runtime`, it is the runtime on a CPU too; int8 is then used for
+    all batches of more than 64 tokens, so that times decide nothing.
 
     Raises
     ------
     UserError
         If the folder is damaged or no ColQwen3, or the activations do not work here.
     """
+    if activations == "int8" and device.type == "cuda" and dtype != torch.bfloat16:
+        raise UserError(
+            "int8 activations need bfloat16 beside them on a GPU: give --dtype bfloat16, or embed.dtype: "
+            "bfloat16 in params.yaml"
+        )
     if device.type == "cuda" or activations:
         from colqwen3.serving.load import load_runtime
 
         runtime = load_runtime(
             folder, device, dtype, max_num_visual_tokens=max_num_visual_tokens,
             trust_remote_code=trust_remote_code, activations=activations or "bfloat16",
+            time_activations=False,
         )  # fmt: skip
         if activations and runtime.activations != activations:
             raise UserError(

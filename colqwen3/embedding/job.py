@@ -113,7 +113,9 @@ def embed_to_file(
     with scratch:
         parts = embed_into(scratch, embedder, queries, pages, options)
         stored = parts.of("query", queries), parts.of("page", pages)
-        write_embeddings(out, *stored, dtype=OUTPUTS[options.output])
+        write_embeddings(
+            out, *stored, dtype=OUTPUTS[options.output], activations=options.activations
+        )
         scratch.remove()
 
 

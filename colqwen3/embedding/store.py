@@ -28,6 +28,8 @@ class Embeddings:
 
     queries: Mapping[str, torch.Tensor]
     pages: Mapping[str, torch.Tensor]
+    activations: str | None = None
+    """What the serving runtime made them with, where they are to show what it serves."""
 
 
 def write_embeddings(
@@ -36,11 +38,12 @@ def write_embeddings(
     pages: Mapping[str, torch.Tensor],
     *,
     dtype: torch.dtype = torch.float32,
+    activations: str | None = None,
 ) -> None:
     """Write embeddings under ``query/<_id>`` and ``page/<stem>``, all as `dtype`, by rename.
 
     safetensors sorts its entries, so the input order is stored in the metadata: key ``order``, JSON
-    of the lists ``queries`` and ``pages``. Equal input gives equal bytes. Items are read
+    of the lists ``queries`` and ``pages``, and ``activations`` if given. Equal input gives equal bytes. Items are read
     twice, and one at a time: a mapping that reads them from disk needs no memory.
 
     Raises
@@ -57,7 +60,8 @@ def write_embeddings(
             if len(shape) != 2 or 0 in shape:
                 raise ValueError(f"{kind}/{name}: {list(shape)} is not [tokens, embed_dim]")
             specs[f"{kind}/{name}"] = (STORED[dtype], shape)
-    order = json.dumps({"queries": list(queries), "pages": list(pages)})
+    served = {"activations": activations} if activations else {}
+    order = json.dumps({"queries": list(queries), "pages": list(pages), **served})
     partial = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -89,6 +93,7 @@ def open_embeddings(path: Path) -> Embeddings:
         stored = read_header(path)
         names = {kind: [(name, f"{prefix}/{name}") for name in order[kind]]
                  for kind, prefix in KINDS.items()}  # fmt: skip
+        activations = order.get("activations")
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be read ({error}); {fix}") from None
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -109,7 +114,8 @@ def open_embeddings(path: Path) -> Embeddings:
         **{
             kind: StoredTensors(path.parent, {name: stored[key] for name, key in pairs})
             for kind, pairs in names.items()
-        }
+        },
+        activations=activations,
     )
 
 

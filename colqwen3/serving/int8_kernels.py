@@ -97,6 +97,8 @@ def _one_token_each(
     after: tuple[Any, ...] = (),
 ) -> Int8Tokens:
     """Run a kernel whose programs are one token each, and return what it rounds."""
+    assert all(part is None or part.is_contiguous() for part in before)
+    assert like.dtype == torch.bfloat16
     tokens, vectors = len(like), features // VECTOR
     codes = torch.empty(tokens, features, dtype=torch.int8, device=like.device)
     made = Int8Tokens(codes, torch.empty(tokens, device=like.device))
@@ -178,11 +180,11 @@ def unpack(weight: PackedWeight) -> Int8Weight:
 @triton.jit(do_not_specialize=["tokens"])
 def _multiply(
     x, x_scales, weight, weight_scales, out, tokens, outputs, inputs: tl.constexpr,
-    TILE: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
+    TILE: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip  # pragma: no cover - runs on a GPU
     down, across = tl.cdiv(tokens, TILE), tl.cdiv(outputs, TILE)
     half: tl.constexpr = TILE // 2
-    for tile in tl.range(tl.program_id(0), down * across, PROGRAMS, flatten=True):
+    for tile in tl.range(tl.program_id(0), down * across, tl.num_programs(0), flatten=True):
         group = tile // (GROUP * across)
         rows = min(down - group * GROUP, GROUP)
         token = (group * GROUP + tile % (GROUP * across) % rows) * TILE
@@ -217,6 +219,6 @@ def multiply(x: Int8Tokens, weight: Int8Weight) -> torch.Tensor:
         describe(weight.codes, [TILE, TILE]), weight.scales,
         describe(out, [TILE, TILE // 2]),
         tokens, outputs, inputs,
-        TILE=TILE, GROUP=TILES_IN_GROUP, PROGRAMS=programs, num_warps=4, num_stages=3,
+        TILE=TILE, GROUP=TILES_IN_GROUP, num_warps=4, num_stages=3,
     )  # fmt: skip
     return out

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 MINIMUM_VISUAL_TOKENS = 4
 INT8_CAPABILITY = (9, 0)
-"""From which on a GPU has what the int8 product loads its operands with."""
+"""Of the GPUs that have what the int8 product loads its operands with, those that were tried."""
 
 
 def load_runtime(
@@ -37,6 +37,7 @@ def load_runtime(
     max_num_visual_tokens: int = 1280,
     trust_remote_code: bool = False,
     activations: ActivationsKind = "bfloat16",
+    time_activations: bool = True,
 ) -> Runtime:
     """Load a ColQwen3 folder, original or quantized here, ready to serve.
 
@@ -62,11 +63,14 @@ def load_runtime(
         Whether Python files of the folder may run (its tokenizer's).
 
     activations
-        What the decoder's linears take: ``bfloat16`` (whatever `dtype` is), or ``int8``: one scale
-        a token, for large batches, which are faster with it; up to 64 tokens always 16 bits. Where
-        int8 does not work, a warning says why. Weights that the int8 kernels cannot take as humming
-        keeps them, as those of an original, are kept in 8 bits beside. On a CPU nothing gets
-        faster: it shows what the embeddings are.
+        What the decoder's linears take: ``bfloat16``, that is those of `dtype`, or ``int8``: one
+        scale a token, for batches of more than 64 tokens. Where int8 does not work, a warning says
+        why. Weights that the int8 kernels cannot take as humming keeps them, as those of an
+        original, are kept in 8 bits beside. On a CPU nothing gets faster: it shows about what the
+        embeddings are.
+    time_activations
+        Whether int8 is used on a GPU only for as many tokens as it was timed to be faster for. Else
+        it always is beyond 64 tokens, so that embeddings do not depend on times.
 
     Raises
     ------
@@ -101,7 +105,9 @@ def load_runtime(
                 logger.warning("%s: 16-bit activations are used", problem)
                 activations = "bfloat16"
             weights = Weights(folder, place, chosen, raw, activations == "int8")
-            runtime = Runtime(config, processor, weights, place, chosen, activations)
+            runtime = Runtime(
+                config, processor, weights, place, chosen, activations, time_activations
+            )
         runtime.use(mode)  # outside of torch.device, which compiled code would be bound to
     return runtime
 
@@ -110,9 +116,10 @@ def int8_problem(device: torch.device, dtype: torch.dtype, config: ColQwen3Confi
     """Return what keeps a device or a model from 8-bit activations, or None."""
     text = config.text_config
     heads = text.num_attention_heads * text.head_dim
-    widths = (text.hidden_size, heads, text.intermediate_size)
+    keys = text.num_key_value_heads * text.head_dim
+    widths = (text.hidden_size, heads, keys, text.intermediate_size)
     if any(width % ROTATED for width in widths):
-        return f"8-bit activations need {ROTATED} to divide the inputs {widths} of the linears"
+        return f"8-bit activations need {ROTATED} to divide the widths {widths} of the linears"
     if device.type == "cpu":
         return None
     missing = [name for name in ("humming", "triton") if find_spec(name) is None]
@@ -121,7 +128,7 @@ def int8_problem(device: torch.device, dtype: torch.dtype, config: ColQwen3Confi
     if dtype != torch.bfloat16:
         return f"8-bit activations need bfloat16 beside them, not {dtype}"
     capability = torch.cuda.get_device_capability(device)
-    if capability < INT8_CAPABILITY:
+    if capability != INT8_CAPABILITY:  # others may have another layout of weights
         card, (major, minor) = torch.cuda.get_device_name(device), capability
         return (
             f"8-bit activations need compute capability 9.0 (H100), and {card} has {major}.{minor}"

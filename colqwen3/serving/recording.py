@@ -46,6 +46,10 @@ class RecentlyUsed(Generic[T]):
         if len(self._items) > self._limit:
             self._items.popitem(last=False)
 
+    def clear(self) -> None:
+        """Forget all items."""
+        self._items.clear()
+
 
 @dataclass(frozen=True)
 class Recording:
@@ -94,7 +98,7 @@ def record(work: Work, inputs: torch.Tensor, pool: Any, tensors: object = None) 
     current.wait_stream(stream)
     torch.cuda.synchronize(inputs.device)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
+    with torch.cuda.graph(graph, pool=pool, stream=stream):
         vectors = work(inputs)
     graph.replay()
     if not agree(vectors, expected):

@@ -20,7 +20,7 @@ import torch
 
 from colqwen3.serving.decoder import Decoder, DecoderLayer
 from colqwen3.serving.fused import Operations
-from colqwen3.system.files import write_json
+from colqwen3.system.files import digest_file, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +31,8 @@ SIZES = (128, 192, 256, 320, 384, 448, 512, 640, 768, 1024, 1536, 2048, 4096)
 LAYERS = 4
 """Timed one after another, so that no cache holds their weights."""
 REPLAYS = 7
+TRIED_TOKENS = (65, 300, 1291)
+CODE = ("int8.cu", "int8_kernels.py", "linears.py")
 LIBRARIES = ("torch", "triton", "humming-kernels")
 
 
@@ -59,10 +61,7 @@ class TokenTable:
 
 
 def find_table(decoder: Decoder, operations: Operations, int8: Operations, key: Any) -> TokenTable:
-    """Return the table of this machine: kept, or measured and kept.
-
-    On a CPU, which has no fast products of int8, all beyond `ALWAYS_16` tokens is said to be faster
-    in 8 bits: there they are for judging what a GPU serves.
+    """Return the table of this card: kept, or measured and kept.
 
     Parameters
     ----------
@@ -71,18 +70,15 @@ def find_table(decoder: Decoder, operations: Operations, int8: Operations, key: 
     operations, int8
         What gives them.
     key
-        What times depend on beside card and versions; JSON.
+        What times depend on beside card, versions and code; JSON.
     """
     device = decoder.norm.device
-    if device.type == "cpu":
-        return TokenTable()
-    versions = {name: metadata.version(name) for name in LIBRARIES}
-    facts = [torch.cuda.get_device_name(device), versions, SIZES, key]
+    code = [digest_file(Path(__file__).with_name(name)) for name in CODE]
+    facts = [torch.cuda.get_device_name(device), _versions(), code, SIZES, key]
     digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
     path = cache_folder() / f"token-table-{digest}.json"
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        return TokenTable(kept["tokens"], kept["bfloat16"], kept["int8"])
+        return _checked(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError):
         table = _measure(decoder, operations, int8)
     try:
@@ -91,6 +87,30 @@ def find_table(decoder: Decoder, operations: Operations, int8: Operations, key: 
     except OSError as error:
         logger.warning("%s: not kept, so it is measured at each start: %s", path, error)
     return table
+
+
+def _checked(kept: Any) -> TokenTable:
+    """Return a table that was kept.
+
+    Raises
+    ------
+    ValueError, KeyError, TypeError
+        If it is damaged.
+    """
+    columns = [[float(value) for value in kept[key]] for key in ("tokens", "bfloat16", "int8")]
+    if {len(column) for column in columns} != {len(SIZES)}:
+        raise ValueError("columns are of other lengths")
+    return TokenTable(kept["tokens"], *columns[1:])
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:  # builds of torch have it under other names
+            found[name] = "unknown"
+    return found
 
 
 def cache_folder() -> Path:
@@ -109,16 +129,17 @@ def _measure(decoder: Decoder, operations: Operations, int8: Operations) -> Toke
 
 
 def _layer_microseconds(decoder: Decoder, operations: Operations, tokens: int) -> float:
-    """Return the median time of the linears of one layer on zeros, recorded as a CUDA graph."""
+    """Return the median time of the linears of one layer, recorded as a CUDA graph."""
     layers, like = decoder.layers[:LAYERS], decoder.norm
-    x = like.new_zeros(tokens, len(like))
-    mixed = like.new_zeros(tokens, decoder.heads * decoder.head_dim)
-    works = [_work(decoder, layer, operations, x, mixed) for layer in layers]
+    x, change = (torch.randn(tokens, len(like)).to(like) for _ in range(2))
+    mixed = torch.randn(tokens, decoder.heads * decoder.head_dim).to(like)
+    works = [_work(decoder, layer, operations, x, change, mixed) for layer in layers]
     for work in works:
         work()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    stream: Any = torch.cuda.Stream(like.device)  # type: ignore[no-untyped-call]
+    with torch.cuda.graph(graph, stream=stream):
         for work in works:
             work()
     taken = []
@@ -138,13 +159,46 @@ def _work(
     layer: DecoderLayer,
     operations: Operations,
     x: torch.Tensor,
+    change: torch.Tensor,
     mixed: torch.Tensor,
-) -> Callable[[], None]:
-    def work() -> None:
-        _, h = operations.add_rms_norm(x, x, layer.input_norm, decoder.eps)
-        layer.qkv(h)
-        change = layer.o(operations.attended(mixed))
-        _, h = operations.add_rms_norm(x, change, layer.post_attention_norm, decoder.eps)
-        layer.down(operations.gate(layer.gate_up(h)))
+) -> Callable[[], list[torch.Tensor]]:
+    """Return what computes all that a layer does but attention; it gives the linears' outputs."""
+
+    def work() -> list[torch.Tensor]:
+        _, h = operations.add_rms_norm(x, change, layer.input_norm, decoder.eps)
+        qkv = layer.qkv(h)
+        o = layer.o(operations.attended(mixed))
+        _, h = operations.add_rms_norm(x, o, layer.post_attention_norm, decoder.eps)
+        gate_up = layer.gate_up(h)
+        return [qkv, o, gate_up, layer.down(operations.gate(gate_up))]
 
     return work
+
+
+@torch.inference_mode()
+def linears_apart(decoder: Decoder, operations: Operations, int8: Operations) -> float:
+    """Return how far the linears of the first layer are apart in 8 and in 16 bits.
+
+    Returns
+    -------
+    float
+        The largest relative error of any token or output, on random inputs of sizes that fill tiles
+        and that do not; NaN if there is one.
+    """
+    like, worst = decoder.norm, []
+    for tokens in TRIED_TOKENS:
+        x, change = (torch.randn(tokens, len(like)).to(like) for _ in range(2))
+        mixed = torch.randn(tokens, decoder.heads * decoder.head_dim).to(like)
+        in_16, in_8 = (
+            _work(decoder, decoder.layers[0], kind, x, change, mixed)()
+            for kind in (operations, int8)
+        )
+        for expected, actual in zip(in_16, in_8, strict=True):
+            wide, error = expected.float(), actual.float() - expected.float()
+            # an output whose weights are all but 0 has no error of its own
+            floor = wide.norm() / wide.numel() ** 0.5 / 10
+            for axis in (0, 1):
+                size = wide.norm(dim=axis) / wide.shape[axis] ** 0.5
+                off = error.norm(dim=axis) / error.shape[axis] ** 0.5
+                worst.append((off / size.clamp_min(floor)).max())
+    return float(torch.stack(worst).max())

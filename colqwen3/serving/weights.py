@@ -65,6 +65,8 @@ class Weights:
     kernel
         What computes the quantized linears of the first decoder layer, one of `KERNELS`; ``dense``
         for an original. Linears of other bits have a kernel of their own.
+    quantization
+        The ``quantization_config``; None for an original.
     """
 
     def __init__(
@@ -76,25 +78,25 @@ class Weights:
         int8: bool = False,
     ) -> None:
         self._folder, self._device, self._dtype = folder, device, dtype
-        self._quantization = config.get("quantization_config")
+        self.quantization = config.get("quantization_config")
         self._stored = Checkpoint.read(folder).tensors
         self._embeddings_bits = embeddings_bits(config, self._stored)
         self._int8 = int8
         self._kernels: dict[int, str] = {}  # bits -> name
         self.kernel = "dense"
-        if self._quantization is not None:
-            check_bits(self._quantization, self._stored)
+        if self.quantization is not None:
+            check_bits(self.quantization, self._stored)
             first = [f"{BLOCKS}.0.self_attn.o_proj"]
             self.kernel = self._kernel(self._bits(first[0]), self._packed(first))
 
     @property
     def _group_size(self) -> int:
-        assert self._quantization is not None
-        return int(self._quantization["group_size"])
+        assert self.quantization is not None
+        return int(self.quantization["group_size"])
 
     def _bits(self, linear: str) -> int:
-        assert self._quantization is not None
-        return linear_bits(self._quantization, linear)
+        assert self.quantization is not None
+        return linear_bits(self.quantization, linear)
 
     def _kernel(self, bits: int, parts: Parts) -> str:
         """Return the kernel for linears of so many bits, tried with the linear `parts`."""

@@ -37,12 +37,10 @@ def embed(embedder: Any, dataset: Dataset) -> Embeddings:
     """Return the embeddings of a set by llama.cpp."""
     queries = {name: embedder.embed_query(text) for name, text in dataset.queries.items()}
     pages = {name: embedder.embed_page(open_page(page)) for name, page in dataset.pages.items()}
-    return Embeddings(
-        *(
-            {name: torch.from_numpy(value) for name, value in part.items()}
-            for part in (queries, pages)
-        )
+    first, second = (
+        {name: torch.from_numpy(value) for name, value in part.items()} for part in (queries, pages)
     )
+    return Embeddings(first, second)
 
 
 def compare(actual: Embeddings, expected: Embeddings, dataset: Dataset) -> dict[str, Any]:

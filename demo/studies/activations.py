@@ -90,6 +90,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="FILE")
     args = parser.parse_args()
     folders = dict(args.checkpoint or CHECKPOINTS.items())
+    if len({page_set.name for page_set in args.page_sets}) < len(args.page_sets):
+        parser.error("--page-sets must have different names")
     for folder in (args.original, *folders.values()):
         if not (folder / "config.json").is_file():
             raise UserError(f"{folder}: is no model folder; make it, or name another")
@@ -97,10 +99,12 @@ def main() -> None:
     write_json(
         args.out,
         {
-            "command": f"python -m demo.studies.activations --device {args.device} "
-            f"--dtype {args.dtype} --out FILE",
-            "what": "1 - mean cosine of tokens to the original's embeddings by transformers in "
-            "float32, of the runtime as it serves",
+            "command": f"python -m demo.studies.activations --device {args.device} --dtype "
+            f"{args.dtype} --original {args.original} "
+            + " ".join(f"--checkpoint {name}={folder}" for name, folder in folders.items())
+            + f" --page-sets {' '.join(map(str, args.page_sets))} --out FILE",
+            "what": "1 - mean cosine of tokens to the original's embeddings in float32, of the "
+            "runtime as it serves",
             "original": str(args.original),
             "layers": text["num_hidden_layers"],
             "hidden_size": text["hidden_size"],

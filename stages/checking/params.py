@@ -91,6 +91,12 @@ class Params(Section):
                         f"{section}.{name}: no such recipe{suggest(name, self.recipes)} "
                         f"(known: {', '.join(self.recipes)})"
                     )
+        for name, served in self.serving.items():
+            on_gpu = self.compute.device == "cuda"
+            if on_gpu and served.activations == "int8" and self.embed.dtype != "bfloat16":
+                raise ValueError(
+                    f"serving.{name}.activations: int8 needs embed.dtype: bfloat16 on a GPU"
+                )
         for name, fallback in self.fallbacks.items():
             self._check_fallback(name, fallback)
         for name, options in self.release.items():

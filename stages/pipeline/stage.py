@@ -63,7 +63,7 @@ def code_digest(stage: str) -> str:
     for dep in body.get("do", body)["deps"]:
         path = ROOT / dep
         if Path(dep).parts[0] in CODE:
-            files |= {path} if path.is_file() else set(path.rglob("*.py"))
+            files |= {path} if path.is_file() else {*path.rglob("*.py"), *path.rglob("*.cu")}
     return digest_files(ROOT, files)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from colqwen3.system.errors import UserError
 from stages import benchmark
 from stages.pipeline.params import BenchmarkParams
 
@@ -25,6 +26,7 @@ class Runtime:
     """A runtime that only says what it was asked for."""
 
     device = torch.device("cpu")
+    activations = "bfloat16"
 
     def __init__(self, name: str, log: list[tuple[str, str, str, int]], falls_back: bool) -> None:
         self.name, self.log, self.falls_back = name, log, falls_back
@@ -76,3 +78,10 @@ def test_the_worst_token_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     cosines = benchmark.minimum_cosine(runtime, None, None, None)
     assert cosines == {"query": 0.8, "page": 1.0}
+
+
+def test_other_activations_than_those_asked_for_are_not_timed() -> None:
+    runtime = SimpleNamespace(activations="bfloat16")
+    benchmark.check_activations(runtime, "bfloat16")
+    with pytest.raises(UserError, match="int8 activations do not work on this machine"):
+        benchmark.check_activations(runtime, "int8")

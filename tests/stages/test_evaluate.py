@@ -275,11 +275,23 @@ def test_pages_are_read_from_the_file_one_batch_at_a_time(
     assert all(isinstance(stored.pages, StoredTensors) for stored in given[1:])
 
 
-def test_metrics_and_verdict_say_how_it_was_served(project: Path) -> None:
+def test_metrics_and_verdict_say_how_it_was_served(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     params = YAML(typ="safe", pure=True).load(Path("params.yaml"))
     params["serving"] = {"low": {"activations": "int8"}}
     with open("params.yaml", "w") as file:
         YAML(typ="safe", pure=True).dump(params, file)
+    with pytest.raises(SystemExit):  # they are as they were before
+        run(evaluate.main)
+    said = (
+        "is of other activations than params.yaml serving.low asks for; run `dvc repro embed@low`"
+    )
+    assert said in capsys.readouterr().err
+    write_embeddings(
+        Path("artifacts/embeddings/low.safetensors"),
+        QUANTIZED.queries, QUANTIZED.pages, activations="int8",
+    )  # fmt: skip
     run(evaluate.main)
     metrics = json.loads(Path("metrics/quality/low.json").read_text())
     assert metrics["serving"] == {"activations": "int8"}

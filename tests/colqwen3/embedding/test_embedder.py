@@ -162,8 +162,10 @@ def test_a_cpu_gets_transformers_and_a_gpu_the_runtime(monkeypatch: pytest.Monke
     assert embeds.output == torch.float16
     options = {
         "max_num_visual_tokens": 64, "trust_remote_code": True, "activations": "bfloat16",
+        "time_activations": False,
     }  # fmt: skip
     assert asked == [(MODEL, "cuda", options)]
+    assert embedder.GROUP >= 16  # pages of one size need others to go with
 
 
 def test_activations_are_those_of_the_runtime_or_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,7 +178,8 @@ def test_activations_are_those_of_the_runtime_or_an_error(monkeypatch: pytest.Mo
     monkeypatch.setattr("colqwen3.serving.load.int8_problem", fails)
     with pytest.raises(UserError, match="int8 activations do not work on this machine"):
         load_embedder(MODEL, torch.float32, CPU, 64, activations="int8")
-    assert embedder.GROUP >= 16  # pages of one size need others to go with
+    with pytest.raises(UserError, match="int8 activations need bfloat16 beside them on a GPU"):
+        load_embedder(MODEL, torch.float32, torch.device("cuda"), 64, activations="int8")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -18,7 +18,7 @@ from colqwen3.embedding.batches import embed
 from colqwen3.inspection import inspect_folder
 from colqwen3.model.loading import load_model
 from colqwen3.serving import Runtime, int8, load_runtime
-from colqwen3.serving.fused import PLAIN
+from colqwen3.serving.fused import PLAIN, int8_operations
 from colqwen3.serving.runtime import Mode, page_positions
 from tests.helpers.golden import STEMS, golden_page
 from tests.helpers.rounded import rounded
@@ -160,7 +160,15 @@ def test_8_bit_activations_are_those_of_the_linears_alone() -> None:
     assert cosines.min() > 0.99999
 
 
-@pytest.mark.parametrize("broken", [raises, lambda *_: PLAIN._replace(gate=lambda x: x[:, ::2])])
+def nan_gate(base: Any, device: torch.device) -> Any:
+    """Give NaN for pages, which the short text of the trial has not."""
+    right = int8_operations(base, device)
+    return right._replace(gate=lambda x: right.gate(x if len(x) < 30 else x * float("nan")))
+
+
+@pytest.mark.parametrize(
+    "broken", [raises, lambda *_: PLAIN._replace(gate=lambda x: x[:, ::2]), nan_gate]
+)
 def test_8_bit_activations_that_fail_or_are_wrong_are_not_used(
     broken: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -170,6 +178,20 @@ def test_8_bit_activations_that_fail_or_are_wrong_are_not_used(
     assert "here: 16-bit ones are used" in caplog.text
     expected = load_runtime(GOLDEN / "model", CPU, torch.float32).embed_pages([page(PAGES[0])])
     assert torch.equal(runtime.embed_pages([page(PAGES[0])])[0], expected[0])
+
+
+def test_using_it_again_forgets_what_was_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = load_runtime(GOLDEN / "model", CPU, torch.float32, activations="int8")
+    runtime._recorded_queries.put("a size", "a recording")  # type: ignore[arg-type]
+    runtime._recorded_pages.put("a size", None)
+    with monkeypatch.context() as patch:
+        patch.setattr("colqwen3.serving.runtime.int8_operations", raises)
+        runtime.use("eager")
+    said: list[str] = [runtime.activations]
+    assert not len(runtime._recorded_queries)
+    assert not len(runtime._recorded_pages)
+    runtime.use("eager")  # what failed once may work again
+    assert [*said, runtime.activations] == ["bfloat16", "int8"]
 
 
 def test_more_texts_than_one_batch_keep_their_order(runtime: Runtime) -> None:

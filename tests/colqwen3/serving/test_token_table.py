@@ -9,10 +9,14 @@ import pytest
 import torch
 
 from colqwen3.serving import token_table
-from colqwen3.serving.fused import PLAIN
-from colqwen3.serving.token_table import TokenTable, find_table
+from colqwen3.serving.fused import PLAIN, int8_operations
+from colqwen3.serving.int8 import quantize_tokens
+from colqwen3.serving.load import load_runtime
+from colqwen3.serving.runtime import MAXIMUM_INT8_ERROR
+from colqwen3.serving.token_table import TokenTable, find_table, linears_apart
 
-TABLE = TokenTable([128, 256, 512, 1024], [100.0, 110.0, 200.0, 300.0], [90.0, 150.0, 150.0, 210.0])
+SIZES = [128, 256, 512, 1024]
+TABLE = TokenTable(SIZES, [100.0, 110.0, 200.0, 300.0], [90.0, 150.0, 150.0, 210.0])
 
 
 @pytest.mark.parametrize(
@@ -25,10 +29,10 @@ def test_the_next_larger_size_decides(tokens: int, expected: bool) -> None:
     assert TABLE.int8_is_faster(tokens) == expected
 
 
-def test_on_a_cpu_all_but_single_queries_are_judged_in_8_bits() -> None:
-    decoder: Any = SimpleNamespace(norm=torch.zeros(4))
-    table = find_table(decoder, PLAIN, PLAIN, "key")
-    assert [table.int8_is_faster(tokens) for tokens in (64, 65, 100_000)] == [False, True, True]
+def test_untimed_all_but_single_queries_are_in_8_bits() -> None:
+    assert [TokenTable().int8_is_faster(tokens) for tokens in (64, 65, 100_000)] == [
+        False, True, True,
+    ]  # fmt: skip
 
 
 @pytest.fixture
@@ -36,6 +40,7 @@ def on_a_card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[Any, lis
     """A machine whose card is measured as `TABLE` says, with an empty cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    monkeypatch.setattr(token_table, "SIZES", SIZES)
     monkeypatch.setattr("importlib.metadata.version", lambda name: "1.0")
     measured: list[int] = []
 
@@ -55,9 +60,25 @@ def test_it_is_measured_once_for_each_key(on_a_card: tuple[Any, list[int], Path]
     assert len(measured) == 1
     find_table(decoder, PLAIN, PLAIN, "another model")
     assert len(measured) == len(list(folder.iterdir())) == 2
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "get_device_name", lambda device: "another card")
+        find_table(decoder, PLAIN, PLAIN, "a model")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("importlib.metadata.version", lambda name: "2.0")
+        find_table(decoder, PLAIN, PLAIN, "a model")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(token_table, "digest_file", lambda path: "other code")
+        find_table(decoder, PLAIN, PLAIN, "a model")
+    assert len(measured) == 5
 
 
-@pytest.mark.parametrize("damaged", ["", "{}", "[1]", json.dumps({"tokens": [1]})])
+@pytest.mark.parametrize(
+    "damaged",
+    ["", "{}", "[1]", json.dumps({"tokens": [1]}),
+     json.dumps({"tokens": [], "bfloat16": [], "int8": []}),
+     json.dumps({"tokens": SIZES, "bfloat16": [1.0], "int8": [1.0] * 4}),
+     json.dumps({"tokens": SIZES, "bfloat16": ["fast"] * 4, "int8": [1.0] * 4})],
+)  # fmt: skip
 def test_a_damaged_file_is_measured_again(
     on_a_card: tuple[Any, list[int], Path], damaged: str
 ) -> None:
@@ -77,3 +98,16 @@ def test_without_a_place_to_keep_it_a_warning_says_so(
     folder.write_text("a file where the folder should be")
     assert find_table(decoder, PLAIN, PLAIN, "a model") == TABLE
     assert "measured at each start" in caplog.text
+
+
+def test_linears_apart_are_seen() -> None:
+    runtime = load_runtime(Path("tests/golden/model"), "cpu", torch.float32, activations="int8")
+    decoder, operations = runtime._decoder, int8_operations(PLAIN, runtime.device)
+    assert 0.001 < linears_apart(decoder, PLAIN, operations) < MAXIMUM_INT8_ERROR
+    for broken in (
+        lambda x: quantize_tokens(x)._replace(scales=quantize_tokens(x).scales * 1.2),
+        lambda x: quantize_tokens(x)._replace(codes=quantize_tokens(x).codes.roll(1, 0)),
+        lambda x: quantize_tokens(x * x.new_full((1,), float("nan"))),
+    ):
+        off = linears_apart(decoder, PLAIN, operations._replace(attended=broken))
+        assert not off <= MAXIMUM_INT8_ERROR

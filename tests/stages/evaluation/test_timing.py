@@ -43,3 +43,11 @@ def test_best_takes_each_models_own_fastest_mode() -> None:
         "original_ms": 6, "quantized_ms": 4, "speedup": 1.5,
         "original_per_second": 333.33, "quantized_per_second": 500,
     }  # fmt: skip
+
+
+def test_8_bit_activations_are_compared_with_the_original_in_16() -> None:
+    times = {"graphs": [12.0, 10.0, 8.0, 6.0], "compiled": [11.0, 12.0, 9.0, 4.0]}
+    best = timing.compare_times(times, items=3)["best"]
+    assert (best["original_int8_ms"], best["quantized_int8_ms"]) == (8.0, 4.0)
+    assert (best["original_speedup_int8"], best["speedup_int8"]) == (1.375, 2.75)
+    assert best["speedup"] == 1.1
