@@ -1,6 +1,11 @@
-"""The CUDA kernels for 8-bit activations, run on a CPU, against plain torch."""
+"""The CUDA kernels for 8-bit activations, run on a CPU as they are launched, against plain torch."""
 
+import importlib
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -9,31 +14,50 @@ from torch.nn import functional
 from colqwen3.serving import fused, int8
 from tests.helpers.cuda_on_cpu import COMPILER, CudaOnCpu
 
-SOURCE = Path("colqwen3/serving/int8.cu")
-ROW = "const uint4*"
+MODULE = "colqwen3.serving.int8_kernels"
+GPU_ONLY = (
+    "humming", "humming.jit", "humming.jit.runtime", "cuda", "cuda.bindings",
+    "triton", "triton.language", "triton.tools", "triton.tools.tensor_descriptor",
+)  # fmt: skip
+ROWS = "const uint4*, s8*, float*, int"
+PARAMETERS = {
+    "quantize": ROWS,
+    "gate": ROWS,
+    "add_norm": "const uint4*, const uint4*, const uint4*, uint4*, s8*, float*, float, int",
+    "unpack": "const uint4*, const u16*, const float*, s8*, int, int, int",
+}
 if COMPILER is None:
     pytest.skip("needs g++", allow_module_level=True)
 
 
 @pytest.fixture(scope="module")
 def cuda(tmp_path_factory: pytest.TempPathFactory) -> CudaOnCpu:
-    return CudaOnCpu(SOURCE, tmp_path_factory.mktemp("kernels"))
+    return CudaOnCpu(Path("colqwen3/serving/int8.cu"), tmp_path_factory.mktemp("kernels"))
+
+
+@pytest.fixture
+def kernels(cuda: CudaOnCpu, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """`int8_kernels` without a GPU: what it launches runs on the CPU."""
+    for name in GPU_ONLY:
+        monkeypatch.setitem(sys.modules, name, MagicMock())
+    monkeypatch.setattr(sys.modules["humming.jit.runtime"], "KernelRuntime", object)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.delitem(sys.modules, MODULE, raising=False)
+    module = importlib.import_module(MODULE)
+
+    def kernel(name: str, arguments: tuple[int, ...], device: int) -> Callable[..., None]:
+        template = f"{name}<{', '.join(map(str, map(int, arguments)))}>"
+        return lambda grid, threads, *values: cuda.run(
+            template, PARAMETERS[name], grid, threads, *values
+        )
+
+    monkeypatch.setattr(module, "_kernel", kernel)
+    yield module
+    del sys.modules[MODULE]
 
 
 def draw(*shape: int) -> torch.Tensor:
     return torch.randn(*shape).bfloat16()
-
-
-def made(tokens: int, features: int) -> int8.Int8Tokens:
-    codes = torch.full((tokens, features), 99, dtype=torch.int8)
-    return int8.Int8Tokens(codes, torch.zeros(tokens))
-
-
-def layout(features: int) -> tuple[int, int]:
-    """Return vectors and threads of a program, as `int8_kernels` chooses them."""
-    vectors = features // 8
-    each = -(-vectors // 256)
-    return each, -(-vectors // (each * 32)) * 32
 
 
 def check(actual: int8.Int8Tokens, expected: torch.Tensor) -> None:
@@ -45,53 +69,43 @@ def check(actual: int8.Int8Tokens, expected: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("features", [64, 640, 2560])
-def test_tokens_are_rounded(cuda: CudaOnCpu, features: int) -> None:
-    x, actual, (each, threads) = draw(3, features), made(3, features), layout(features)
+def test_tokens_are_rounded(kernels: Any, features: int) -> None:
+    x = draw(3, features)
     x[1, 5] = float("nan")
-    cuda.run(f"quantize<{each}>", f"{ROW}, s8*, float*, int", (3, 1), threads,
-             x, *actual, features // 8)  # fmt: skip
-    expected = int8.quantize_tokens(x)
+    actual, expected = kernels.quantize_tokens(x), int8.quantize_tokens(x)
     torch.testing.assert_close(actual.scales, expected.scales, equal_nan=True)
     assert torch.equal(actual.codes[::2], expected.codes[::2])
 
 
 @pytest.mark.parametrize("features", [64, 2176])
-def test_a_gate_is_rotated_and_rounded(cuda: CudaOnCpu, features: int) -> None:
-    x, actual, (each, threads) = draw(3, 2 * features), made(3, features), layout(features)
-    cuda.run(f"gate<{each}>", f"{ROW}, s8*, float*, int", (3, 1), threads,
-             x, *actual, features // 8)  # fmt: skip
+def test_a_gate_is_rotated_and_rounded(kernels: Any, features: int) -> None:
+    x = draw(3, 2 * features)
     first, second = x.float().chunk(2, -1)
-    check(actual, int8.rotate(functional.silu(first) * second))
+    check(kernels.gate(x), int8.rotate(functional.silu(first) * second))
 
 
 @pytest.mark.parametrize("features", [64, 2560])
-@pytest.mark.parametrize("adds", [False, True])
-def test_a_norm_is_rounded(cuda: CudaOnCpu, features: int, adds: bool) -> None:
+def test_norms_are_rounded(kernels: Any, features: int) -> None:
     x, change, weight = draw(3, features), draw(3, features), draw(features)
-    actual, total, (each, threads) = made(3, features), torch.zeros_like(x), layout(features)
-    types = f"{ROW}, {ROW}, {ROW}, uint4*, s8*, float*, float, int"
-    more = (change, weight, total) if adds else (None, weight, None)
-    cuda.run(f"add_norm<{each}>", types, (3, 1), threads,
-             x, *more, *actual, 1e-6, features // 8)  # fmt: skip
-    if adds:
-        assert torch.equal(total, x + change)
-    check(actual, fused.rms_norm(x + change if adds else x, weight, 1e-6))
+    check(kernels.rms_norm(x, weight, 1e-6), fused.rms_norm(x, weight, 1e-6))
+    total, actual = kernels.add_rms_norm(x, change, weight, 1e-6)
+    assert torch.equal(total, x + change)
+    check(actual, fused.rms_norm(x + change, weight, 1e-6))
 
 
 @pytest.mark.parametrize("rotated", [False, True])
 @pytest.mark.parametrize("group_size", [32, 64, 128])
-def test_4_bit_weights_become_int8(cuda: CudaOnCpu, group_size: int, rotated: bool) -> None:
+def test_4_bit_weights_become_int8(kernels: Any, group_size: int, rotated: bool) -> None:
     outputs, padded, inputs = 100, 128, 256
     codes = torch.randint(-8, 8, (padded, inputs))
     scales = ((torch.rand(inputs // group_size, padded) - 0.5) * 0.02).bfloat16()
     turned, plain = int8.rotate_into_int8(codes, scales), int8.express_in_int8(codes, scales, 4)
     expected = turned if rotated else plain
-    actual = torch.full((outputs, inputs), 99, dtype=torch.int8)
     words, placed = as_humming(codes, scales)
-    cuda.run(f"unpack<{group_size}, {int(rotated)}>", f"{ROW}, const u16*, const float*, s8*, int, int, int",
-             (inputs // 128, padded // 64), 128,
-             words, placed, 1 / expected.scales, actual, outputs, padded, inputs)  # fmt: skip
-    assert torch.equal(actual, expected.codes[:outputs])
+    weight = kernels.PackedWeight(
+        words, placed, expected.scales, 1 / expected.scales, rotated, outputs, inputs, group_size
+    )
+    assert torch.equal(kernels.unpack(weight).codes, expected.codes[:outputs])
 
 
 def as_humming(codes: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

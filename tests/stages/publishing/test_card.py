@@ -112,6 +112,23 @@ def test_the_card_says_where_the_folder_loads(tmp_path: Path, kind: str, width: 
     assert "transformers 5.0" in text
 
 
+@pytest.mark.parametrize("activations", [None, "int8"])
+def test_the_results_are_a_table_and_say_how_the_model_was_served(
+    tmp_path: Path, activations: str | None
+) -> None:
+    served = {"serving": {"activations": activations}} if activations else {}
+    facts = {
+        **FACTS, "format": "auto_round", "vector_width": 128, "transformers_versions": "5.0",
+        "vllm_versions": "0.1", "suits_vllm": True, "metrics": {**METRICS, **served},
+        "expected": {"query": "a", "maxsim": 1.0, "query_vector": [0.5], "page_vector": [0.25]},
+    }  # fmt: skip
+    write_card(tmp_path, {}, facts)
+    text = (tmp_path / "README.md").read_text()
+    assert "\n\n| | base model | this model |\n" in text  # else it is no table
+    assert ("with int8 activations" in text) == (activations == "int8")
+    assert ("dense weights" in text) == (activations is None)
+
+
 @pytest.mark.parametrize(
     ("bits", "expected"),
     [
