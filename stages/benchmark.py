@@ -163,7 +163,8 @@ def time_both(
                     taken = median_ms(works, device, warmup, params.repeats)
                     if all(runtime.runs(mode) for runtime in runtimes):  # no slower way was taken
                         times[kind][count][mode] = taken
-                        logger.info("%s, %s x %d: %s ms", mode, kind, count, taken)
+                        said = ", ".join(f"{each:.2f}" for each in taken)
+                        logger.info("%s, %s x %d: %s ms", mode, kind, count, said)
                     progress.advance()
     return {
         kind: {
