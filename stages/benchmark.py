@@ -95,12 +95,9 @@ def serve_alone(
         ``memory``, and ``cosine`` with plain transformers.
     """
     from colqwen3.model.loading import load_model
-    from colqwen3.serving import load_runtime
 
-    dtype = DTYPES[params.dtype]
     free_memory(device)
-    runtime = load_runtime(folder, device, dtype, activations=activations)
-    check_activations(runtime, activations)
+    runtime = load(folder, activations, device, params)
     loaded = loaded_memory(device)
     rows = runtime.token_ids(queries)
     for count in params.query_batches:
@@ -108,8 +105,25 @@ def serve_alone(
     for _ in range(WARMUP_GRAPHS):
         runtime.run_pages(pages)
     used = {**loaded, **memory(device)}
-    agreement = minimum_cosine(runtime, load_model(folder, dtype, device), queries, pages)
+    agreement = minimum_cosine(runtime, load_model(folder, runtime.dtype, device), queries, pages)
     return {"memory": used, "cosine": agreement}
+
+
+def load(
+    folder: Path, activations: ActivationsKind, device: torch.device, params: BenchmarkParams
+) -> Any:
+    """Load a runtime that really computes with these activations.
+
+    Raises
+    ------
+    UserError
+        As of `check_activations`.
+    """
+    from colqwen3.serving import load_runtime
+
+    runtime = load_runtime(folder, device, DTYPES[params.dtype], activations=activations)
+    check_activations(runtime, activations)
+    return runtime
 
 
 def check_activations(runtime: Any, wanted: ActivationsKind) -> None:
@@ -201,7 +215,6 @@ def main() -> None:
     """Write artifacts/benchmark/<recipe>.json, and the timings beside DVC."""
     name = parse_recipe("benchmark", __doc__)
     from colqwen3.model.loading import load_processor
-    from colqwen3.serving import load_runtime
 
     params = load_params(Params)
     claim(f"benchmark@{name}")
@@ -228,10 +241,7 @@ def main() -> None:
         if role != "original_int8"  # which keeps its weights twice
     }
     free_memory(device)
-    runtimes = [
-        load_runtime(folder, device, DTYPES[options.dtype], activations=activations)
-        for folder, activations in served.values()
-    ]
+    runtimes = [load(*which, device, options) for which in served.values()]
     rows = runtimes[0].token_ids(queries)
     times = time_both(runtimes, options, rows, images, processor)
     digest = checkpoint_digest(CHECKPOINTS / name)

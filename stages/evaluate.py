@@ -71,7 +71,7 @@ def main() -> None:
     served = params.serving.get(recipe)
     if quantized.activations != (served and served.activations):
         raise UserError(
-            f"{EMBEDDINGS / recipe}.safetensors: is of {quantized.activations or 'other'} activations than "
+            f"{EMBEDDINGS / recipe}.safetensors: is of other activations than "
             f"params.yaml serving.{recipe} asks for; run `dvc repro embed@{recipe}`"
         )
     record_path, fix = QUANTIZED / f"{recipe}.json", f"run `dvc repro quantize@{recipe}`"

@@ -16,8 +16,6 @@ import torch
 
 LIMIT = 127
 """Of the int8 values, symmetric."""
-
-
 ROTATED = 16
 """Features that are rotated together: a multiple of it are in a row."""
 SMALLEST = 1e-8
@@ -65,8 +63,8 @@ def quantize_tokens(x: torch.Tensor) -> Int8Tokens:
 def rotate(x: torch.Tensor) -> torch.Tensor:
     """Multiply each `ROTATED` numbers of a row by the orthonormal Hadamard matrix: float32.
 
-    It is its own inverse. Sums are made in pairs as a GPU kernel makes them, the pairs next to each
-    other last.
+    It is its own inverse. Sums are made in pairs in the order of the GPU kernel that rotates weights,
+    those of numbers next to each other first.
     """
     values: torch.Tensor = x.float().view(*x.shape[:-1], -1, 2, 2, 2, 2)
     for axis in (-1, -4, -3, -2):

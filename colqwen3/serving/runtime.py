@@ -139,7 +139,7 @@ class Runtime:
         recorded of either.
         """
         self.mode, self._operations = "eager", PLAIN
-        self.activations, self._int8_operations = "bfloat16", None
+        self.activations, self._int8_operations, self.token_table = "bfloat16", None, None
         self._recorded_queries.clear()
         self._recorded_pages.clear()
         with self._at_home():
@@ -194,8 +194,9 @@ class Runtime:
     def _operations_for(self, tokens: int) -> Operations:
         """Return what to compute a forward of so many tokens with."""
         table, int8 = self.token_table, self._int8_operations
-        fast = table is not None and int8 is not None and table.int8_is_faster(tokens)
-        return int8 if int8 is not None and fast else self._operations
+        if table is not None and int8 is not None and table.int8_is_faster(tokens):
+            return int8
+        return self._operations
 
     def _unrecorded_mode(self) -> Mode:
         return "eager" if self._operations is PLAIN else "compiled"

@@ -130,15 +130,13 @@ def _measure(decoder: Decoder, operations: Operations, int8: Operations) -> Toke
 
 def _layer_microseconds(decoder: Decoder, operations: Operations, tokens: int) -> float:
     """Return the median time of the linears of one layer, recorded as a CUDA graph."""
-    layers, like = decoder.layers[:LAYERS], decoder.norm
-    x, change = (torch.randn(tokens, len(like)).to(like) for _ in range(2))
-    mixed = torch.randn(tokens, decoder.heads * decoder.head_dim).to(like)
-    works = [_work(decoder, layer, operations, x, change, mixed) for layer in layers]
+    inputs = _draw_inputs(decoder, tokens)
+    works = [_work(decoder, layer, operations, *inputs) for layer in decoder.layers[:LAYERS]]
     for work in works:
         work()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    stream: Any = torch.cuda.Stream(like.device)  # type: ignore[no-untyped-call]
+    stream: Any = torch.cuda.Stream(decoder.norm.device)  # type: ignore[no-untyped-call]
     with torch.cuda.graph(graph, stream=stream):
         for work in works:
             work()
@@ -152,6 +150,13 @@ def _layer_microseconds(decoder: Decoder, operations: Operations, tokens: int) -
         end.synchronize()
         taken.append(start.elapsed_time(end))
     return float(round(1000 * statistics.median(taken) / len(works), 1))
+
+
+def _draw_inputs(decoder: Decoder, tokens: int) -> list[torch.Tensor]:
+    """Return random inputs of `_work`, the same each time: two of a layer, and one of `o`."""
+    source, hidden = torch.Generator().manual_seed(0), len(decoder.norm)
+    widths = (hidden, hidden, decoder.heads * decoder.head_dim)
+    return [torch.randn(tokens, width, generator=source).to(decoder.norm) for width in widths]
 
 
 def _work(
@@ -185,13 +190,11 @@ def linears_apart(decoder: Decoder, operations: Operations, int8: Operations) ->
         The largest relative error of any token or output, on random inputs of sizes that fill tiles
         and that do not; NaN if there is one.
     """
-    like, worst = decoder.norm, []
+    worst = []
     for tokens in TRIED_TOKENS:
-        x, change = (torch.randn(tokens, len(like)).to(like) for _ in range(2))
-        mixed = torch.randn(tokens, decoder.heads * decoder.head_dim).to(like)
+        inputs = _draw_inputs(decoder, tokens)
         in_16, in_8 = (
-            _work(decoder, decoder.layers[0], kind, x, change, mixed)()
-            for kind in (operations, int8)
+            _work(decoder, decoder.layers[0], kind, *inputs)() for kind in (operations, int8)
         )
         for expected, actual in zip(in_16, in_8, strict=True):
             wide, error = expected.float(), actual.float() - expected.float()

@@ -1,7 +1,7 @@
 """The limits of ``gate`` in params.yaml, and the one verdict on a recipe."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pydantic import Field
@@ -117,8 +117,8 @@ def judge(metrics: Mapping[str, Any], gate: GateParams) -> Verdict:
     """
     verdict = _judge(metrics, gate)
     if serving := metrics.get("serving"):
-        reason = f"{verdict.reason}; as served with {serving['activations']} activations"
-        return Verdict(verdict.verdict, reason, verdict.breaches)
+        said = f"{verdict.reason}; as served with {serving['activations']} activations"
+        return replace(verdict, reason=said)
     return verdict
 
 

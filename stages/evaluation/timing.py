@@ -1,6 +1,5 @@
 """Timing of serving runtimes against each other, in turns, and the memory that they take."""
 
-import gc
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -9,6 +8,7 @@ from typing import Any
 import torch
 
 from colqwen3.model.processing_colqwen3 import AUGMENTATION_TOKENS
+from colqwen3.system import device as device_memory
 
 BEST = "best"
 WARMUP_GRAPHS = 3  # a page batch is recorded the second time it is seen
@@ -132,7 +132,6 @@ def memory(device: torch.device) -> dict[str, int]:
 
 def free_memory(device: torch.device) -> None:
     """Free GPU memory that nothing refers to, and restart the measurement of its peak."""
-    gc.collect()
+    device_memory.free_memory()
     if device.type == "cuda":
-        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)

@@ -1,5 +1,6 @@
 """What the stage times, and with what it compares; what timing itself does is tested with serving."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -85,3 +86,12 @@ def test_other_activations_than_those_asked_for_are_not_timed() -> None:
     benchmark.check_activations(runtime, "bfloat16")
     with pytest.raises(UserError, match="int8 activations do not work on this machine"):
         benchmark.check_activations(runtime, "int8")
+
+
+def test_a_runtime_that_fell_back_is_not_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    fallen = SimpleNamespace(activations="bfloat16")
+    monkeypatch.setattr("colqwen3.serving.load_runtime", lambda *args, **options: fallen)
+    device = torch.device("cpu")
+    assert benchmark.load(Path("a"), "bfloat16", device, PARAMS) is fallen
+    with pytest.raises(UserError, match="int8 activations do not work on this machine"):
+        benchmark.load(Path("a"), "int8", device, PARAMS)

@@ -293,6 +293,12 @@ def test_metrics_and_verdict_say_how_it_was_served(
         QUANTIZED.queries, QUANTIZED.pages, activations="int8",
     )  # fmt: skip
     run(evaluate.main)
+    del params["serving"]
+    with open("params.yaml", "w") as file:
+        YAML(typ="safe", pure=True).dump(params, file)
+    with pytest.raises(SystemExit):  # nor are they now what an unlisted recipe has
+        run(evaluate.main)
+    assert said in capsys.readouterr().err
     metrics = json.loads(Path("metrics/quality/low.json").read_text())
     assert metrics["serving"] == {"activations": "int8"}
     verdict = judge(metrics, GateParams(**params["gate"]))

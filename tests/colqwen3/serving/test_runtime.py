@@ -190,6 +190,7 @@ def test_using_it_again_forgets_what_was_recorded(monkeypatch: pytest.MonkeyPatc
     said: list[str] = [runtime.activations]
     assert not len(runtime._recorded_queries)
     assert not len(runtime._recorded_pages)
+    assert runtime.token_table is None
     runtime.use("eager")  # what failed once may work again
     assert [*said, runtime.activations] == ["bfloat16", "int8"]
 
