@@ -67,6 +67,12 @@ class Allocation:
         table = {EMBEDDINGS: self.token_embeddings} if self.token_embeddings < SIXTEEN else {}
         return {**self.linears, **table}
 
+    @property
+    def front(self) -> dict[str, int]:
+        """Bits of every quantized module that comes before the decoder layers."""
+        inside = set(self.text)
+        return {name: bits for name, bits in self.modules.items() if name not in inside}
+
 
 def uniform(name: str, recipe: AnyRecipe, config: Mapping[str, Any]) -> Allocation:
     """Return the allocation of a recipe that gives all linears of the language model one width.
@@ -161,7 +167,8 @@ def read_allocation(path: Path) -> Allocation:
 def describe_bits(allocation: Allocation) -> dict[str, dict[str, int]]:
     """Return how many linears of each part have how many bits: part -> bits -> linears."""
     counts: dict[str, Counter[str]] = {}
-    for name, bits in allocation.linears.items():
-        part = "language_model" if name.startswith(f"{BLOCKS}.") else f"vision_{vision_part(name)}"
-        counts.setdefault(part, Counter())[str(bits)] += 1
+    parts = dict.fromkeys(allocation.text, "language_model")
+    parts |= {name: f"vision_{vision_part(name)}" for name in allocation.vision}
+    for name, part in parts.items():
+        counts.setdefault(part, Counter())[str(allocation.linears[name])] += 1
     return {part: dict(sorted(count.items())) for part, count in sorted(counts.items())}

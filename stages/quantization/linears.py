@@ -320,14 +320,11 @@ def tune_linears(job: Job, file: TensorFile, find_effects: FindEffects) -> Fille
         return layer
 
     def quantize_front(model: Any) -> None:
-        for name in job.allocation.modules:
-            if name.startswith(f"{BLOCKS}."):
-                continue
+        for name, bits in job.allocation.front.items():
             weight = model.get_submodule(name).weight
-            weight.data.copy_(read_dense(file, name, job.allocation.modules[name]))
+            weight.data.copy_(read_dense(file, name, bits))
 
     layers = job.allocation.layers
-    front_too = bool(job.allocation.vision) or job.allocation.token_embeddings < SIXTEEN
     for index, step in enumerate(scratch.steps):
         if layer_digest(file, layers[index]) != step["sha256"]:
             scratch.forget(f"layer {index} in it is damaged")
@@ -340,7 +337,7 @@ def tune_linears(job: Job, file: TensorFile, find_effects: FindEffects) -> Fille
     ]
     tuned = tune_layers(
         job.samples, recipe, job.device, scratch, front, load, widths,
-        quantize_front if front_too else None,
+        quantize_front if job.allocation.front else None,
         partial(find_effects, job) if whole else None,
     )  # fmt: skip
     for index, layer, files, outcome in tuned:

@@ -182,6 +182,15 @@ def test_a_damaged_allocation_is_one_line(tmp_path: Path, value: Any) -> None:
     assert "run `dvc repro -f allocate`" in refusal(read_allocation, path)
 
 
+def test_the_front_is_what_is_quantized_outside_the_decoder_layers() -> None:
+    tower = {"vlm.model.visual.merger.linear_fc1": 8}
+    inside = {f"{BLOCKS}.{index}.mlp.up_proj": 4 for index in (1, 10)}
+    assert Allocation({**inside, **tower}, 4).front == {**tower, EMBEDDINGS: 4}
+    assert Allocation({**inside, **tower}).front == tower
+    assert Allocation(inside, 8).front == {EMBEDDINGS: 8}
+    assert Allocation(inside).front == {}
+
+
 def test_modules_are_the_linears_and_the_table() -> None:
     assert Allocation({"a": 4}, 8).modules == {"a": 4, EMBEDDINGS: 8}
     assert Allocation({"a": 4}).modules == {"a": 4}
