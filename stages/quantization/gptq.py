@@ -419,9 +419,12 @@ class Recorded:
         with torch.cuda.stream(side):
             function(*self._inputs)  # what is set up at first use is not recorded
         torch.cuda.current_stream(device).wait_stream(side)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._outputs = function(*self._inputs)
+        # the card of the tensors need not be the current one, and torch's own stream for recording
+        # stays on the card of the first graph of the process
+        with torch.cuda.device(device):
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph, stream=side):
+                self._outputs = function(*self._inputs)
 
     def __call__(self, *given: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Do as the function does; outputs hold until the next call.

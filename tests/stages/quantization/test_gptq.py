@@ -3,6 +3,7 @@
 import copy
 import itertools
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -287,7 +288,68 @@ def test_inputs_that_are_not_finite_are_named() -> None:
         run_gptq(layer, inputs, states, None, recipe(), BITS, CPU)
 
 
+class Cards:
+    """Stands for torch.cuda with two cards: the first is current, the tensors are on the second."""
+
+    def __init__(self) -> None:
+        self.current, self.streams = "first", ["default of first"]
+
+    @contextmanager
+    def on(self, card: str, stream: str) -> Iterator[None]:
+        before, self.current = self.current, card
+        self.streams.append(stream)
+        yield
+        self.streams.pop()
+        self.current = before
+
+    def patch(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        class Stream:
+            def __init__(self, *_: Any) -> None:
+                self.name = "own of second"
+
+            def wait_stream(self, _: Any) -> None: ...
+
+        @contextmanager
+        def graph(_: Any, stream: Any = None) -> Iterator[None]:
+            assert self.current == "second"  # torch waits here for what the current card computes
+            # torch keeps one stream for all graphs, on the card that was current at the first of them
+            card, name = ("second", stream.name) if stream else ("first", "shared, of first")
+            with self.on(card, name):
+                yield
+
+        monkeypatch.setattr(torch.cuda, "Stream", Stream)
+        monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+        monkeypatch.setattr(torch.cuda, "stream", lambda stream: self.on("second", stream.name))
+        monkeypatch.setattr(torch.cuda, "device", lambda _: self.on("second", "default of second"))
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+        monkeypatch.setattr(torch.cuda, "graph", graph)
+
+
+def test_a_function_is_recorded_on_the_card_of_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    cards = Cards()
+    cards.patch(monkeypatch)
+    ran: list[tuple[str, str]] = []
+
+    def function(tensor: torch.Tensor) -> tuple[torch.Tensor]:
+        ran.append((cards.current, cards.streams[-1]))
+        return (tensor,)
+
+    gptq.Recorded(function, torch.ones(1))
+    assert ran == 2 * [("second", "own of second")]  # set up, and recorded
+    assert (cards.current, cards.streams) == ("first", ["default of first"])
+
+
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_weight_is_rounded_on_a_card_that_is_not_the_current_one() -> None:
+    weight, hessian = weights(96, 128), moments(tokens(300, 128))
+    for card in ("cuda:0", "cuda:1"):
+        actual = quantize_weight(weight.to(card), hessian.to(card), 4, 32)
+        for ours, expected in zip(actual, quantize_weight(weight, hessian, 4, 32), strict=True):
+            assert torch.equal(ours.cpu(), expected)
+    assert torch.cuda.current_device() == 0
 
 
 @needs_gpu
