@@ -4,6 +4,7 @@ import gc
 import logging
 import os
 import platform
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -16,6 +17,8 @@ logger = logging.getLogger(__name__)
 ActivationsKind = Literal["bfloat16", "int8"]
 """What the decoder's linears take when served: 16 bits, or 8 wherever that is faster."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+MEMBERSHIP, CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+"""The cgroups that this process is in, and where Linux mounts their limits."""
 
 
 def choose_device(name: str, number: int = 0) -> torch.device:
@@ -52,11 +55,40 @@ def choose_device(name: str, number: int = 0) -> torch.device:
 
 
 def memory_of(device: torch.device) -> int:
-    """Return the bytes that are free on a GPU, or all that this machine has."""
+    """Return the bytes that are free on a GPU, or all that this process may use of the machine's."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min([machine, *cgroup_limits()])
+
+
+def cgroup_limits() -> list[int]:
+    """Return the limits in bytes of the cgroups, version 1 or 2, that a container puts a process into.
+
+    A process in a container may be told its path on the host, while its own cgroup is mounted as the
+    root: so the limits of all folders from there to the root are looked for.
+    """
+    limits = []
+    try:
+        lines = MEMBERSHIP.read_text().splitlines()
+    except OSError:  # not on macOS
+        return []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            root, name = CGROUPS, "memory.max"
+        elif "memory" in controllers.split(","):
+            root, name = CGROUPS / "memory", "memory.limit_in_bytes"
+        else:
+            continue
+        own = root / path.lstrip("/")
+        for folder in (own, *own.parents):
+            with suppress(OSError, ValueError):  # the root of version 2 has none; it may be "max"
+                limits.append(int((folder / name).read_text()))
+            if folder == root:
+                break
+    return limits
 
 
 def free_memory() -> None:
