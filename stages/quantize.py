@@ -29,7 +29,7 @@ from stages.quantization.checkpoint import (
 )
 from stages.quantization.end_to_end import EndToEndOutcome
 from stages.quantization.linears import Job
-from stages.quantization.memory import check_memory
+from stages.quantization.memory import check_memory, sizes_of
 from stages.quantization.recipes import Recipe
 from stages.quantization.samples import read_samples
 from stages.quantization.tuning import Outcome
@@ -110,9 +110,9 @@ def quantize(
         try:
             kinds = [origin.kind for origin in origins]
             job = Job(Checkpoint.read(source), allocation, recipe, samples, device, scratch, kinds)
-            shapes = [job.source.tensors[f"{linear}.weight"].shape for linear in allocation.text]
+            sizes = sizes_of(job, manifest["config"])
             # now, and not after all layers
-            check_memory(ran, recipe, shapes, device, done=scratch.files)
+            check_memory(ran, recipe, sizes, device, done=scratch.files)
             partial, filled = make_checkpoint(job)
         except Exception as error:
             if not is_reason_for_fallback(error):

@@ -25,7 +25,9 @@ from stages.quantization.allocation import uniform
 from stages.quantization.checkpoint import check_checkpoint, make_checkpoint
 from stages.quantization.end_to_end import EndToEndOutcome
 from stages.quantization.linears import Filled, Job
+from stages.quantization.memory import memory_needed, sizes_of
 from stages.quantization.recipes import EndToEnd, GptqRecipe, VisionBits
+from tests.helpers.peak import Peak
 
 GOLDEN, DEMO, CPU = Path("tests/golden/model"), Path("demo/model"), torch.device("cpu")
 Made = Callable[[str], tuple[Path, Filled]]
@@ -325,3 +327,27 @@ def test_room_is_asked_for_what_is_kept_of_the_tuning(
         with Scratch(tmp_path / name, "key") as scratch, pytest.raises(DiskFullError):
             make_checkpoint(job(name, scratch))
     assert asked[1] - asked[0] == kept
+
+
+@pytest.mark.parametrize("name", ["model", "model packed", "tuned", "scales"])
+def test_no_more_memory_is_asked_for_than_is_taken(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = RECIPES[name]
+    if recipe.end_to_end:
+        few = recipe.end_to_end.model_copy(update={"steps": 2})
+        recipe = recipe.model_copy(update={"end_to_end": few})
+    step = "tune_end_to_end" if recipe.end_to_end else "measure_effects"
+    peak, work = Peak(), getattr(whole_model, step)
+
+    def counted(*args: Any) -> Any:
+        with peak:
+            return work(*args)
+
+    monkeypatch.setattr(whole_model, step, counted)
+    with Scratch(tmp_path, "key") as scratch:
+        current = replace(job(name, scratch), recipe=recipe)
+        make_checkpoint(current)
+        sizes = sizes_of(current, read_json(GOLDEN / "config.json", ""))
+    (needed,) = memory_needed(recipe, sizes).values()
+    assert needed <= peak.nbytes
