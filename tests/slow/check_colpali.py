@@ -9,8 +9,6 @@ metrics/engines/colpali-engine.json. Takes a package index, 6 GB of disk and a f
 
 import json
 import sys
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +19,7 @@ from tests.helpers.widened import widen
 from tests.slow.engines import (
     ORIGINAL,
     REQUIREMENTS,
-    ROOT,
+    begin,
     check_parser,
     compare,
     environment,
@@ -39,12 +37,9 @@ LEAST = 0.9999
 def main() -> None:
     """Run the check."""
     parser = check_parser("check_colpali", __doc__)
-    args = parser.parse_args()
-    checkpoint = ROOT / "artifacts" / "checkpoints" / args.recipe
     rows: list[dict[str, Any]] = []
     failed = False
-    with tempfile.TemporaryDirectory() as temporary:
-        work = Path(temporary)
+    with begin(parser) as (args, checkpoint, work):
         inputs = make_inputs(work / "inputs")
         home = (args.environments or work / "env").absolute() / "colpali-engine"
         python = environment(home, "-r", PINS)

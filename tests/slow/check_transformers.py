@@ -9,8 +9,6 @@ metrics/engines/transformers.json. Takes a package index, 20 GB of disk and abou
 import json
 import subprocess
 import sys
-import tempfile
-from pathlib import Path
 from typing import Any
 
 from tests.slow.check_release import (
@@ -23,7 +21,7 @@ from tests.slow.check_release import (
     probe,
     worst_cosine,
 )
-from tests.slow.engines import FORMATS, ROOT, check_parser, release_as, why, write_table
+from tests.slow.engines import FORMATS, begin, check_parser, release_as, why, write_table
 
 CONFLICTS = {("auto_gptq", "4.57.6"): "gptqmodel 7.7 and transformers 4.57.6 exclude one another"}
 """What cannot be installed together."""
@@ -36,12 +34,9 @@ def main() -> None:
     parser = check_parser("check_transformers", __doc__)
     parser.add_argument("--versions", nargs="+", default=VERSIONS)
     parser.add_argument("--formats", nargs="+", default=FORMATS, choices=FORMATS)
-    args = parser.parse_args()
-    checkpoint = ROOT / "artifacts" / "checkpoints" / args.recipe
     rows: list[dict[str, Any]] = []
     failed = False
-    with tempfile.TemporaryDirectory() as temporary:
-        work = Path(temporary)
+    with begin(parser) as (args, checkpoint, work):
         expected = own_embeddings(checkpoint, INPUTS, packed=False)
         for kind in args.formats:
             folder = release_as(kind, args.recipe, work)

@@ -17,7 +17,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -35,6 +34,7 @@ from tests.slow.engines import (
     REQUIREMENTS,
     ROOT,
     Vectors,
+    begin,
     changed,
     check_parser,
     compare,
@@ -246,12 +246,9 @@ def main() -> None:
     parser.add_argument(
         "--versions", nargs="+", default=VERSIONS, help="the first is checked in full"
     )
-    args = parser.parse_args()
-    checkpoint = ROOT / "artifacts" / "checkpoints" / args.recipe
     rows: list[dict[str, Any]] = []
     broken: list[str] = []
-    with tempfile.TemporaryDirectory() as temporary:
-        work = Path(temporary)
+    with begin(parser) as (args, checkpoint, work):
         make_inputs(work / "inputs")
         project = copied_project(work / "project")
         original = original_as_released(work / "original")

@@ -12,8 +12,10 @@ import platform
 import shutil
 import subprocess
 import sys
+import tempfile
 import venv
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,14 @@ def check_parser(name: str, description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--recipe", default="w4g128")
     parser.add_argument("--environments", type=Path, help="keep them here, and use what is there")
     return parser
+
+
+@contextmanager
+def begin(parser: argparse.ArgumentParser) -> Iterator[tuple[argparse.Namespace, Path, Path]]:
+    """Yield a check's options, the checkpoint of its recipe, and a folder that goes with the context."""
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        yield args, ROOT / "artifacts" / "checkpoints" / args.recipe, Path(temporary)
 
 
 def pip(python: Path, *arguments: str | Path) -> None:
