@@ -1,3 +1,4 @@
+import contextlib
 import json
 import sys
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from colqwen3.system.errors import run
 from stages import gate
 from stages.evaluation.limits import NO_LOSS, WORSE, GateParams, find_breaches
 from stages.pipeline.params import PARAMS_FILE
-from stages.quantization.recipes import RtnRecipe
+from stages.quantization.recipes import GptqRecipe, RtnRecipe
 from tests.helpers.metrics import quality, write_json
 
 Check = Callable[..., None]
@@ -92,10 +93,12 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Check:
     monkeypatch.setattr(sys, "argv", ["gate", "x"])
     recipe = {"method": "rtn", "calibration": "none", "bits": 4, "group_size": 128, "sym": True}
 
-    def check(limits: dict[str, float], metrics: Any, even_if_worse: bool = False) -> None:
+    def check(
+        limits: dict[str, float], metrics: Any, even_if_worse: bool = False, other: Any = recipe
+    ) -> None:
         params.update(
             gate={**OFF, **limits},
-            recipes={"x": recipe, "other": recipe},
+            recipes={"x": recipe, "other": other},
             release={"x": {"even_if_worse": even_if_worse}},
             fallbacks={"x": "other"},
         )
@@ -187,3 +190,28 @@ def test_a_fallback_is_warned_of_and_must_be_the_current_one(
     assert "is of the fallback other, which changed since; run `dvc repro -f quantize@x`" in (
         capsys.readouterr().err
     )
+
+
+@pytest.mark.parametrize(
+    ("ran", "now", "passes"),
+    [
+        ({"steps": 5}, {"steps": 5, "codes_lr": 0.003}, True),  # the default
+        ({"steps": 5}, {"steps": 6}, False),
+        ({"steps": 5}, {"steps": 5, "codes_lr": 0}, False),
+        ({"steps": 5}, None, False),
+        (None, {"steps": 5}, False),
+    ],
+)
+def test_a_fallback_whose_end_to_end_tuning_changed_is_not_the_one_that_ran(
+    project: Check, capsys: pytest.CaptureFixture[str], ran: Any, now: Any, passes: bool
+) -> None:
+    """It is in no parameter that DVC knows of the recipe that it ran instead of."""
+    weights = {"bits": 4, "group_size": 128, "sym": True}
+    values = {"method": "gptq", "calibration": "mixed", **weights, "end_to_end": ran}
+    dumped = GptqRecipe.model_validate(values).model_dump()
+    record = {"ran": "other", "instead_of": "x", "because": "no memory", "values": dumped}
+    write_json(Path("metrics/quantize/x.json"), {"recipe": record})
+    with contextlib.nullcontext() if passes else pytest.raises(SystemExit):
+        project({}, figures(), other={**values, "end_to_end": now})
+    assert Path("artifacts/gate/x.json").exists() == passes
+    assert ("is of the fallback other, which changed since" in capsys.readouterr().err) != passes
