@@ -188,10 +188,10 @@ template <int B, int C> __device__ __forceinline__ u32 two(u32 word, u32 ratio) 
   return codes;
 }
 
-// The same two, in float32.
+// The same two, in float32, rounded before they are added: as plain torch does.
 template <int B, int C> __device__ __forceinline__ float2 two_wide(u32 word, float ratio) {
   u32 pair = word >> (8 * B + 4 * C);
-  return make_float2(((int)(pair & 15) - 8) * ratio, ((int)(pair >> 16 & 15) - 8) * ratio);
+  return make_float2(__fmul_rn((int)(pair & 15) - 8, ratio), __fmul_rn((int)(pair >> 16 & 15) - 8, ratio));
 }
 
 // Sum and difference with the lane `STEP` away, by the lane's own bit.

@@ -18,6 +18,8 @@ LIMIT = 127
 """Of the int8 values, symmetric."""
 ROTATED = 16
 """Features that are rotated together: a multiple of it are in a row."""
+ROWS = 256
+"""Of a weight that are in float32 at a time."""
 SMALLEST = 1e-8
 """What the largest of a token is taken to be at least."""
 
@@ -56,7 +58,8 @@ def quantize_tokens(x: torch.Tensor) -> Int8Tokens:
     """Round activations [tokens, features] to nearest, the largest of each token to 127."""
     wide = x.float()
     largest = wide.abs().amax(-1).clamp_min(SMALLEST)
-    codes = (wide * (LIMIT / largest)[:, None]).round().to(torch.int8)
+    factors = wide.new_tensor(LIMIT) / largest  # a number / tensor is its reciprocal times it
+    codes = (wide * factors[:, None]).round().to(torch.int8)
     return Int8Tokens(codes, largest / LIMIT)
 
 
@@ -132,13 +135,32 @@ def rotate_into_int8(codes: torch.Tensor, scales: torch.Tensor) -> Int8Weight:
     codes, scales
         As of `express_in_int8`; ratios are in float32 here.
     """
+    channels = rotated_channel_scales(codes, scales)
+    ratios = scales.float() * (1 / channels)
+    return Int8Weight(_rotate_dense(codes, ratios).round().to(torch.int8), channels)
+
+
+def rotated_channel_scales(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Return the scale of each output in which its rotated weights fit into int8.
+
+    Parameters
+    ----------
+    codes, scales
+        As of `express_in_int8`.
+
+    Returns
+    -------
+    torch.Tensor
+        Float32 [out_features].
+    """
+    parts = zip(torch.split(codes, ROWS), torch.split(scales.float(), ROWS, 1), strict=True)
+    largest = torch.cat([_rotate_dense(*part).abs().amax(-1) for part in parts])
+    return largest.clamp_min(SMALLEST) / LIMIT
+
+
+def _rotate_dense(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     groups = codes.float().view(codes.shape[0], len(scales), -1)
-    wide = scales.float()
-    largest = rotate((groups * wide.T.unsqueeze(-1)).flatten(1)).abs().amax(-1)
-    channels = largest.clamp_min(SMALLEST) / LIMIT
-    ratios = wide * (1 / channels)
-    values = rotate((groups * ratios.T.unsqueeze(-1)).flatten(1))
-    return Int8Weight(values.round().to(torch.int8), channels)
+    return rotate((groups * scales.T.unsqueeze(-1)).flatten(1))
 
 
 def multiply(x: Int8Tokens, weight: Int8Weight, dtype: torch.dtype) -> torch.Tensor:

@@ -15,9 +15,11 @@ from colqwen3.model.modeling_colqwen3 import dequantize_rows
 from colqwen3.serving.int8 import (
     Int8Tokens,
     Int8Weight,
+    channel_scales,
     express_in_int8,
     multiply,
     rotate_into_int8,
+    rotated_channel_scales,
 )
 from colqwen3.system.errors import first_line
 
@@ -33,8 +35,8 @@ BYTE = 8
 Parts = Mapping[str, torch.Tensor]
 """``qweight``, ``qzeros`` and ``scales`` of a packed linear, as `colqwen3.checkpoint.packing.pack` returns them."""
 
-# humming takes weights in whole tiles
-HUMMING_OUT, HUMMING_IN = 64, 32
+# humming takes weights in whole tiles; its tuning for compute capability 9.0 needs outputs by 128
+HUMMING_OUT, HUMMING_IN = 128, 32
 # 16-bit inputs, weights and outputs are each off by 2^-9 at most: a correct kernel is far below
 MAXIMUM_ERROR = 0.02
 
@@ -147,8 +149,13 @@ def humming_or_int8(parts: Parts, group_size: int, rotated: bool) -> DecoderLine
     from colqwen3.serving import int8_kernels as kernels
 
     layer = _humming_layer(parts, 4, group_size, torch.bfloat16)
-    codes, channels = packed_in_int8(parts, 4, torch.bfloat16, rotated)
-    outputs, inputs = codes.shape
+    inputs, outputs = parts["qweight"].shape[0] * 8, parts["qweight"].shape[1]
+    scales = parts["scales"].bfloat16()
+    if rotated:
+        codes = unpack(parts["qweight"], parts["qzeros"], 4)
+        channels = rotated_channel_scales(codes, scales)
+    else:
+        channels = channel_scales(scales, 4)
     packed_scales = layer.weight_scale.data
     padding = packed_scales.shape[1] - outputs
     channels = functional.pad(channels, (0, padding), value=1.0)

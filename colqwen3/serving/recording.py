@@ -1,5 +1,6 @@
 """Forwards recorded as CUDA graphs: the CPU starts one graph instead of each kernel."""
 
+import functools
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
@@ -70,6 +71,16 @@ class Recording:
         return self.vectors.clone()
 
 
+@functools.cache
+def recording_stream(device: torch.device) -> Any:
+    """Return the stream on which all recordings of a GPU are made.
+
+    One for all: cuBLAS keeps 32 MiB for each stream that it has ever computed on, and what was
+    allocated on a stream is used again only there.
+    """
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
 def record(work: Work, inputs: torch.Tensor, pool: Any, tensors: object = None) -> Recording:
     """Record `work` on `inputs`, which the recording keeps to itself.
 
@@ -89,7 +100,8 @@ def record(work: Work, inputs: torch.Tensor, pool: Any, tensors: object = None) 
     RuntimeError
         If the work cannot be recorded, or the recording gives other embeddings than the work.
     """
-    stream: Any = torch.cuda.Stream(inputs.device)  # type: ignore[no-untyped-call]
+    torch.cuda.empty_cache()  # of the current stream, beside what is allocated here
+    stream = recording_stream(inputs.device)
     current = torch.cuda.current_stream(inputs.device)
     stream.wait_stream(current)
     with torch.cuda.stream(stream):  # compiles and allocates what a recording may not

@@ -20,6 +20,7 @@ import torch
 
 from colqwen3.serving.decoder import Decoder, DecoderLayer
 from colqwen3.serving.fused import Operations
+from colqwen3.serving.recording import recording_stream
 from colqwen3.system.files import digest_file, write_json
 
 logger = logging.getLogger(__name__)
@@ -136,8 +137,7 @@ def _layer_microseconds(decoder: Decoder, operations: Operations, tokens: int) -
         work()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    stream: Any = torch.cuda.Stream(decoder.norm.device)  # type: ignore[no-untyped-call]
-    with torch.cuda.graph(graph, stream=stream):
+    with torch.cuda.graph(graph, stream=recording_stream(decoder.norm.device)):
         for work in works:
             work()
     taken = []

@@ -68,6 +68,7 @@ static uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t s) {
 }
 static int __float2int_rn(float f) { return std::isnan(f) ? 0 : (int)lrintf(f); }
 #define __expf expf
+static float __fmul_rn(float a, float b) { volatile float product = a * b; return product; }
 static float rsqrtf(float f) { return 1 / sqrtf(f); }
 static float half(uint32_t bits) { uint16_t b = bits; _Float16 h; memcpy(&h, &b, 2); return (float)h; }
 static uint16_t to_half(double v) { _Float16 h = (_Float16)v; uint16_t b; memcpy(&b, &h, 2); return b; }

@@ -2,18 +2,25 @@
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from colqwen3.commands.embed import ACTIVATIONS
 from colqwen3.embedding.store import read_embeddings
+from colqwen3.system.device import ActivationsKind
 from tests.helpers.cli import error_line, execute, run_command
 from tests.helpers.golden import STEMS, write_golden_pages
 
 GOLDEN = Path("tests/golden")
 META = json.loads((GOLDEN / "golden_meta.json").read_text())
 EMBEDDINGS = load_file(GOLDEN / "golden.safetensors")
+
+
+def test_activations_are_those_of_the_runtime() -> None:
+    assert get_args(ActivationsKind) == ACTIVATIONS
 
 
 def test_command_gives_the_golden_embeddings(queries: Path, tmp_path: Path) -> None:

@@ -24,8 +24,12 @@ def test_a_rotation_is_the_hadamard_matrix_and_its_own_inverse() -> None:
     torch.testing.assert_close(int8.rotate(int8.rotate(x)), x)
 
 
+@pytest.mark.parametrize("rows", [7, 24])
 @pytest.mark.parametrize("bits", [2, 4])
-def test_a_rotated_weight_is_off_by_half_a_step_at_most(bits: int) -> None:
+def test_a_rotated_weight_is_off_by_half_a_step_at_most(
+    bits: int, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(int8, "ROWS", rows)
     codes = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (24, 64))
     scales = (torch.rand(2, 24) - 0.5) * 0.02
     weight = int8.rotate(codes * scales.T.repeat_interleave(32, 1))

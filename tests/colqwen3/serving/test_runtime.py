@@ -131,7 +131,7 @@ def test_8_bit_activations_are_near_and_never_a_single_querys(
 def test_8_bit_activations_are_those_of_the_linears_alone() -> None:
     """Dequantized activations and weights in plain linears give the same embeddings."""
     served = load_runtime(GOLDEN / "model", CPU, torch.float32, activations="int8")
-    plain = load_runtime(GOLDEN / "model", CPU, torch.float32)
+    plain, exact = (load_runtime(GOLDEN / "model", CPU, torch.float32) for _ in range(2))
 
     def rounded_values(x: torch.Tensor, weight: torch.Tensor, turn: bool) -> torch.Tensor:
         both = [int8.rotate(part) if turn else part for part in (x, weight)]
@@ -156,8 +156,12 @@ def test_8_bit_activations_are_those_of_the_linears_alone() -> None:
         layers.append(dataclasses.replace(layer, **linears))
     plain._decoder = dataclasses.replace(plain._decoder, layers=layers)
     pages = [page(PAGES[0])]
-    cosines = unit_cosines(served.embed_pages(pages), plain.embed_pages(pages))
-    assert cosines.min() > 0.99999
+    expected = plain.embed_pages(pages)
+    losses = 1 - unit_cosines(served.embed_pages(pages), expected).double()
+    in_16 = 1 - unit_cosines(exact.embed_pages(pages), expected).double()
+    # sums in float32 instead of float64 change which way a value in the middle is rounded
+    assert losses.mean() < 0.05 * in_16.mean()
+    assert losses.max() < 0.3 * in_16.max()
 
 
 def nan_gate(base: Any, device: torch.device) -> Any:

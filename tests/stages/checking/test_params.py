@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from dvc.utils.serialize import parse_yaml
 
+from colqwen3.system.device import ActivationsKind
 from colqwen3.system.errors import UserError
 from stages.calibration.sets import CalibrationParams
 from stages.checking.params import RESERVED_NAMES, Params
@@ -18,6 +19,7 @@ from stages.pipeline.params import (
     EvaluateParams,
     ModelParams,
     Section,
+    ServingOptions,
     choose_recipe,
     load_params,
 )
@@ -122,6 +124,10 @@ def refusal(folder: Path, text: str | bytes) -> str:
 
 
 # ---- What is shipped ----------------------------------------------------------------------------
+
+
+def test_activations_are_those_of_the_runtime() -> None:
+    assert ServingOptions.model_fields["activations"].annotation == ActivationsKind
 
 
 def test_shipped_file_loads_with_the_recipes_that_the_readme_names() -> None:
