@@ -17,7 +17,7 @@ import os
 import re
 import statistics
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -694,20 +694,18 @@ def end_to_end_time() -> str:
     time = read("metrics/size/end-to-end-h100.json")["end_to_end_time"]
     rate = time["steps_per_second"]
     return (
-        f"{time['steps_done']} of {time['steps']} steps at {1 / rate:.2f} s each, "
+        f"{time['steps_done']} steps took {1 / rate:.2f} s each, "
         f"so about {200 / rate / 60:.1f} minutes for 200"
     )
 
 
 @figure
 def hessian_true_size() -> str:
-    """Return the time of GPTQ by the whole model at true size, extrapolated from 29 layers."""
-    time = read("metrics/size/end-to-end-h100.json")["gptq_model_time"]
-    before, rate = time["seconds_before_layers"], time["layers_per_second"]
-    whole = before + time["layers"] / rate
+    """Return time and memory of GPTQ by the whole model at true size."""
+    step = read("metrics/size/gptq-model-h100.json")["steps"]["gptq-model"]
     return (
-        f"{before} s before the layers and {1 / rate:.1f} s for each of {time['layers_done']} of "
-        f"{time['layers']}, so about {whole / 60:.0f} minutes in all"
+        f"{step['seconds'] / 60:.1f} minutes, {gb(step['gpu_peak_bytes'])} of the GPU at most and "
+        f"{gb(step['peak_own_bytes'])} of the host"
     )
 
 
@@ -1428,13 +1426,18 @@ def _millionths(losses: list[float]) -> str:
 @figure
 def hessian_models() -> str:
     """Return training and search of the larger models of GPTQ by the whole model."""
+    return _trained(("hessian-39m", "hessian-150m"))
+
+
+def _trained(names: Iterable[str]) -> str:
     said = []
-    for model in ("39m", "150m"):
-        values = read(f"metrics/scale/hessian-{model}.json")
+    for name in names:
+        values = read(f"metrics/scale/{name}.json")
         training = values["training"]
-        found = " / ".join(f"{values['page_sets'][name]['ndcg_at_5']:.3f}" for name in PAGE_SETS)
+        found = " / ".join(f"{values['page_sets'][one]['ndcg_at_5']:.3f}" for one in PAGE_SETS)
         said.append(
-            f"`{model}` for {training['wall_seconds']} s ({training['steps']:,} steps), nDCG@5 {found}"
+            f"`{values['shape']}` for {training['wall_seconds']} s ({training['steps']:,} steps), "
+            f"nDCG@5 {found}"
         )
     return "; ".join(said)
 
@@ -1517,6 +1520,83 @@ def hessian_150m_three_bits() -> str:
         for kind in ("pages", "queries")
     )
     return f"pages {pages}, queries {queries}"
+
+
+BASELINES = {"39m": "hessian-39m-2", "150m": "hessian-150m-2"}
+"""Models trained once more, on which rounding and text-only tuning were measured beside it."""
+BASELINE_WAYS = {
+    "mixed": "AutoRound: the default",
+    "gptq-passages32-e2e": "GPTQ by layers, 32 passages more, end to end",
+    "gptq-model": "GPTQ by the whole model",
+    BY_MODEL: "the same, end to end",
+    BY_MODEL_PASSAGES: "the same with 32 passages more",
+}
+
+
+def _of_baseline(model: str, contender: str, bits: int, kind: str, other_bits: int) -> list[float]:
+    """Return losses over those of rounding, of queries over text-only tuning's, on the same model."""
+    name, other = BASELINES[model], {"pages": "rounding", "queries": "text"}[kind]
+    return [
+        study_loss(name, contender, bits, page_set, kind)
+        / study_loss(name, other, other_bits, page_set, kind)
+        for page_set in PAGE_SETS
+    ]
+
+
+def _measured(model: str) -> list[str]:
+    recipes = read(f"metrics/scale/{BASELINES[model]}.json")["recipes"].values()
+    found = {recipe["contender"] for recipe in recipes}
+    return [way for way in BASELINE_WAYS if way in found]
+
+
+@figure
+def hessian_baselines() -> str:
+    """Return losses over those of rounding and of text-only tuning, on models trained once more."""
+    rows: list[tuple[str, ...]] = [
+        ("study model", "bits", "made by", "page loss, 1e-6", "of rounding's", "of 4-bit rounding's",
+         "query loss, 1e-6", "of text-only tuning's", "of the same at 4 bits")
+    ]  # fmt: skip
+    for model, name in BASELINES.items():
+        for bits in WIDTHS:
+            for contender in _measured(model):
+                cells = []
+                for kind in ("pages", "queries"):
+                    losses = [study_loss(name, contender, bits, one, kind) for one in PAGE_SETS]
+                    of_same = _pair(_of_baseline(model, contender, bits, kind, bits))
+                    of_four = _pair(_of_baseline(model, contender, bits, kind, 4))
+                    cells += [_millionths(losses), of_same, "" if bits == 4 else of_four]
+                rows.append((f"`{model}`", str(bits), BASELINE_WAYS[contender], *cells))
+    return table(*rows)
+
+
+@figure
+def hessian_targets() -> str:
+    """Return the worst ratios of the default and of GPTQ by the whole model, all sets and widths."""
+    said = []
+    for contender, words in (("mixed", "the default"), ("gptq-model", "GPTQ by the whole model")):
+        pages, queries = (
+            max(
+                ratio
+                for model in BASELINES
+                for bits in WIDTHS
+                for ratio in _of_baseline(model, contender, bits, kind, bits)
+            )
+            for kind in ("pages", "queries")
+        )
+        said.append(f"{words} at most {pages:.2f} and {queries:.2f} times")
+    return ", ".join(said)
+
+
+@figure
+def hessian_150m_queries() -> str:
+    """Return the query loss of GPTQ by the whole model at 150m, 3 bits, over 4-bit text-only tuning's."""
+    return _pair(_of_baseline("150m", "gptq-model", 3, "queries", 4))
+
+
+@figure
+def hessian_second_models() -> str:
+    """Return training and search of these models."""
+    return _trained(BASELINES.values())
 
 
 @figure
@@ -1794,16 +1874,13 @@ def _operations() -> dict[str, float]:
 
 @figure
 def serving_speed() -> str:
-    """Return the speed of the runtime, original against 4-bit."""
+    """Return the speed of the runtime, original against 4-bit, with activations of 16 bits and int8."""
     speed, rates = gpu("speed"), gpu("rates")
     weights = _operations()["token"] // 2  # of the decoder's linears
     rows: list[tuple[str, ...]] = [
-        ("", "fastest mode", "original", "4-bit", "ratio", "floor of the original / of 4-bit",
-         "with graphs, the default")
+        ("", "original", "4-bit", "ratio", "4-bit, int8 activations", "ratio",
+         "original, int8 activations", "floor of the original / of 4-bit")
     ]  # fmt: skip
-
-    def both(times: Mapping[str, float]) -> str:
-        return f"{times['original_ms']:.1f} / {times['quantized_ms']:.1f} ms"
 
     def floors(kind: str, count: int) -> str:
         if kind == "page":
@@ -1816,35 +1893,35 @@ def serving_speed() -> str:
 
     for kind in ("query", "page"):
         for count in sorted(map(int, speed[kind]["batches"])):
-            modes = speed[kind]["batches"][str(count)]
-            best = modes["best"]
-            mode = next(
-                name
-                for name in ("graphs", "compiled")
-                if modes[name]["original_ms"] == best["original_ms"]
-            )
+            best = speed[kind]["batches"][str(count)]["best"]
             tokens = f" of {speed[kind]['tokens']:,} tokens" if count == 1 else ""
             name = "queries" if kind == "query" else "pages"
             rows.append(
                 (
-                    f"{count} {kind if count == 1 else name}{tokens}", mode,
-                    f"{best['original_ms']:.1f} ms", f"{best['quantized_ms']:.1f} ms",
-                    f"**{times(best['speedup'])}**", floors(kind, count),
-                    both(modes["graphs"]),
+                    f"{count} {kind if count == 1 else name}{tokens}",
+                    f"{best['original_ms']:.1f} ms",
+                    f"{best['quantized_ms']:.1f} ms", f"**{times(best['speedup'])}**",
+                    f"{best['quantized_int8_ms']:.1f} ms", f"**{times(best['speedup_int8'])}**",
+                    f"{best['original_int8_ms']:.1f} ms", floors(kind, count),
                 )
             )  # fmt: skip
     files = gpu("floor")
-    memory = {
-        which: speed["alone"][which]["memory"]["gpu_peak_reserved_bytes"]
-        for which in ("original", "quantized")
-    }
-    rows += [
-        ("all weights, as files", "", gb(files["read_bytes"], 2), gb(files["written_bytes"], 2),
-         times(files['written_bytes'] / files['read_bytes']), ""),
-        ("peak GPU memory, loading included; query batches of 1, 8 and 64 and a page recorded", "",
-         gb(memory["original"]), gb(memory["quantized"]),
-         times(memory['quantized'] / memory['original']), ""),
-    ]  # fmt: skip
+    rows.append(
+        ("all weights, as files", gb(files["read_bytes"], 2), gb(files["written_bytes"], 2),
+         times(files['written_bytes'] / files['read_bytes']), "", "", "", "")
+    )  # fmt: skip
+    alone = {which: values["memory"] for which, values in speed["alone"].items()}
+    for name, key in (
+        ("GPU memory, loaded", "gpu_loaded_bytes"),
+        ("peak; query batches of 1, 8 and 64 and a page recorded", "gpu_peak_reserved_bytes"),
+    ):
+        original = alone["original"][key]
+        cells = [
+            cell
+            for which in ("quantized", "quantized_int8")
+            for cell in (gb(alone[which][key], 2), times(alone[which][key] / original))
+        ]
+        rows.append((name, gb(original, 2), *cells, "", ""))
     return table(*rows)
 
 
@@ -1883,6 +1960,12 @@ def speedup_64_queries() -> str:
 
 
 @figure
+def speedup_64_queries_int8() -> str:
+    """Return the same with 8-bit activations."""
+    return times(gpu("speed")["query"]["batches"]["64"]["best"]["speedup_int8"])
+
+
+@figure
 def speedup_1_page() -> str:
     """Return 4-bit's speed-up for one page."""
     return times(gpu("speed")["page"]["batches"]["1"]["best"]["speedup"])
@@ -1897,6 +1980,7 @@ def kernels_gpu() -> str:
     names = {
         "dense bfloat16": "bfloat16",
         "humming": "humming (used)",
+        "int8 activations": "int8 activations (used, where faster)",
         "auto-round tritonv2": "auto-round's Triton kernel (`tritonv2`)",
         "torch int4": "torch's int4 (tinygemm)",
         "auto-round torch": "auto-round's plain torch",
@@ -1918,41 +2002,49 @@ def kernels_gpu() -> str:
 
 
 @figure
-def int8_linears() -> str:
-    """Return microseconds of a layer's linears with 8-bit activations; int8-linears-h100.json."""
-    results = read("metrics/size/int8-linears-h100.json")
-    rows: list[tuple[str, ...]] = [
-        ("tokens", "bfloat16", "4-bit, humming", "4-bit, int8 activations", "of bfloat16's")
-    ]
-    for tokens, taken in results["microseconds"].items():
-        humming = f"{taken['humming']:.0f}" if "humming" in taken else ""
-        ratio = times(taken["int8"] / taken["bfloat16"])
-        rows.append(
-            (
-                f"{int(tokens):,}",
-                f"{taken['bfloat16']:,.0f}",
-                humming,
-                f"{taken['int8']:.0f}",
-                ratio,
-            )
-        )
+def int8_table() -> str:
+    """Return microseconds of a layer's linears with either activations; token-tables-h100.json."""
+    tables = read("metrics/size/token-tables-h100.json")
+    columns = {
+        "4-bit": ("quantized", "bfloat16"),
+        "4-bit, int8 activations": ("quantized", "int8"),
+        "original": ("original", "bfloat16"),
+        "original, int8 activations": ("original", "int8"),
+    }
+    rows: list[tuple[str, ...]] = [("tokens", *columns)]
+    for place, tokens in enumerate(tables["quantized"]["tokens"]):
+        if tokens in (128, 256, 512, 640, 1024, 2048, 4096):
+            cells = (f"{tables[model][kind][place]:,.0f}" for model, kind in columns.values())
+            rows.append((f"{tokens:,}", *cells))
     return table(*rows)
 
 
 @figure
+def int8_from() -> str:
+    """Return from how many tokens on int8 was the faster one, for 4-bit weights."""
+    table = read("metrics/size/token-tables-h100.json")["quantized"]
+    pairs = zip(table["tokens"], table["bfloat16"], table["int8"], strict=True)
+    return f"{next(tokens for tokens, plain, int8 in pairs if int8 < plain):,}"
+
+
+@figure
 def int8_unpacking() -> str:
-    """Return the part of it that does not depend on the tokens."""
-    return f"{read('metrics/size/int8-linears-h100.json')['unpacking']:.0f} µs"
+    """Return what int8 takes longer where weights are packed, the median over numbers of tokens."""
+    tables = read("metrics/size/token-tables-h100.json")
+    both = zip(tables["quantized"]["int8"], tables["original"]["int8"], strict=True)
+    return f"{statistics.median(packed - dense for packed, dense in both):.0f} µs"
 
 
 @figure
 def int8_losses() -> str:
-    """Return the loss of the demo's checkpoints with either activations; activations-demo.json."""
+    """Return the loss of checkpoints with either activations; activations-demo.json and -39m.json."""
     losses = read("metrics/scale/activations-demo.json")["loss"]
+    larger = read("metrics/scale/activations-39m.json")["loss"]["mixed"]
     rows: list[tuple[str, ...]] = [
         ("loss, pages / queries", "set", "16-bit activations", "int8", "ratio")
     ]
-    for recipe, kinds in losses.items():
+    named = {f"demo, `{recipe}`": kinds for recipe, kinds in losses.items()}
+    for recipe, kinds in {**named, "`39m`, AutoRound by default": larger}.items():
         for page_set, plain in kinds["bfloat16"].items():
             served = kinds["int8"][page_set]
             cells = (
@@ -1960,7 +2052,7 @@ def int8_losses() -> str:
                 for values in (plain, served)
             )
             ratio = " / ".join(times(served[kind] / plain[kind]) for kind in ("pages", "queries"))
-            rows.append((f"`{recipe}`", page_set, *cells, ratio))
+            rows.append((recipe, page_set, *cells, ratio))
     return table(*rows)
 
 

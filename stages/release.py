@@ -70,6 +70,8 @@ from stages.publishing.card import (
 )
 from stages.publishing.engines import (
     BARS,
+    RUNTIME_LOSSES,
+    RUNTIME_SPEEDS,
     SIZE,
     TRANSFORMERS_VERSIONS,
     VLLM_VERSIONS,
@@ -223,6 +225,8 @@ def card_facts(
         "sample_size": SIZE,
         "sample_bars": BARS,
         "vllm_versions": VLLM_VERSIONS,
+        "runtime_speeds": RUNTIME_SPEEDS,
+        "runtime_losses": RUNTIME_LOSSES,
         "transformers_versions": TRANSFORMERS_VERSIONS.get(provenance["format"]),
         "vector_width": model_width(recipe["name"]),
         "dataset": dataset,

@@ -23,6 +23,26 @@ TRANSFORMERS_VERSIONS = {
     "llm_compressor": "4.57.6 and 5.24.0",
 }
 """What `make check-release` ran; metrics/engines/ has the figures, and a test holds both together."""
+RUNTIME_SPEEDS = {
+    "1 query of 26 tokens": (1.57, 1.57),
+    "8 queries": (1.02, 1.03),
+    "64 queries": (0.90, 1.29),
+    "1 page of 1,271 tokens": (0.94, 1.06),
+    "4 pages": (0.97, 1.14),
+    "16 pages": (0.98, 1.15),
+}
+"""Of the pipeline's runtime with 4-bit weights and 16- or 8-bit activations, over the original's.
+
+Random weights of the 4B model's shapes on an H100: metrics/size/cuda.json, held together by a test.
+"""
+RUNTIME_LOSSES = {
+    "demonstration model of 5.8 million parameters": (1.10, 1.04),
+    "study model of 39.9 million parameters": (1.21, 1.10),
+}
+"""Loss of pages and queries with 8-bit activations over that with 16-bit ones, of the worse page set.
+
+`w4g128` in metrics/scale/activations-demo.json, and metrics/scale/activations-39m.json.
+"""
 QUERY = "total of the invoice"
 SIZE, BARS = (128, 96), ((16, 16, 80, 32), (16, 48, 112, 56))
 """A page that needs no font and no resizing: its pixels are the same everywhere."""

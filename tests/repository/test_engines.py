@@ -6,7 +6,12 @@ from typing import Any
 
 import pytest
 
-from stages.publishing.engines import TRANSFORMERS_VERSIONS, VLLM_VERSIONS
+from stages.publishing.engines import (
+    RUNTIME_LOSSES,
+    RUNTIME_SPEEDS,
+    TRANSFORMERS_VERSIONS,
+    VLLM_VERSIONS,
+)
 
 FOLDER = Path("metrics/engines")
 TABLES: dict[str, Any] = {path.stem: json.loads(path.read_text()) for path in FOLDER.glob("*.json")}
@@ -60,6 +65,25 @@ def test_the_plugin_corrects_what_stock_vllm_does_to_published_folders() -> None
     for row in vllm(format="published", plugin=True):
         assert min(row["query_minimum"], row["page_minimum"]) >= 0.9999
     assert all(row["page_loss"] > 1e-4 for row in vllm(format="published", plugin=False))
+
+
+def test_what_a_card_says_of_the_runtime_was_measured() -> None:
+    speed = json.loads(Path("metrics/size/cuda.json").read_text())["steps"]["speed"]
+    for told, ratios in RUNTIME_SPEEDS.items():
+        count, kind = told.split()[:2]
+        kind = {"queries": "query", "pages": "page"}.get(kind, kind)
+        best = speed[kind]["batches"][count]["best"]
+        assert ratios == (round(best["speedup"], 2), round(best["speedup_int8"], 2))
+    for file, recipe, told in zip(
+        ("activations-demo", "activations-39m"), ("w4g128", "mixed"), RUNTIME_LOSSES, strict=True
+    ):
+        losses = json.loads(Path(f"metrics/scale/{file}.json").read_text())["loss"][recipe]
+        for kind, ratio in zip(("pages", "queries"), RUNTIME_LOSSES[told], strict=True):
+            worst = max(
+                losses["int8"][name][kind] / plain[kind]
+                for name, plain in losses["bfloat16"].items()
+            )
+            assert f"{worst:.2f}" == f"{ratio:.2f}"
 
 
 def test_the_others_agree() -> None:

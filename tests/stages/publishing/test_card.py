@@ -78,10 +78,10 @@ def test_figures_are_those_of_the_metrics_and_say_of_what(card: Any) -> None:
 
 def test_code_of_the_card_runs_as_it_is_printed(released: Path, tmp_path: Path) -> None:
     code = re.findall(r"```python\n(.*?)```", (released / "README.md").read_text(), re.DOTALL)
-    assert len(code) == 3
+    assert len(code) == 4
     env = {key: value for key, value in os.environ.items() if key in ("PATH", "OMP_NUM_THREADS")}
     finished = subprocess.run(
-        [sys.executable, "-c", "\n".join(code[:2])],
+        [sys.executable, "-c", "\n".join([*code[:2], code[3], "print(query_vectors[0].shape)"])],
         cwd=released, env={**env, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
@@ -89,6 +89,7 @@ def test_code_of_the_card_runs_as_it_is_printed(released: Path, tmp_path: Path) 
     first, second, third, fourth, alone = map(float, re.findall(r"\d+\.\d+", finished.stdout))
     assert first > second and third < fourth  # each query finds its page
     assert 0 < alone < first  # a blank page
+    assert "torch.Size([" in finished.stdout  # of the runtime
 
 
 @pytest.mark.parametrize("width", [128, 320])
@@ -98,9 +99,15 @@ def test_the_card_says_where_the_folder_loads(tmp_path: Path, kind: str, width: 
     facts = {
         **FACTS, "format": kind, "vector_width": width, "expected": expected,
         "transformers_versions": "5.0", "vllm_versions": "0.1", "suits_vllm": True,
+        "runtime_speeds": {"2 pages": (0.5, 1.256)}, "runtime_losses": {"other model": (1.1, 1.04)},
     }  # fmt: skip
     write_card(tmp_path, {}, facts)
-    text = " ".join((tmp_path / "README.md").read_text().split())
+    lines = (tmp_path / "README.md").read_text().splitlines()
+    text = " ".join(" ".join(lines).split())
+    assert ("| speed, 2 pages | 0.50 | 1.26 |" in lines) == (kind == "auto_round")
+    assert ("| loss, pages / queries: other model | 1 / 1 | 1.10 / 1.04 |" in lines) == (
+        kind == "auto_round"
+    )
     assert "transformers 5.0, vLLM 0.1" in text
     assert ("sentence-transformers 6.2.0, mteb" in text) == (kind == "auto_round")
     assert ("`colqwen3 export-colpali`" in text) == ((kind, width) == ("auto_round", 320))
@@ -120,6 +127,7 @@ def test_the_results_are_a_table_and_say_how_the_model_was_served(
     facts = {
         **FACTS, "format": "auto_round", "vector_width": 128, "transformers_versions": "5.0",
         "vllm_versions": "0.1", "suits_vllm": True, "metrics": {**METRICS, **served},
+        "runtime_speeds": {}, "runtime_losses": {},
         "expected": {"query": "a", "maxsim": 1.0, "query_vector": [0.5], "page_vector": [0.25]},
     }  # fmt: skip
     write_card(tmp_path, {}, facts)
