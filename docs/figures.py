@@ -704,8 +704,8 @@ def hessian_true_size() -> str:
     """Return time and memory of GPTQ by the whole model at true size."""
     step = read("metrics/size/gptq-model-h100.json")["steps"]["gptq-model"]
     return (
-        f"{step['seconds'] / 60:.1f} minutes, {gb(step['gpu_peak_bytes'])} of the GPU at most and "
-        f"{gb(step['peak_own_bytes'])} of the host"
+        f"{step['seconds'] / 60:.1f} minutes, at most {gb(step['gpu_peak_bytes'])} of GPU memory and "
+        f"{gb(step['peak_own_bytes'])} of the host's"
     )
 
 
@@ -1554,7 +1554,7 @@ def hessian_baselines() -> str:
     """Return losses over those of rounding and of text-only tuning, on models trained once more."""
     rows: list[tuple[str, ...]] = [
         ("study model", "bits", "made by", "page loss, 1e-6", "of rounding's", "of 4-bit rounding's",
-         "query loss, 1e-6", "of text-only tuning's", "of the same at 4 bits")
+         "query loss, 1e-6", "of text-only tuning's", "of 4-bit text-only tuning's")
     ]  # fmt: skip
     for model, name in BASELINES.items():
         for bits in WIDTHS:
@@ -1879,7 +1879,7 @@ def serving_speed() -> str:
     weights = _operations()["token"] // 2  # of the decoder's linears
     rows: list[tuple[str, ...]] = [
         ("", "original", "4-bit", "ratio", "4-bit, int8 activations", "ratio",
-         "original, int8 activations", "floor of the original / of 4-bit")
+         "original, int8 activations", "floor with 16-bit activations: original / 4-bit")
     ]  # fmt: skip
 
     def floors(kind: str, count: int) -> str:
@@ -2002,6 +2002,18 @@ def kernels_gpu() -> str:
 
 
 @figure
+def humming_loses() -> str:
+    """Return the microseconds that humming takes more than bfloat16, where many tokens are."""
+    shapes = read("metrics/size/kernels-cuda.json")["shapes"].values()
+    more = [
+        sum(shape["kernels"]["humming"][tokens]["us"] - dense["us"]
+            for shape in shapes if (dense := shape["kernels"]["dense bfloat16"][tokens]))
+        for tokens in ("512", "1291", "1664", "5164")
+    ]  # fmt: skip
+    return f"{min(more):.0f} to {max(more):.0f}"
+
+
+@figure
 def int8_table() -> str:
     """Return microseconds of a layer's linears with either activations; token-tables-h100.json."""
     tables = read("metrics/size/token-tables-h100.json")
@@ -2021,10 +2033,21 @@ def int8_table() -> str:
 
 @figure
 def int8_from() -> str:
-    """Return from how many tokens on int8 was the faster one, for 4-bit weights."""
-    table = read("metrics/size/token-tables-h100.json")["quantized"]
-    pairs = zip(table["tokens"], table["bfloat16"], table["int8"], strict=True)
-    return f"{next(tokens for tokens, plain, int8 in pairs if int8 < plain):,}"
+    """Return from how many tokens on 4 bits with int8 were faster than the original in 16 bits."""
+    return _int8_wins_from("original")
+
+
+@figure
+def int8_used_from() -> str:
+    """Return from how many tokens on int8 was faster than 16-bit activations on 4-bit weights."""
+    return _int8_wins_from("quantized")
+
+
+def _int8_wins_from(other: str) -> str:
+    tables = read("metrics/size/token-tables-h100.json")
+    quantized = tables["quantized"]
+    rows = zip(quantized["tokens"], tables[other]["bfloat16"], quantized["int8"], strict=True)
+    return f"{next(tokens for tokens, plain, int8 in rows if int8 < plain):,}"
 
 
 @figure

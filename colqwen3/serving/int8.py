@@ -58,7 +58,8 @@ def quantize_tokens(x: torch.Tensor) -> Int8Tokens:
     """Round activations [tokens, features] to nearest, the largest of each token to 127."""
     wide = x.float()
     largest = wide.abs().amax(-1).clamp_min(SMALLEST)
-    factors = wide.new_tensor(LIMIT) / largest  # a number / tensor is its reciprocal times it
+    # torch computes number / tensor as the tensor's reciprocal times the number, which rounds twice
+    factors = wide.new_tensor(LIMIT) / largest
     codes = (wide * factors[:, None]).round().to(torch.int8)
     return Int8Tokens(codes, largest / LIMIT)
 

@@ -1,6 +1,5 @@
 """Forwards recorded as CUDA graphs: the CPU starts one graph instead of each kernel."""
 
-import functools
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
@@ -71,51 +70,50 @@ class Recording:
         return self.vectors.clone()
 
 
-@functools.cache
-def recording_stream(device: torch.device) -> Any:
-    """Return the stream on which all recordings of a GPU are made.
+class Recorder:
+    """Records forwards on one GPU.
 
-    One for all: cuBLAS keeps 32 MiB for each stream that it has ever computed on, and what was
-    allocated on a stream is used again only there.
+    All on one stream: cuBLAS keeps 32 MiB for each stream that it has ever computed on, and what was
+    allocated on a stream is used again only there. Recordings share their memory too, so only one of
+    them may run at a time.
     """
-    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
+    def __init__(self, device: torch.device) -> None:
+        self.stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._pool = torch.cuda.graph_pool_handle()
 
-def record(work: Work, inputs: torch.Tensor, pool: Any, tensors: object = None) -> Recording:
-    """Record `work` on `inputs`, which the recording keeps to itself.
+    def record(self, work: Work, inputs: torch.Tensor, tensors: object = None) -> Recording:
+        """Record `work` on `inputs`, which the recording keeps to itself.
 
-    Parameters
-    ----------
-    work
-        Gives unit vectors [..., embed_dim].
-    inputs
-        On a GPU.
-    pool
-        Memory that recordings share: only one of them may run at a time.
-    tensors
-        Those that `work` reads, which must live as long as the recording.
+        Parameters
+        ----------
+        work
+            Gives unit vectors [..., embed_dim].
+        inputs
+            On the GPU.
+        tensors
+            Those that `work` reads, which must live as long as the recording.
 
-    Raises
-    ------
-    RuntimeError
-        If the work cannot be recorded, or the recording gives other embeddings than the work.
-    """
-    torch.cuda.empty_cache()  # of the current stream, beside what is allocated here
-    stream = recording_stream(inputs.device)
-    current = torch.cuda.current_stream(inputs.device)
-    stream.wait_stream(current)
-    with torch.cuda.stream(stream):  # compiles and allocates what a recording may not
-        work(inputs)
-        expected = work(inputs)
-    current.wait_stream(stream)
-    torch.cuda.synchronize(inputs.device)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, stream=stream):
-        vectors = work(inputs)
-    graph.replay()
-    if not agree(vectors, expected):
-        raise RuntimeError("its embeddings differ from those of the work that it recorded")
-    return Recording(graph, inputs, vectors, tensors)
+        Raises
+        ------
+        RuntimeError
+            If the work cannot be recorded, or the recording gives other embeddings than the work.
+        """
+        torch.cuda.empty_cache()  # what the current stream has cached cannot be used on another
+        current = torch.cuda.current_stream(inputs.device)
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):  # compiles and allocates what a recording may not
+            work(inputs)
+            expected = work(inputs)
+        current.wait_stream(self.stream)
+        torch.cuda.synchronize(inputs.device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=self.stream):
+            vectors = work(inputs)
+        graph.replay()
+        if not agree(vectors, expected):
+            raise RuntimeError("its embeddings differ from those of the work that it recorded")
+        return Recording(graph, inputs, vectors, tensors)
 
 
 def agree(actual: torch.Tensor, expected: torch.Tensor) -> bool:

@@ -22,7 +22,7 @@ from colqwen3.model.configuration_colqwen3 import ColQwen3Config
 from colqwen3.model.processing_colqwen3 import ColQwen3Processor
 from colqwen3.serving.decoder import Decoder
 from colqwen3.serving.fused import PLAIN, Operations, choose_operations, int8_operations
-from colqwen3.serving.recording import RecentlyUsed, Recording, Work, agree, record
+from colqwen3.serving.recording import RecentlyUsed, Recorder, Recording, Work, agree
 from colqwen3.serving.token_table import TokenTable, find_table, linears_apart
 from colqwen3.serving.vision import Grid, Places, Tower
 from colqwen3.serving.weights import Weights, build_decoder, build_tower
@@ -113,7 +113,7 @@ class Runtime:
         self._embeddings = weights.embeddings()
         self._recorded_queries: RecentlyUsed[Recording] = RecentlyUsed(RECORDED_QUERIES)
         self._recorded_pages: RecentlyUsed[Recording | None] = RecentlyUsed(RECORDED_PAGES)
-        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self._recorder = Recorder(device) if device.type == "cuda" else None
         self._pad: int = processor.tokenizer.pad_token_id
         self.device, self.dtype, self.kernel = device, dtype, weights.kernel
         self._quantization = weights.quantization
@@ -185,11 +185,11 @@ class Runtime:
         logger.warning("8-bit activations %s here: 16-bit ones are used", problem)
 
     def _find_table(self, int8: Operations) -> TokenTable:
-        if not self._time_activations or self.device.type == "cpu":
+        if not self._time_activations or self._recorder is None:
             return TokenTable()
         compiled = self._operations is not PLAIN
         key = [self.kernel, self._quantization, compiled, self._config.text_config.to_dict()]
-        return find_table(self._decoder, self._operations, int8, key)
+        return find_table(self._decoder, self._operations, int8, key, self._recorder.stream)
 
     def _operations_for(self, tokens: int) -> Operations:
         """Return what to compute a forward of so many tokens with."""
@@ -307,7 +307,8 @@ class Runtime:
     def _record(self, work: Work, inputs: torch.Tensor, tensors: object) -> Recording | None:
         """Record `work`; if that fails, warn, and record nothing any more."""
         try:
-            return record(work, inputs, self._pool, tensors)
+            assert self._recorder is not None, "only a GPU records"
+            return self._recorder.record(work, inputs, tensors)
         except Exception as error:  # torch, a kernel library or the driver
             reason = first_line(error)
             logger.warning("CUDA graphs do not work here (%s): serving is slower", reason)

@@ -20,7 +20,6 @@ import torch
 
 from colqwen3.serving.decoder import Decoder, DecoderLayer
 from colqwen3.serving.fused import Operations
-from colqwen3.serving.recording import recording_stream
 from colqwen3.system.files import digest_file, write_json
 
 logger = logging.getLogger(__name__)
@@ -61,7 +60,9 @@ class TokenTable:
         return self.int8[place] < self.bfloat16[place]
 
 
-def find_table(decoder: Decoder, operations: Operations, int8: Operations, key: Any) -> TokenTable:
+def find_table(
+    decoder: Decoder, operations: Operations, int8: Operations, key: Any, stream: Any
+) -> TokenTable:
     """Return the table of this card: kept, or measured and kept.
 
     Parameters
@@ -72,6 +73,8 @@ def find_table(decoder: Decoder, operations: Operations, int8: Operations, key: 
         What gives them.
     key
         What times depend on beside card, versions and code; JSON.
+    stream
+        Of CUDA, on which it records what it measures.
     """
     device = decoder.norm.device
     code = [digest_file(Path(__file__).with_name(name)) for name in CODE]
@@ -81,7 +84,7 @@ def find_table(decoder: Decoder, operations: Operations, int8: Operations, key: 
     try:
         return _checked(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError):
-        table = _measure(decoder, operations, int8)
+        table = _measure(decoder, operations, int8, stream)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, vars(table))
@@ -121,15 +124,17 @@ def cache_folder() -> Path:
 
 
 @torch.inference_mode()
-def _measure(decoder: Decoder, operations: Operations, int8: Operations) -> TokenTable:
+def _measure(decoder: Decoder, operations: Operations, int8: Operations, stream: Any) -> TokenTable:
     taken: dict[str, list[float]] = {"bfloat16": [], "int8": []}
     for tokens in SIZES:
         for kind, chosen in (("bfloat16", operations), ("int8", int8)):
-            taken[kind].append(_layer_microseconds(decoder, chosen, tokens))
+            taken[kind].append(_layer_microseconds(decoder, chosen, tokens, stream))
     return TokenTable(SIZES, **taken)
 
 
-def _layer_microseconds(decoder: Decoder, operations: Operations, tokens: int) -> float:
+def _layer_microseconds(
+    decoder: Decoder, operations: Operations, tokens: int, stream: Any
+) -> float:
     """Return the median time of the linears of one layer, recorded as a CUDA graph."""
     inputs = _draw_inputs(decoder, tokens)
     works = [_work(decoder, layer, operations, *inputs) for layer in decoder.layers[:LAYERS]]
@@ -137,7 +142,7 @@ def _layer_microseconds(decoder: Decoder, operations: Operations, tokens: int) -
         work()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=recording_stream(decoder.norm.device)):
+    with torch.cuda.graph(graph, stream=stream):
         for work in works:
             work()
     taken = []

@@ -116,16 +116,10 @@ def token_cosines(actual: Iterable[torch.Tensor], expected: Iterable[torch.Tenso
 
 
 def loaded_memory(device: torch.device) -> dict[str, int]:
-    """Return what a runtime's tensors take of a GPU once it is loaded, and what loading took at most.
-
-    Nothing on a CPU.
-    """
+    """Return what a runtime's tensors take of the GPU once it is loaded; nothing on a CPU."""
     if device.type != "cuda":
         return {}
-    return {
-        "gpu_loaded_bytes": torch.cuda.memory_allocated(device),
-        "gpu_peak_loading_bytes": torch.cuda.max_memory_reserved(device),
-    }
+    return {"gpu_loaded_bytes": torch.cuda.memory_allocated(device)}
 
 
 def memory(device: torch.device) -> dict[str, int]:

@@ -74,10 +74,7 @@ def test_tokens_are_rounded(kernels: Any, features: int) -> None:
     x[1, 5] = float("nan")
     actual, expected = kernels.quantize_tokens(x), int8.quantize_tokens(x)
     torch.testing.assert_close(actual.scales, expected.scales, equal_nan=True)
-    # 127 / tensor is 127 times its reciprocal in torch, which is another number now and then
-    factors = torch.tensor(127.0) / x.float().abs().amax(-1)
-    codes = (x.float() * factors[:, None]).round()
-    assert torch.equal(actual.codes[::2], codes[::2].to(torch.int8))
+    assert torch.equal(actual.codes[::2], expected.codes[::2])
 
 
 @pytest.mark.parametrize("features", [64, 2176])

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from colqwen3.serving.recording import RecentlyUsed, agree, record, recording_stream
+from colqwen3.serving.recording import RecentlyUsed, Recorder, agree
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 
@@ -34,15 +34,6 @@ def test_what_was_used_longest_ago_is_forgotten() -> None:
     assert (recent.get(1), 3 in recent) == ("again", False)
 
 
-def test_recordings_of_a_gpu_share_a_stream(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: [device])
-    recording_stream.cache_clear()
-    first, other = torch.device("cuda:0"), torch.device("cuda:1")
-    assert recording_stream(first) is recording_stream(torch.device("cuda:0"))
-    assert recording_stream(other) == [other]
-    recording_stream.cache_clear()
-
-
 @needs_gpu
 def test_recordings_take_no_memory_of_their_own() -> None:
     weight = torch.randn(2048, 2048, device="cuda", dtype=torch.bfloat16)
@@ -52,11 +43,11 @@ def test_recordings_take_no_memory_of_their_own() -> None:
             x = x @ weight
         return torch.nn.functional.normalize(x.float(), dim=-1)
 
-    pool = torch.cuda.graph_pool_handle()
+    recorder = Recorder(torch.device("cuda"))
     kept, taken = [], []
     for tokens in (512, 448, 384, 320, 256):
         x = torch.randn(tokens, 2048, device="cuda", dtype=torch.bfloat16)
-        kept.append(record(work, x, pool))
+        kept.append(recorder.record(work, x))
         taken.append(torch.cuda.memory_allocated())
     outputs = 448 * 2048 * (4 + 2)  # vectors and inputs are the recording's own
     assert max(after - before for before, after in itertools.pairwise(taken)) < 2 * outputs
@@ -69,7 +60,8 @@ def test_a_recording_replays_on_other_inputs() -> None:
     def work(x: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.normalize(x @ weight, dim=-1)
 
-    recording = record(work, torch.randn(4, 8, device="cuda"), torch.cuda.graph_pool_handle())
+    recorder = Recorder(torch.device("cuda"))
+    recording = recorder.record(work, torch.randn(4, 8, device="cuda"))
     first, second = torch.randn(4, 8, device="cuda"), torch.randn(4, 8, device="cuda")
     remaining = recording.replay(first)
     recording.replay(second)

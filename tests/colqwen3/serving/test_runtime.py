@@ -7,6 +7,7 @@ import json
 import weakref
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -335,11 +336,11 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """Let a CPU record, and return the shapes of what was recorded."""
     shapes: list[tuple[int, ...]] = []
 
-    def record(work: Any, inputs: torch.Tensor, *_: object) -> Replay:
+    def record(_: Runtime, work: Any, inputs: torch.Tensor, *__: object) -> Replay:
         shapes.append(tuple(inputs.shape))
         return Replay(work)
 
-    monkeypatch.setattr("colqwen3.serving.runtime.record", record)
+    monkeypatch.setattr(Runtime, "_record", record)
     return shapes
 
 
@@ -383,9 +384,9 @@ def test_recorded_sizes_of_pages_are_bounded(
 def test_when_recording_fails_the_mode_says_so(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("colqwen3.serving.runtime.record", raises)
     runtime = load_runtime(GOLDEN / "model", CPU, torch.float32)
     runtime.mode = "graphs"
+    monkeypatch.setattr(runtime, "_recorder", SimpleNamespace(record=raises))
     name, text = next(iter(QUERIES.items()))
     (vectors,) = runtime.embed_queries([text])
     torch.testing.assert_close(vectors, EMBEDDINGS[f"query/{name}"], atol=1e-5, rtol=0)

@@ -55,20 +55,20 @@ def on_a_card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[Any, lis
 
 def test_it_is_measured_once_for_each_key(on_a_card: tuple[Any, list[int], Path]) -> None:
     decoder, measured, folder = on_a_card
-    assert find_table(decoder, PLAIN, PLAIN, "a model") == TABLE
-    assert find_table(decoder, PLAIN, PLAIN, "a model") == TABLE
+    assert find_table(decoder, PLAIN, PLAIN, "a model", None) == TABLE
+    assert find_table(decoder, PLAIN, PLAIN, "a model", None) == TABLE
     assert len(measured) == 1
-    find_table(decoder, PLAIN, PLAIN, "another model")
+    find_table(decoder, PLAIN, PLAIN, "another model", None)
     assert len(measured) == len(list(folder.iterdir())) == 2
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "get_device_name", lambda device: "another card")
-        find_table(decoder, PLAIN, PLAIN, "a model")
+        find_table(decoder, PLAIN, PLAIN, "a model", None)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("importlib.metadata.version", lambda name: "2.0")
-        find_table(decoder, PLAIN, PLAIN, "a model")
+        find_table(decoder, PLAIN, PLAIN, "a model", None)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(token_table, "digest_file", lambda path: "other code")
-        find_table(decoder, PLAIN, PLAIN, "a model")
+        find_table(decoder, PLAIN, PLAIN, "a model", None)
     assert len(measured) == 5
 
 
@@ -83,10 +83,10 @@ def test_a_damaged_file_is_measured_again(
     on_a_card: tuple[Any, list[int], Path], damaged: str
 ) -> None:
     decoder, measured, folder = on_a_card
-    find_table(decoder, PLAIN, PLAIN, "a model")
+    find_table(decoder, PLAIN, PLAIN, "a model", None)
     (kept,) = folder.iterdir()
     kept.write_text(damaged)
-    assert find_table(decoder, PLAIN, PLAIN, "a model") == TABLE
+    assert find_table(decoder, PLAIN, PLAIN, "a model", None) == TABLE
     assert len(measured) == 2
     assert json.loads(kept.read_text())["tokens"] == TABLE.tokens
 
@@ -96,7 +96,7 @@ def test_without_a_place_to_keep_it_a_warning_says_so(
 ) -> None:
     decoder, _, folder = on_a_card
     folder.write_text("a file where the folder should be")
-    assert find_table(decoder, PLAIN, PLAIN, "a model") == TABLE
+    assert find_table(decoder, PLAIN, PLAIN, "a model", None) == TABLE
     assert "measured at each start" in caplog.text
 
 
