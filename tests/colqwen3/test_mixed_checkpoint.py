@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -119,8 +120,9 @@ class Replay:
 def test_the_runtime_agrees(
     folder: Path, expected: Vectors, mode: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("colqwen3.serving.runtime.record", lambda work, *_: Replay(work))
     runtime = load_runtime(folder, CPU, F32, max_num_visual_tokens=64)
+    recorder = SimpleNamespace(record=lambda work, *_: Replay(work))
+    monkeypatch.setattr(runtime, "_recorder", recorder)
     runtime.mode = mode
     for _ in range(3):  # the first uses of a size are recorded, later ones replayed
         found = [*runtime.embed_queries(TEXTS), *runtime.embed_pages(pages())]
