@@ -36,7 +36,7 @@ from demo.training.network import (
 )
 from demo.training.samples import CLASSES, SLOTS, Batch, Difficulty, PageMaker, find_fonts
 from demo.training.score import max_sim, ndcg
-from demo.training.shapes import SIZES, Size
+from demo.training.shapes import SIZES, Size, named_size
 from demo.training.tokenizer import train_tokenizer
 
 HELD_OUT_FONTS = ("Carlito", "Caladea")
@@ -346,7 +346,10 @@ def main() -> None:
     parser.add_argument("--workers", type=int, help="drawing processes; two cores stay free")
     parser.add_argument("--fonts", type=Path, nargs="*", default=[], help="folders with fonts")
     parser.add_argument("--device", choices=sorted(PRESETS), default="cpu")
-    parser.add_argument("--shape", choices=list(SIZES), default="demo", help="size of the model")
+    parser.add_argument(
+        "--shape", type=named_size, default="demo", metavar="SIZE",
+        help=f"{', '.join(SIZES)}, or a JSON file of sizes, see demo/training/shapes.py",
+    )  # fmt: skip
     parser.add_argument("--minutes", type=float, default=90.0, help="of training steps")
     parser.add_argument(
         "--wall-minutes",
@@ -363,7 +366,7 @@ def main() -> None:
 
     torch.manual_seed(options.seed)
     torch.set_float32_matmul_precision("high")
-    size, device = SIZES[options.shape], options.device
+    size, device = options.shape.size, options.device
     preset, shape = fit(PRESETS[device], size), size.shape
     corpus = harvest(options.seed, options.library)
     tokenizer = train_tokenizer(corpus, shape.vocab, options.seed)
@@ -386,7 +389,7 @@ def main() -> None:
     }
     workers = options.workers or max(1, (os.cpu_count() or 1) - 2)
     log: dict[str, Any] = {
-        "size": options.shape,
+        "size": options.shape.name,
         "seed": options.seed,
         "machine": machine(device),
         "python": platform.python_version(),

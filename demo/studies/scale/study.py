@@ -37,7 +37,7 @@ from demo.studies.scale.contenders import (
 )
 from demo.studies.scale.losses import KINDS, measure_losses, measure_search
 from demo.studies.scale.stagehand import run_stages
-from demo.training.shapes import SIZES
+from demo.training.shapes import SIZES, named_size
 from stages.pipeline.paths import SENSITIVITY
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -213,7 +213,7 @@ def train(options: argparse.Namespace, model: Path, log: Path) -> None:
     finished = model.with_name("trained")
     if finished.exists():
         return
-    command = [sys.executable, "-m", TRAINING, "--shape", options.shape]
+    command = [sys.executable, "-m", TRAINING, "--shape", options.size_given]
     command += ["--out", str(model), "--log", str(log), "--device", options.training_device]
     for name in ("minutes", "wall_minutes", "workers", "every", "measure_minutes", "library"):
         if (value := getattr(options, name)) is not None:
@@ -376,7 +376,10 @@ def describe_command(options: argparse.Namespace) -> str:
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m demo.studies.scale", description=__doc__)
-    parser.add_argument("--shape", choices=list(SIZES), required=True, help="size of the model")
+    parser.add_argument(
+        "--shape", type=named_size, required=True, metavar="SIZE",
+        help=f"{', '.join(SIZES)}, or a JSON file of sizes, see demo/training/shapes.py",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, help="folder of the figures")
     parser.add_argument(
         "--name", help="of the file of figures: <shape>, or frontier-<shape> with --frontier"
@@ -415,6 +418,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     for name in ("jobs", "iters", "shrink"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} must be at least 1")
+    options.size_given, options.shape = options.shape.given, options.shape.name
     options.name = options.name or f"{'frontier-' * options.frontier}{options.shape}"
     if options.contenders is None:
         options.contenders = list(FRONTIER if options.frontier else CONTENDERS)

@@ -1,5 +1,6 @@
 """The shapes that the demonstration retriever can be trained in."""
 
+import argparse
 import json
 import math
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 from tokenizers import Tokenizer
 
 from demo.training.network import Retriever, Shape, initialise, published_config
-from demo.training.shapes import SIZES, count_parameters
+from demo.training.shapes import SIZES, Size, count_parameters, named_size
 from demo.training.train import PRESETS, fit, rate
 
 NAMES = list(SIZES)
@@ -84,6 +85,53 @@ def test_learning_rate_warms_up_where_a_size_says() -> None:
     assert rate(0.2, warm_ups) == 1.0
     for done in (0.0, 0.01, 0.02, 0.3, 0.7, 0.99):
         assert rate(done) == min(1.0, done / 0.02 + 0.02, math.pow((1.0 - done) / 0.42, 1.5) + 0.01)
+
+
+def test_a_size_has_a_name_or_is_a_file(tmp_path: Path) -> None:
+    assert named_size("39m") == ("39m", SIZES["39m"], "39m")
+    path = tmp_path / "other.json"
+    values = {
+        "hidden": 384, "layers": 6, "heads": 6, "kv_heads": 3, "intermediate": 1024,
+        "vision_hidden": 192, "vision_depth": 5, "vision_heads": 6, "deepstack": [0, 2, 4],
+        "embed_dim": 320, "rate": 0.7, "warm_ups": [[0, 0.03], [0.13, 0.04]],
+    }  # fmt: skip
+    path.write_text(json.dumps(values))
+    shape = Shape(2048, 384, 6, 6, 3, 64, 1024, 192, 5, 6, (0, 2, 4), 320)
+    size = Size(shape, rate=0.7, warm_ups=((0, 0.03), (0.13, 0.04)))
+    assert named_size(str(path)) == ("other", size, str(path))
+    path.write_text("{}")
+    assert named_size(str(path)).size == SIZES["demo"]
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("[1]", "is no JSON object"),
+        ("{", "is no JSON file"),
+        ('{"width": 3}', "width is none of hidden, layers,"),
+        ('{"vocab": 3}', "vocab is none of"),
+        ('{"layers": 2.5}', "layers is 2.5; give a whole number from 1"),
+        ('{"rate": 0}', "rate is 0; give a number above 0"),
+        ('{"heads": 4, "kv_heads": 3}', "heads is 4, which kv_heads = 3 does not divide"),
+        ('{"vision_hidden": 72}', "vision_hidden is 72, which 4 x vision_heads = 16 does not divide"),
+        ('{"hidden": 100}', "hidden is 100; give a multiple of 32"),
+        ('{"deepstack": [3, 1]}', "give rising numbers from 0 to vision_depth - 1"),
+        ('{"deepstack": "ab"}', "give a list of vision blocks"),
+        ('{"layers": 1}', "deepstack has 2 blocks for 1 layers"),
+        ('{"warm_ups": [0.1]}', "give pairs of fractions"),
+    ],
+)  # fmt: skip
+def test_a_file_of_sizes_that_is_wrong_is_named(text: str, told: str, tmp_path: Path) -> None:
+    path = tmp_path / "other.json"
+    path.write_text(text)
+    with pytest.raises(argparse.ArgumentTypeError) as raised:
+        named_size(str(path))
+    assert str(raised.value).startswith(f"{path}: ") and told in str(raised.value)
+
+
+def test_an_unknown_name_is_refused() -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match=r"^40m: give one of micro, 1m, demo, 39m"):
+        named_size("40m")
 
 
 def test_filters_beyond_the_number_of_pixels_can_be_started_from(tokenizer: Tokenizer) -> None:

@@ -340,6 +340,13 @@ def test_bad_options_are_refused(words: list[str], capsys: pytest.CaptureFixture
     assert f"error: {words[0]}" in capsys.readouterr().err
 
 
+def test_a_shape_of_ones_own_is_known_by_the_name_of_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "wide.json"
+    path.write_text('{"hidden": 384}')
+    options = study.parse_arguments(["--shape", str(path), "--out", "x"])
+    assert (options.shape, options.name, options.size_given) == ("wide", "wide", str(path))
+
+
 def page_set(folder: Path, source: str, queries: int, pages: int) -> Path:
     """Write the first queries and pages of a set of the demo; every page answers a query."""
     found = Path("demo/pages") / source
