@@ -50,6 +50,21 @@ def test_nothing_of_removed_recipes_stays_in_the_reference(project: Path) -> Non
     assert not Path("metrics/reference/summary/removed.json").exists()
 
 
+@pytest.mark.parametrize("keep", [False, True])
+def test_timings_are_kept_where_that_is_asked_for(
+    project: Path, keep: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = {"tuned": {"new": 2}, "bad": {"new": 3}}
+    monkeypatch.setattr(reference, "read_speed", lambda recipe, _: measured.get(recipe))
+    for recipe in ("rounded", "tuned"):
+        write_json(Path(f"metrics/reference/speed/{recipe}.json"), {"old": 1})
+    monkeypatch.setattr(sys, "argv", ["command", *(["--keep-times"] if keep else [])])
+    run(reference.main)
+    folder = Path("metrics/reference/speed")
+    found = {path.stem: json.loads(path.read_text()) for path in folder.iterdir()}
+    assert found == ({"rounded": {"old": 1}, "tuned": {"old": 1}} if keep else measured)
+
+
 def test_an_incomplete_result_is_no_reference(
     project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
