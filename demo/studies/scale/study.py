@@ -208,10 +208,15 @@ def train(options: argparse.Namespace, model: Path, log: Path) -> None:
     Raises
     ------
     UserError
-        If the training fails.
+        If the training fails, or the model that is there was trained in other sizes.
     """
-    finished = model.with_name("trained")
+    finished, sizes = model.with_name("trained"), repr(options.size)
     if finished.exists():
+        if finished.read_text("utf-8") != sizes:
+            raise UserError(
+                f"{model}: was trained in other sizes than those of {options.size_given}; remove "
+                f"{model.parent}, or name another --work"
+            )
         return
     command = [sys.executable, "-m", TRAINING, "--shape", options.size_given]
     command += ["--out", str(model), "--log", str(log), "--device", options.training_device]
@@ -223,7 +228,7 @@ def train(options: argparse.Namespace, model: Path, log: Path) -> None:
     done = subprocess.run(command, env=_environment(), check=False)
     if done.returncode:
         raise UserError(f"{TRAINING} failed; its message is above")
-    finished.touch()
+    finished.write_text(sizes, "utf-8")
 
 
 def _environment() -> dict[str, str]:
@@ -363,7 +368,8 @@ def describe_command(options: argparse.Namespace) -> str:
     words = ["python -m demo.studies.scale --out DIR"]
     if options.frontier:
         words.append("--frontier")
-    for name in ("shape", "jobs", "iters", "seeds", "bits", "contenders", "shrink"):
+    words.append(f"--shape {Path(options.size_given).name}")
+    for name in ("jobs", "iters", "seeds", "bits", "contenders", "shrink"):
         value = getattr(options, name)
         values = value if isinstance(value, list) else [value]
         if value is not None:
@@ -418,7 +424,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     for name in ("jobs", "iters", "shrink"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} must be at least 1")
-    options.size_given, options.shape = options.shape.given, options.shape.name
+    options.shape, options.size, options.size_given = options.shape
     options.name = options.name or f"{'frontier-' * options.frontier}{options.shape}"
     if options.contenders is None:
         options.contenders = list(FRONTIER if options.frontier else CONTENDERS)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -345,6 +346,32 @@ def test_a_shape_of_ones_own_is_known_by_the_name_of_its_file(tmp_path: Path) ->
     path.write_text('{"hidden": 384}')
     options = study.parse_arguments(["--shape", str(path), "--out", "x"])
     assert (options.shape, options.name, options.size_given) == ("wide", "wide", str(path))
+    assert " --shape wide.json --jobs 1 " in study.describe_command(options)
+
+
+def test_a_model_of_other_sizes_is_not_taken_for_the_one_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, model = tmp_path / "wide.json", tmp_path / "work/model"
+    path.write_text('{"hidden": 384}')
+    model.mkdir(parents=True)
+    trained: list[list[str]] = []
+
+    def train(command: list[str], **_: Any) -> SimpleNamespace:
+        trained.append(command)
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr("subprocess.run", train)
+    words = ["--shape", str(path), "--out", "x"]
+    for _ in range(2):
+        study.train(study.parse_arguments(words), model, tmp_path / "log")
+    assert len(trained) == 1 and trained[0][4] == str(path)
+    for other in ('{"hidden": 416}', '{"hidden": 384, "rate": 0.5}'):
+        path.write_text(other)
+        with pytest.raises(
+            UserError, match=r"trained in other sizes than those of .*wide\.json; rem"
+        ):
+            study.train(study.parse_arguments(words), model, tmp_path / "log")
 
 
 def page_set(folder: Path, source: str, queries: int, pages: int) -> Path:
