@@ -1373,6 +1373,8 @@ HESSIAN_MODELS = {
     "150m": ("hessian-150m",),
 }
 """Models on which GPTQ by the whole model was measured -> files with figures of these very models."""
+BASELINES = {"39m again": ("hessian-39m-2",), "150m again": ("hessian-150m-2",)}
+"""Models trained once more, on which rounding and text-only tuning were measured beside it."""
 BY_MODEL, BY_MODEL_PASSAGES = "gptq-model-e2e", "gptq-model-passages32-e2e"
 HESSIAN_SCALE_WAYS = {
     "text": "AutoRound, 16 passages",
@@ -1385,7 +1387,7 @@ HESSIAN_SCALE_WAYS = {
 
 def _hessian_file(model: str, contender: str) -> str | None:
     """Return the name of the file with a contender's losses on a model, None if it was not measured."""
-    for name in HESSIAN_MODELS[model]:
+    for name in {**HESSIAN_MODELS, **BASELINES}[model]:
         recipes = read(f"metrics/scale/{name}.json")["recipes"].values()
         if any(recipe["contender"] == contender for recipe in recipes):
             return name
@@ -1522,8 +1524,6 @@ def hessian_150m_three_bits() -> str:
     return f"pages {pages}, queries {queries}"
 
 
-BASELINES = {"39m": "hessian-39m-2", "150m": "hessian-150m-2"}
-"""Models trained once more, on which rounding and text-only tuning were measured beside it."""
 BASELINE_WAYS = {
     "mixed": "AutoRound: the default",
     "gptq-passages32-e2e": "GPTQ by layers, 32 passages more, end to end",
@@ -1535,18 +1535,8 @@ BASELINE_WAYS = {
 
 def _of_baseline(model: str, contender: str, bits: int, kind: str, other_bits: int) -> list[float]:
     """Return losses over those of rounding, of queries over text-only tuning's, on the same model."""
-    name, other = BASELINES[model], {"pages": "rounding", "queries": "text"}[kind]
-    return [
-        study_loss(name, contender, bits, page_set, kind)
-        / study_loss(name, other, other_bits, page_set, kind)
-        for page_set in PAGE_SETS
-    ]
-
-
-def _measured(model: str) -> list[str]:
-    recipes = read(f"metrics/scale/{BASELINES[model]}.json")["recipes"].values()
-    found = {recipe["contender"] for recipe in recipes}
-    return [way for way in BASELINE_WAYS if way in found]
+    other = {"pages": "rounding", "queries": "text"}[kind]
+    return _hessian_over(model, contender, bits, kind, other, other_bits)
 
 
 @figure
@@ -1556,16 +1546,18 @@ def hessian_baselines() -> str:
         ("study model", "bits", "made by", "page loss, 1e-6", "of rounding's", "of 4-bit rounding's",
          "query loss, 1e-6", "of text-only tuning's", "of 4-bit text-only tuning's")
     ]  # fmt: skip
-    for model, name in BASELINES.items():
+    for model in BASELINES:
         for bits in WIDTHS:
-            for contender in _measured(model):
+            for contender, words in BASELINE_WAYS.items():
+                if _hessian_file(model, contender) is None:
+                    continue
                 cells = []
                 for kind in ("pages", "queries"):
-                    losses = [study_loss(name, contender, bits, one, kind) for one in PAGE_SETS]
+                    losses = _hessian_losses(model, contender, bits, kind)
                     of_same = _pair(_of_baseline(model, contender, bits, kind, bits))
                     of_four = _pair(_of_baseline(model, contender, bits, kind, 4))
                     cells += [_millionths(losses), of_same, "" if bits == 4 else of_four]
-                rows.append((f"`{model}`", str(bits), BASELINE_WAYS[contender], *cells))
+                rows.append((f"`{model.removesuffix(' again')}`", str(bits), words, *cells))
     return table(*rows)
 
 
@@ -1590,13 +1582,13 @@ def hessian_targets() -> str:
 @figure
 def hessian_150m_queries() -> str:
     """Return the query loss of GPTQ by the whole model at 150m, 3 bits, over 4-bit text-only tuning's."""
-    return _pair(_of_baseline("150m", "gptq-model", 3, "queries", 4))
+    return _pair(_of_baseline("150m again", "gptq-model", 3, "queries", 4))
 
 
 @figure
 def hessian_second_models() -> str:
     """Return training and search of these models."""
-    return _trained(BASELINES.values())
+    return _trained(name for (name,) in BASELINES.values())
 
 
 @figure
@@ -1971,6 +1963,12 @@ def speedup_1_page() -> str:
     return times(gpu("speed")["page"]["batches"]["1"]["best"]["speedup"])
 
 
+def _layer_microseconds(kernel: str, tokens: int) -> float:
+    """Return the time of a kernel for the four merged linears of one decoder layer."""
+    shapes = read("metrics/size/kernels-cuda.json")["shapes"].values()
+    return sum(float(shape["kernels"][kernel][str(tokens)]["us"]) for shape in shapes)
+
+
 @figure
 def kernels_gpu() -> str:
     """Return microseconds of the four merged linears of one decoder layer, by kernel and tokens."""
@@ -1987,10 +1985,7 @@ def kernels_gpu() -> str:
     }
     rows = [("tokens", *(f"{count:,}" for count in tokens))]
     for key, name in names.items():
-        sums = (
-            sum(shape["kernels"][key][str(count)]["us"] for shape in shapes) for count in tokens
-        )
-        rows.append((name, *(f"{total:,.0f}" for total in sums)))
+        rows.append((name, *(f"{_layer_microseconds(key, count):,.0f}" for count in tokens)))
     size = sum(shape["inputs"] * shape["outputs"] for shape in shapes)
     reading = [1e6 * size * width / rates["memory_bytes_per_second"] for width in (2, 0.5)]
     floors = (
@@ -2004,12 +1999,10 @@ def kernels_gpu() -> str:
 @figure
 def humming_loses() -> str:
     """Return the microseconds that humming takes more than bfloat16, where many tokens are."""
-    shapes = read("metrics/size/kernels-cuda.json")["shapes"].values()
     more = [
-        sum(shape["kernels"]["humming"][tokens]["us"] - dense["us"]
-            for shape in shapes if (dense := shape["kernels"]["dense bfloat16"][tokens]))
-        for tokens in ("512", "1291", "1664", "5164")
-    ]  # fmt: skip
+        _layer_microseconds("humming", tokens) - _layer_microseconds("dense bfloat16", tokens)
+        for tokens in (512, 1291, 1664, 5164)
+    ]
     return f"{min(more):.0f} to {max(more):.0f}"
 
 
