@@ -72,7 +72,7 @@ def in_int8(codes: torch.Tensor, parts: Any, rotated: bool) -> int8.Int8Weight:
 
 
 @pytest.mark.parametrize("rotated", [False, True])
-@pytest.mark.parametrize("group_size", [32, 128])
+@pytest.mark.parametrize("group_size", [32, 64, 128])
 @pytest.mark.parametrize(("outputs", "inputs"), [(64, 128), (200, 256), (2560, 4096)])
 def test_a_linear_in_hummings_layout(
     outputs: int, inputs: int, group_size: int, rotated: bool
@@ -87,7 +87,7 @@ def test_a_linear_in_hummings_layout(
         sums = rounded.codes.double() @ expected.codes.double().T
         product = sums * rounded.scales.double()[:, None] * expected.scales.double()
         actual = linear(rounded)
-        torch.testing.assert_close(actual.double(), product, rtol=0.01, atol=1e-3)
+        torch.testing.assert_close(actual, product.bfloat16(), rtol=0.008, atol=1e-6)
         exact = x.float() @ weight.T
         assert (linear(x).float() - exact).norm() < 0.01 * exact.norm()
         assert (actual.float() - exact).norm() < 0.03 * exact.norm()
