@@ -14,6 +14,7 @@ from stages.quantization.end_to_end import draw_steps, hold_back
 from stages.quantization.linears import Job
 from stages.quantization.model_hessians import effects_bytes
 from stages.quantization.recipes import AnyRecipe, EndToEnd, GptqRecipe, RtnRecipe
+from stages.quantization.sample_packs import deal
 from stages.quantization.tuning import INPUTS
 from stages.quantization.whole_model import TUNED
 
@@ -92,19 +93,13 @@ def memory_needed(recipe: AnyRecipe, sizes: Sizes) -> dict[str, int]:
         needed["hessian"] = (
             FLOAT_BYTES * weights
             + effects_bytes([shape[0] for shape in shapes], tokens=0)
-            + sizes.activations(longest_pack(sizes.tokens, recipe.batch_size))
+            + sizes.activations(max(map(sum, deal(sizes.tokens, recipe.batch_size)), default=0))
         )
     if not isinstance(recipe, RtnRecipe) and recipe.end_to_end:
         a_weight = CODE_BYTES + TUNED_BYTES * (recipe.end_to_end.codes_lr > 0)
         longest = longest_step(sizes.tokens, sizes.kinds, recipe.end_to_end)
         needed["end_to_end"] = a_weight * weights + sizes.activations(longest)
     return needed
-
-
-def longest_pack(tokens: Sequence[int], size: int) -> int:
-    """Return the maximum number of tokens in a pack, as `pack_samples` makes packs."""
-    count = -(-len(tokens) // size)
-    return max((sum(tokens[first::count]) for first in range(count)), default=0)
 
 
 def longest_step(tokens: Sequence[int], kinds: Sequence[str], recipe: EndToEnd) -> int:

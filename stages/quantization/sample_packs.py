@@ -6,12 +6,13 @@ sample here, so a sample's outputs do not depend on what it is packed with.
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+T = TypeVar("T")
 LENGTHS = "lengths"
 """Keyword of a packed layer: integer tensor [1, samples], the tokens of each."""
 IMPLEMENTATION = "sdpa_within_samples"
@@ -24,12 +25,18 @@ TOKENS = {
 }
 
 
+def deal(items: Sequence[T], size: int) -> list[Sequence[T]]:
+    """Deal items out to as few packs of at most `size` as there can be, each taking every n-th."""
+    count = -(-len(items) // size)
+    return [items[first::count] for first in range(count)]
+
+
 def pack_samples(
     samples: Sequence[dict[str, torch.Tensor]], size: int
 ) -> list[dict[str, torch.Tensor]]:
     """Join inputs of a decoder layer into packs of at most `size` samples.
 
-    Every pack takes each n-th sample, so that all have the same mix of kinds.
+    Every pack takes each n-th sample, see `deal`, so that all have the same mix of kinds.
 
     Parameters
     ----------
@@ -43,10 +50,8 @@ def pack_samples(
     ValueError
         If a sample holds something that is not known to be joined.
     """
-    count = -(-len(samples) // size)
     packs = []
-    for first in range(count):
-        parts = samples[first::count]
+    for parts in deal(samples, size):
         for key in parts[0]:
             if key not in TOKENS:
                 raise ValueError(f"a decoder layer is given {key}, which cannot be packed")
