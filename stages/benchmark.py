@@ -156,7 +156,7 @@ def time_both(
         inputs["query"][count] = [partial(runtime.run_queries, batch) for runtime in runtimes]
     page_tokens = 0
     for count in params.page_batches:
-        pages = processor.process_images([images[i % len(images)] for i in range(count)])
+        pages = processor.cut_pages([images[i % len(images)] for i in range(count)])
         page_tokens = pages["input_ids"].shape[1]
         inputs["page"][count] = [partial(runtime.run_pages, pages) for runtime in runtimes]
     tokens = {"query": params.query_tokens, "page": page_tokens}

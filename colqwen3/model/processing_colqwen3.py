@@ -194,6 +194,24 @@ class ColQwen3Processor(ProcessorMixin):  # type: ignore[misc]
         ValueError
             If a page has no pixels, or is more than 200 times as long as wide.
         """
+        inputs = self.cut_pages(images)
+        pixels = self.pixel_values(inputs.pop("patches"))
+        return BatchFeature({**inputs, "pixel_values": pixels})
+
+    def cut_pages(self, images: Sequence[Image.Image]) -> BatchFeature:
+        """Turn pages into model inputs whose pixels are still bytes, an eighth of their size.
+
+        Returns
+        -------
+        BatchFeature
+            As of `process_images`, but in place of ``pixel_values`` ``patches``, bytes [patches,
+            channels x patch x patch], of which `pixel_values` makes them.
+
+        Raises
+        ------
+        ValueError
+            As of `process_images`.
+        """
         for number, image in enumerate(images, 1):
             short, long = sorted(image.size)
             if short == 0 or long > MAXIMUM_RATIO * short:
@@ -204,8 +222,8 @@ class ColQwen3Processor(ProcessorMixin):  # type: ignore[misc]
                     f"page {number} of {len(images)} is {image.width} x {image.height} pixels: {problem}"
                 )
         patches, grids = zip(*(self.cut_page(to_rgb(image)) for image in images), strict=True)
-        pixels = [self.pixel_values(torch.from_numpy(page)) for page in patches]
-        return BatchFeature({**self.page_prompts(grids), "pixel_values": torch.cat(pixels)})
+        pages = torch.from_numpy(np.concatenate(patches))
+        return BatchFeature({**self.page_prompts(grids), "patches": pages})
 
     def page_prompts(self, grids: Sequence[tuple[int, int, int]]) -> dict[str, torch.Tensor]:
         """Return the inputs of pages beside their pixels.

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from colqwen3.checkpoint.packing import dense_weight, dequantize, unpack
 from colqwen3.model.modeling_colqwen3 import dequantize_rows
+from colqwen3.serving.humming_tiles import Product, replace_tiles, suits
 from colqwen3.serving.int8 import (
     Int8Tokens,
     Int8Weight,
@@ -39,6 +40,8 @@ Parts = Mapping[str, torch.Tensor]
 HUMMING_OUT, HUMMING_IN = 128, 32
 # 16-bit inputs, weights and outputs are each off by 2^-9 at most: a correct kernel is far below
 MAXIMUM_ERROR = 0.02
+# a kernel is tried with so many, since it has other tiles for each
+TRIED_TOKENS, GPU_TRIED_TOKENS = (16, 64, 256), (26, 104, 416, 832, 1291, 2100)
 
 
 def dense(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
@@ -88,7 +91,7 @@ def humming(parts: Parts, bits: int, group_size: int, dtype: torch.dtype) -> Lin
     ImportError
         If humming is not installed.
     """
-    return _without_overhead(_humming_layer(parts, bits, group_size, dtype))
+    return _without_overhead(_humming_layer(parts, bits, group_size, dtype), bits)
 
 
 def _humming_layer(parts: Parts, bits: int, group_size: int, dtype: torch.dtype) -> Any:
@@ -112,15 +115,21 @@ def _humming_layer(parts: Parts, bits: int, group_size: int, dtype: torch.dtype)
     return layer
 
 
-def _without_overhead(layer: Any) -> Linear:
+def _without_overhead(layer: Any, bits: int) -> Linear:
     """Return what a humming layer computes, its configuration written out once.
 
-    The tuning is humming's own, except that each kernel starts while the previous one is finishing.
+    Tiles are those of `humming_tiles` where it has some. Each kernel starts while the previous one
+    is finishing.
     """
     from humming import ops
     from humming.tune import get_heuristics_config
 
-    ranges = get_heuristics_config(layer.humming_config, device=layer.weight.device)
+    device = layer.weight.device
+    ranges = get_heuristics_config(layer.humming_config, device=device)
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    product = Product(layer.humming_config.shape_k, layer.humming_config.shape_n, processors)
+    if suits(torch.cuda.get_device_capability(device), bits, product):
+        ranges = replace_tiles(ranges, product)
     tuning = json.dumps(
         [[start, end, {**options, "use_pdl": True}] for start, end, options in ranges]
     )
@@ -173,7 +182,7 @@ def humming_or_int8(parts: Parts, group_size: int, rotated: bool) -> DecoderLine
     def in_int8(x: Int8Tokens) -> torch.Tensor:
         return kernels.multiply(x, kernels.unpack(weight))
 
-    return either(_without_overhead(layer), in_int8)
+    return either(_without_overhead(layer, 4), in_int8)
 
 
 def streams_int8(bits: int, inputs: int, group_size: int) -> bool:
@@ -249,13 +258,14 @@ def choose_kernel(parts: Parts, bits: int, group_size: int, dtype: torch.dtype) 
         try:
             linear = KERNELS[name](parts, bits, group_size, dtype)
             error = kernel_error(linear, parts, bits, dtype)
-            plain = dequantized(parts, bits, group_size, dtype)
             if not error < MAXIMUM_ERROR:  # nor is NaN
                 problem = f"{name} is off by {error:.2g}"
-            elif gpu or _cpu_seconds(linear, inputs, dtype) < _cpu_seconds(plain, inputs, dtype):
+            elif gpu:
                 return name
             else:
-                return "dense"
+                plain = dequantized(parts, bits, group_size, dtype)
+                faster = _cpu_seconds(linear, inputs, dtype) < _cpu_seconds(plain, inputs, dtype)
+                return name if faster else "dense"
         except Exception as failure:  # a kernel library can fail in any way: compiler, driver, CPU
             problem = f"{name} fails ({first_line(failure)})"
     message = "%s: 4-bit weights are served dense, as fast as the original and as large"
@@ -281,7 +291,7 @@ def kernel_error(linear: Linear, parts: Parts, bits: int, dtype: torch.dtype) ->
     weight = dequantize(parts["qweight"], parts["qzeros"], parts["scales"], bits)
     generator = torch.Generator(weight.device).manual_seed(0)
     errors = []
-    for tokens in (16, 64, 256):  # kernels differ by size
+    for tokens in (*TRIED_TOKENS, *(GPU_TRIED_TOKENS if weight.is_cuda else ())):
         x = torch.randn(tokens, weight.shape[1], generator=generator, device=weight.device)
         expected = x.to(dtype).float() @ weight.T
         actual = linear(x.to(dtype)).float()

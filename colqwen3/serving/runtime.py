@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.rnn import pad_sequence
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbedding
 
 from colqwen3.model.configuration_colqwen3 import ColQwen3Config
@@ -151,6 +152,8 @@ class Runtime:
         if mode != "eager":
             records = mode == "graphs" and self.device.type == "cuda"
             self.mode = "graphs" if records else self._unrecorded_mode()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # what the trials took
 
     def _compiled(self, expected: tuple[torch.Tensor, torch.Tensor]) -> Operations:
         """Return the fastest operations that give the expected embeddings of the trial."""
@@ -286,8 +289,8 @@ class Runtime:
 
     def _padded(self, rows: Sequence[torch.Tensor], batch: int, tokens: int) -> torch.Tensor:
         ids = torch.full((batch, tokens), self._pad)
-        for place, row in zip(ids, rows, strict=False):
-            place[: len(row)] = row
+        filled = pad_sequence(list(rows), batch_first=True, padding_value=self._pad)
+        ids[: len(rows), : filled.shape[1]] = filled
         return ids
 
     def _queries(
@@ -336,7 +339,7 @@ class Runtime:
             return []
         if not all(isinstance(page, Image.Image) for page in pages):
             raise TypeError("embed_pages takes a list of PIL images")
-        inputs = self.processor.process_images(pages)
+        inputs = self.processor.cut_pages(pages)
         vectors = self.run_pages(inputs)
         rows = self.token_ids(inputs)
         return [vectors[i, : len(row)] for i, row in enumerate(rows)]
@@ -376,9 +379,7 @@ class Runtime:
         Parameters
         ----------
         inputs
-            What the processor makes of pages. In place of ``pixel_values`` there may be
-            ``patches``, bytes [patches, channels x patch x patch] as `ColQwen3Processor.cut_page`
-            gives them: an eighth of the float32 pixels.
+            What the processor makes of pages, by `cut_pages` or `process_images`.
         """
         grids: list[Grid] = [(t, h, w) for t, h, w in inputs["image_grid_thw"].tolist()]
         rows = self.token_ids(inputs)

@@ -12,13 +12,14 @@ import torch
 import triton
 import triton.language as tl
 
+EARLY_FROM = (9, 0)
+"""Capability of the GPUs that can start a kernel while the last one is finishing."""
+
 
 @triton.jit
-def _half_normed(first, second, weight, columns, half, eps):  # pragma: no cover - on a GPU
+def _half_normed(first, second, low, high, half, eps):  # pragma: no cover - on a GPU
     size = tl.sum(first * first, 1) + tl.sum(second * second, 1)
     scale = tl.rsqrt(size / (2 * half) + eps)[:, None]
-    low = tl.load(weight + columns)[None, :]
-    high = tl.load(weight + half + columns)[None, :]
     return (first * scale).to(low.dtype) * low, (second * scale).to(low.dtype) * high
 
 
@@ -26,7 +27,7 @@ def _half_normed(first, second, weight, columns, half, eps):  # pragma: no cover
 def _attend(
     qkv, q_norm, k_norm, cos, sin, out,
     tokens, heads, key_heads, eps, scale,
-    ROWS: tl.constexpr, HALF: tl.constexpr,
+    ROWS: tl.constexpr, HALF: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip  # pragma: no cover - runs on a GPU
     sequence, head = tl.program_id(0), tl.program_id(1)
     key_head = heads + head // (heads // key_heads)
@@ -36,17 +37,27 @@ def _attend(
     token = sequence * tokens + rows
     line = (token * (heads + 2 * key_heads) * width)[:, None] + columns[None, :]
     angle = (token * width)[:, None] + columns[None, :]
+    # the two halves of the angles are alike
     cos_low = tl.load(cos + angle, mask=inside, other=0.0)
     sin_low = tl.load(sin + angle, mask=inside, other=0.0)
-    # the two halves of the angles are alike
+    q_norm_low = tl.load(q_norm + columns)[None, :]
+    q_norm_high = tl.load(q_norm + HALF + columns)[None, :]
+    k_norm_low = tl.load(k_norm + columns)[None, :]
+    k_norm_high = tl.load(k_norm + HALF + columns)[None, :]
+    if EARLY:  # the next kernel may start, and what was read so far is no result of the last one
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     q = qkv + line + head * width
     q_low = tl.load(q, mask=inside, other=0.0).to(tl.float32)
     q_high = tl.load(q + HALF, mask=inside, other=0.0).to(tl.float32)
-    q_low, q_high = _half_normed(q_low, q_high, q_norm, columns, HALF, eps)
     k = qkv + line + key_head * width
     k_low = tl.load(k, mask=inside, other=0.0).to(tl.float32)
     k_high = tl.load(k + HALF, mask=inside, other=0.0).to(tl.float32)
-    k_low, k_high = _half_normed(k_low, k_high, k_norm, columns, HALF, eps)
+    v = qkv + line + (key_head + key_heads) * width
+    v_low = tl.load(v, mask=inside, other=0.0)
+    v_high = tl.load(v + HALF, mask=inside, other=0.0)
+    q_low, q_high = _half_normed(q_low, q_high, q_norm_low, q_norm_high, HALF, eps)
+    k_low, k_high = _half_normed(k_low, k_high, k_norm_low, k_norm_high, HALF, eps)
     kind = q_low.dtype
     q1 = (q_low * cos_low - q_high * sin_low).to(kind)
     q2 = (q_high * cos_low + q_low * sin_low).to(kind)
@@ -56,9 +67,6 @@ def _attend(
     scores = tl.where(rows[:, None] >= rows[None, :], scores, float("-inf"))
     scores = tl.exp(scores - tl.max(scores, 1)[:, None])
     weights = (scores / tl.sum(scores, 1)[:, None]).to(kind)
-    v = qkv + line + (key_head + key_heads) * width
-    v_low = tl.load(v, mask=inside, other=0.0)
-    v_high = tl.load(v + HALF, mask=inside, other=0.0)
     place = out + ((token * heads + head) * width)[:, None] + columns[None, :]
     tl.store(place, tl.dot(weights, v_low).to(kind), mask=inside)
     tl.store(place + HALF, tl.dot(weights, v_high).to(kind), mask=inside)
@@ -98,9 +106,10 @@ def short_attention(
     """
     total, width = qkv.shape[0], qkv.shape[2]
     out = torch.empty(total, heads * width, dtype=qkv.dtype, device=qkv.device)
+    early = torch.cuda.get_device_capability(qkv.device) >= EARLY_FROM
     _attend[total // tokens, heads](
         qkv, q_norm, k_norm, cos, sin, out,
         tokens, heads, (qkv.shape[1] - heads) // 2, eps, width**-0.5,
-        ROWS=max(16, triton.next_power_of_2(tokens)), HALF=width // 2,
+        ROWS=max(16, triton.next_power_of_2(tokens)), HALF=width // 2, EARLY=early, launch_pdl=early,
     )  # fmt: skip
     return out

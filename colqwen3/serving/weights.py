@@ -63,8 +63,8 @@ class Weights:
     Attributes
     ----------
     kernel
-        What computes the quantized linears of the first decoder layer, one of `KERNELS`; ``dense``
-        for an original. Linears of other bits have a kernel of their own.
+        What computes the first quantized linear of the decoder, one of `KERNELS`; ``dense`` for an
+        original. Linears of other bits or sizes are tried by themselves.
     quantization
         The ``quantization_config``; None for an original.
     """
@@ -82,7 +82,7 @@ class Weights:
         self._stored = Checkpoint.read(folder).tensors
         self._embeddings_bits = embeddings_bits(config, self._stored)
         self._int8 = int8
-        self._kernels: dict[int, str] = {}  # bits -> name
+        self._kernels: dict[tuple[int, torch.Size], str] = {}  # bits and size -> name
         self.kernel = "dense"
         if self.quantization is not None:
             check_bits(self.quantization, self._stored)
@@ -100,9 +100,10 @@ class Weights:
 
     def _kernel(self, bits: int, parts: Parts) -> str:
         """Return the kernel for linears of so many bits, tried with the linear `parts`."""
-        if bits not in self._kernels:
-            self._kernels[bits] = choose_kernel(parts, bits, self._group_size, self._dtype)
-        return self._kernels[bits]
+        key = bits, parts["qweight"].shape
+        if key not in self._kernels:
+            self._kernels[key] = choose_kernel(parts, bits, self._group_size, self._dtype)
+        return self._kernels[key]
 
     def _read(self, name: str) -> torch.Tensor:
         """Return one tensor as it is stored.

@@ -49,10 +49,15 @@ def timed_ms(work: Work, device: torch.device) -> float:
 def median_ms(
     works: Sequence[Work], device: torch.device, warmup: int, repeats: int
 ) -> list[float]:
-    """Return the median milliseconds of each of several works, called in turns."""
+    """Return the median milliseconds of each of several works, called in turns.
+
+    Every other turn goes backwards: after a work that needs much power a GPU is slower for a while,
+    so what comes before a work must not be the same each time.
+    """
     times: list[list[float]] = [[] for _ in works]
+    pairs = list(zip(works, times, strict=True))
     for number in range(warmup + repeats):
-        for work, taken in zip(works, times, strict=True):
+        for work, taken in pairs if number % 2 == 0 else reversed(pairs):
             milliseconds = timed_ms(work, device)
             if number >= warmup:
                 taken.append(milliseconds)

@@ -46,7 +46,7 @@ class Runtime:
         self.log.append((self.name, self.mode, "pages", len(pages["input_ids"])))
 
 
-def process_images(images: list[str]) -> dict[str, torch.Tensor]:
+def cut_pages(images: list[str]) -> dict[str, torch.Tensor]:
     return {"input_ids": torch.zeros(len(images), 77)}
 
 
@@ -54,7 +54,7 @@ def test_both_models_are_timed_in_turns_on_every_batch(monkeypatch: pytest.Monke
     monkeypatch.setitem(benchmark.MODES, "cpu", ("eager", "compiled"))
     log: list[tuple[str, str, str, int]] = []
     runtimes = [Runtime("original", log, False), Runtime("quantized", log, True)]
-    processor = SimpleNamespace(process_images=process_images)
+    processor = SimpleNamespace(cut_pages=cut_pages)
     times = benchmark.time_both(runtimes, PARAMS, ROWS, ["a page"], processor)  # type: ignore[list-item]
     assert log == [
         (name, mode, kind, count)

@@ -132,6 +132,18 @@ def test_pixels_are_those_of_the_image_processor_to_the_last_bit(
         assert torch.equal(actual[key], expected[key])
 
 
+def test_pages_as_bytes_become_the_same_pixels(processor: ColQwen3Processor) -> None:
+    pages = [Image.effect_noise(size, 90).convert("RGB") for size in ((64, 96), (128, 64))]
+    cut, whole = processor.cut_pages(pages), processor.process_images(pages)
+    assert cut.keys() == (whole.keys() - {"pixel_values"}) | {"patches"}
+    assert all(torch.equal(cut[key], whole[key]) for key in whole.keys() - {"pixel_values"})
+    # 8 bits of one of two equal frames, for two of 32
+    assert 8 * cut["patches"].nbytes == whole["pixel_values"].nbytes
+    assert torch.equal(processor.pixel_values(cut["patches"]), whole["pixel_values"])
+    with pytest.raises(ValueError, match="page 2 of 2 is 0 x 9 pixels"):
+        processor.cut_pages([pages[0], Image.new("RGB", (0, 9))])
+
+
 def test_pixels_of_a_page_that_is_not_resized(processor: ColQwen3Processor) -> None:
     unresized = ColQwen3Processor.from_pretrained(str(GOLDEN / "model"))
     unresized.image_processor.do_resize = False

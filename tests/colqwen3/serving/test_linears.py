@@ -129,3 +129,21 @@ def test_error_is_relative_to_the_dequantized_weight() -> None:
     assert kernel_error(right, result, 4, F32) < 1e-6
     assert kernel_error(lambda x: 0.5 * right(x), result, 4, F32) == pytest.approx(0.5, abs=1e-5)
     assert not kernel_error(lambda x: right(x) * torch.nan, result, 4, F32) < 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="humming needs a GPU")
+@pytest.mark.parametrize("group_size", [32, 128])
+def test_humming_is_right_with_each_of_its_tiles(group_size: int) -> None:
+    pytest.importorskip("humming")
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(-8, 8, (512, 768), dtype=torch.int8, generator=generator)
+    scales = torch.rand(512, 768 // group_size, generator=generator).half() + 0.1
+    packed = {name: part.cuda() for name, part in pack(codes, scales, 4).items()}
+    linear = linears.humming(packed, 4, group_size, torch.bfloat16)
+    weight = codes.float() * scales.bfloat16().float().repeat_interleave(group_size, dim=1)
+    for tokens in (1, 8, 17, 26, 52, 64, 104, 129, 208, 256, 257, 416, 832, 1291, 1664, 2048, 2100):
+        x = torch.randn(tokens, 768, generator=generator).bfloat16()
+        expected = x.float() @ weight.T
+        with torch.inference_mode():
+            actual = linear(x.cuda()).float().cpu()
+        assert float((actual - expected).norm() / expected.norm()) < 0.004
