@@ -652,7 +652,8 @@ def smaller_at_true_size() -> str:
 @figure
 def small_on_a_gpu() -> str:
     """Return what tuning and serving with everything in 8 bits but the language model takes."""
-    tuned, served = gpu("tune-small"), gpu("serve-small")
+    tuned = read("metrics/size/tune-small-h100.json")["steps"]["tune-small"]
+    served = gpu("serve-small")
     return (
         f"tuning the whole tower and {tuned['layers']} decoder layers, {tuned['iters']} steps, "
         f"{tuned['seconds']:.0f} s and {gb(tuned['gpu_peak_bytes'])} of GPU memory; served by the "
@@ -1974,10 +1975,10 @@ def kernels_gpu() -> str:
     """Return microseconds of the four merged linears of one decoder layer, by kernel and tokens."""
     shapes = read("metrics/size/kernels-cuda.json")["shapes"].values()
     rates = gpu("rates")
-    tokens = sorted(map(int, next(iter(shapes))["kernels"]["humming"]))
+    tokens = sorted(map(int, next(iter(shapes))["kernels"]["dense bfloat16"]))
     names = {
         "dense bfloat16": "bfloat16",
-        "humming": "humming (used)",
+        "humming, its own tiles": "humming, its own tiles",
         "int8 activations": "int8 activations (used, where faster)",
         "auto-round tritonv2": "auto-round's Triton kernel (`tritonv2`)",
         "torch int4": "torch's int4 (tinygemm)",
@@ -1996,14 +1997,39 @@ def kernels_gpu() -> str:
     return table(*rows)
 
 
+def _tiles(tokens: str, kind: str) -> float:
+    """Return microseconds of the four merged linears of a layer; tiles-h100.json."""
+    linears = read("metrics/size/tiles-h100.json")["tokens"][tokens]
+    return sum(float(linear[kind]) for linear in linears.values())
+
+
+@figure
+def tiles_gpu() -> str:
+    """Return microseconds of a layer's linears by humming with its own tiles, and with others."""
+    tokens = sorted(read("metrics/size/tiles-h100.json")["tokens"], key=int)
+    rows: list[tuple[str, ...]] = [("tokens", *(f"{int(count):,}" for count in tokens))]
+    for kind, name in (
+        ("bfloat16", "bfloat16"),
+        ("own", "humming, its own tiles"),
+        ("chosen", "humming, the tiles used"),
+    ):
+        rows.append((name, *(f"{_tiles(count, kind):,.0f}" for count in tokens)))
+    return table(*rows)
+
+
 @figure
 def humming_loses() -> str:
     """Return the microseconds that humming takes more than bfloat16, where many tokens are."""
-    more = [
-        _layer_microseconds("humming", tokens) - _layer_microseconds("dense bfloat16", tokens)
-        for tokens in (512, 1291, 1664, 5164)
-    ]
+    more = [_tiles(tokens, "chosen") - _tiles(tokens, "bfloat16") for tokens in ("1272", "1664")]
     return f"{min(more):.0f} to {max(more):.0f}"
+
+
+@figure
+def tiles_rates() -> str:
+    """Return the arithmetic that humming and cuBLAS reach at 8 queries, TFLOP/s."""
+    operations = 208 * _operations()["token"] / 36
+    rates = (operations / _tiles("208", kind) / 1e6 for kind in ("chosen", "bfloat16"))
+    return " and ".join(f"{rate:.0f}" for rate in rates)
 
 
 @figure

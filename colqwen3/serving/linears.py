@@ -81,17 +81,20 @@ def packed_embeddings(
     return lambda ids: dequantize_rows(packed[ids], scales[ids], bits).to(dtype)
 
 
-def humming(parts: Parts, bits: int, group_size: int, dtype: torch.dtype) -> Linear:
+def humming(
+    parts: Parts, bits: int, group_size: int, dtype: torch.dtype, own_tiles: bool = False
+) -> Linear:
     """Return a packed linear that the humming kernels compute; on the device of `parts`.
 
-    The weights are copied into another layout, so `parts` can be freed.
+    The weights are copied into another layout, so `parts` can be freed. Tiles are those of
+    `humming_tiles` where it has some, unless humming's own are wanted.
 
     Raises
     ------
     ImportError
         If humming is not installed.
     """
-    return _without_overhead(_humming_layer(parts, bits, group_size, dtype), bits)
+    return _without_overhead(_humming_layer(parts, bits, group_size, dtype), bits, own_tiles)
 
 
 def _humming_layer(parts: Parts, bits: int, group_size: int, dtype: torch.dtype) -> Any:
@@ -115,11 +118,10 @@ def _humming_layer(parts: Parts, bits: int, group_size: int, dtype: torch.dtype)
     return layer
 
 
-def _without_overhead(layer: Any, bits: int) -> Linear:
+def _without_overhead(layer: Any, bits: int, own_tiles: bool = False) -> Linear:
     """Return what a humming layer computes, its configuration written out once.
 
-    Tiles are those of `humming_tiles` where it has some. Each kernel starts while the previous one
-    is finishing.
+    Each kernel starts while the previous one is finishing.
     """
     from humming import ops
     from humming.tune import get_heuristics_config
@@ -128,7 +130,7 @@ def _without_overhead(layer: Any, bits: int) -> Linear:
     ranges = get_heuristics_config(layer.humming_config, device=device)
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     product = Product(layer.humming_config.shape_k, layer.humming_config.shape_n, processors)
-    if suits(torch.cuda.get_device_capability(device), bits, product):
+    if not own_tiles and suits(torch.cuda.get_device_capability(device), bits, product):
         ranges = replace_tiles(ranges, product)
     tuning = json.dumps(
         [[start, end, {**options, "use_pdl": True}] for start, end, options in ranges]

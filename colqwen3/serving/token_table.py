@@ -31,7 +31,7 @@ SIZES = (128, 192, 256, 320, 384, 448, 512, 640, 768, 1024, 1536, 2048, 4096)
 """Tokens at which is measured."""
 LAYERS = 4
 """Timed one after another, so that no cache holds their weights."""
-REPLAYS = 7
+WARMUP, REPLAYS = 3, 7
 TRIED_TOKENS = (65, 300, 1291)
 CODE = ("int8.cu", "int8_kernels.py", "linears.py", "humming_tiles.py")
 LIBRARIES = ("torch", "triton", "humming-kernels")
@@ -137,16 +137,19 @@ def _layer_microseconds(
     decoder: Decoder, operations: Operations, tokens: int, stream: Any
 ) -> float:
     """Return the median time of the linears of one layer, recorded as a CUDA graph."""
+    torch.cuda.empty_cache()  # what the last recording took
     inputs = _draw_inputs(decoder, tokens)
     works = [_work(decoder, layer, operations, *inputs) for layer in decoder.layers[:LAYERS]]
     for work in works:
         work()
     torch.cuda.synchronize()
-    torch.cuda.empty_cache()  # what this stream has cached cannot be used while recording
+    torch.cuda.empty_cache()  # what is cached here cannot be used while recording
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
         for work in works:
             work()
+    for _ in range(WARMUP):
+        graph.replay()
     taken = []
     for _ in range(REPLAYS):
         start: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]

@@ -108,6 +108,10 @@ def candidates(device: str) -> dict[str, tuple[torch.dtype, Candidate]]:
         return {
             "dense bfloat16": (bf16, lambda parts: dense(dense_weight(parts, bf16))),
             "humming": (bf16, lambda parts: humming(parts, BITS, GROUP_SIZE, bf16)),
+            "humming, its own tiles": (
+                bf16,
+                lambda parts: humming(parts, BITS, GROUP_SIZE, bf16, own_tiles=True),
+            ),
             "int8 activations": (bf16, in_int8),
             "torch int4": (bf16, torch_int4),
             "auto-round tritonv2": (bf16, auto_round("auto_round:tritonv2_zp", bf16)),
