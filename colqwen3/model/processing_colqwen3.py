@@ -199,7 +199,7 @@ class ColQwen3Processor(ProcessorMixin):  # type: ignore[misc]
         return BatchFeature({**inputs, "pixel_values": pixels})
 
     def cut_pages(self, images: Sequence[Image.Image]) -> BatchFeature:
-        """Turn pages into model inputs whose pixels are still bytes, an eighth of their size.
+        """Turn pages into model inputs with bytes for pixels, an eighth of the float32 values.
 
         Returns
         -------

@@ -1,7 +1,9 @@
 """Linears for serving: dense, or 4-bit by the fastest installed kernel that gives correct results."""
 
+import functools
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
@@ -12,7 +14,7 @@ from torch.nn import functional
 
 from colqwen3.checkpoint.packing import dense_weight, dequantize, unpack
 from colqwen3.model.modeling_colqwen3 import dequantize_rows
-from colqwen3.serving.humming_tiles import Product, replace_tiles, suits
+from colqwen3.serving.humming_tiles import Product, Range, has_tiles, replace_tiles, trial_tokens
 from colqwen3.serving.int8 import (
     Int8Tokens,
     Int8Weight,
@@ -38,10 +40,10 @@ Parts = Mapping[str, torch.Tensor]
 
 # humming takes weights in whole tiles; its tuning for compute capability 9.0 needs outputs by 128
 HUMMING_OUT, HUMMING_IN = 128, 32
-# 16-bit inputs, weights and outputs are each off by 2^-9 at most: a correct kernel is far below
-MAXIMUM_ERROR = 0.02
-# a kernel is tried with so many, since it has other tiles for each
-TRIED_TOKENS, GPU_TRIED_TOKENS = (16, 64, 256), (26, 104, 416, 832, 1291, 2100)
+# 16-bit inputs, weights and outputs are each off by 2^-9 at most: a correct kernel is far below.
+# A row or a column of few numbers is off by more than the whole, and by nearly all of it if wrong
+MAXIMUM_ERROR, MAXIMUM_LOCAL_ERROR = 0.02, 0.1
+TRIED_TOKENS, GPU_TRIED_TOKENS = (16, 64, 256), (1291, 2100)
 
 
 def dense(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
@@ -94,7 +96,19 @@ def humming(
     ImportError
         If humming is not installed.
     """
-    return _without_overhead(_humming_layer(parts, bits, group_size, dtype), bits, own_tiles)
+    product = None if own_tiles else humming_product(parts, bits)
+    return _without_overhead(_humming_layer(parts, bits, group_size, dtype), product)
+
+
+def humming_product(parts: Parts, bits: int) -> Product | None:
+    """Return what the tiles of a packed linear depend on, or None if it has humming's own."""
+    qweight = parts["qweight"]
+    if qweight.device.type != "cuda":
+        return None
+    processors = torch.cuda.get_device_properties(qweight.device).multi_processor_count
+    product = Product(qweight.shape[0] * 32 // bits, qweight.shape[1], processors)
+    capability = torch.cuda.get_device_capability(qweight.device)
+    return product if has_tiles(capability, bits, product) else None
 
 
 def _humming_layer(parts: Parts, bits: int, group_size: int, dtype: torch.dtype) -> Any:
@@ -118,22 +132,21 @@ def _humming_layer(parts: Parts, bits: int, group_size: int, dtype: torch.dtype)
     return layer
 
 
-def _without_overhead(layer: Any, bits: int, own_tiles: bool = False) -> Linear:
+def _without_overhead(layer: Any, product: Product | None) -> Linear:
     """Return what a humming layer computes, its configuration written out once.
 
-    Each kernel starts while the previous one is finishing.
+    Its tiles are those of `product`, if it is given. Each kernel starts while the previous one is
+    finishing.
     """
     from humming import ops
     from humming.tune import get_heuristics_config
 
-    device = layer.weight.device
-    ranges = get_heuristics_config(layer.humming_config, device=device)
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    product = Product(layer.humming_config.shape_k, layer.humming_config.shape_n, processors)
-    if not own_tiles and suits(torch.cuda.get_device_capability(device), bits, product):
+    own = get_heuristics_config(layer.humming_config, device=layer.weight.device)
+    ranges = [Range(*each) for each in own]
+    if product is not None:
         ranges = replace_tiles(ranges, product)
     tuning = json.dumps(
-        [[start, end, {**options, "use_pdl": True}] for start, end, options in ranges]
+        [[beyond, up_to, {**options, "use_pdl": True}] for beyond, up_to, options in ranges]
     )
     config = layer.humming_config.to_str()
     weight, scale, locks = layer.weight.data, layer.weight_scale.data, layer.locks
@@ -152,7 +165,9 @@ def _without_overhead(layer: Any, bits: int, own_tiles: bool = False) -> Linear:
     return call
 
 
-def humming_or_int8(parts: Parts, group_size: int, rotated: bool) -> DecoderLinear:
+def humming_or_int8(
+    parts: Parts, group_size: int, rotated: bool, own_tiles: bool = False
+) -> DecoderLinear:
     """Return a 4-bit linear that humming computes on bfloat16 inputs, and int8 kernels on others.
 
     Its weights are kept once, in humming's layout. Inputs in 8 bits may be `rotated`.
@@ -184,7 +199,8 @@ def humming_or_int8(parts: Parts, group_size: int, rotated: bool) -> DecoderLine
     def in_int8(x: Int8Tokens) -> torch.Tensor:
         return kernels.multiply(x, kernels.unpack(weight))
 
-    return either(_without_overhead(layer, 4), in_int8)
+    product = None if own_tiles else humming_product(parts, 4)
+    return either(_without_overhead(layer, product), in_int8)
 
 
 def streams_int8(bits: int, inputs: int, group_size: int) -> bool:
@@ -240,7 +256,13 @@ def dequantized(parts: Parts, bits: int, group_size: int, dtype: torch.dtype) ->
     return dense(weight.to(dtype))
 
 
-KERNELS = {"dense": dequantized, "humming": humming, "auto-round-lib": auto_round_lib}
+OWN_TILES = "humming, its own tiles"
+KERNELS: dict[str, Callable[..., Linear]] = {
+    "dense": dequantized,
+    "humming": humming,
+    OWN_TILES: functools.partial(humming, own_tiles=True),
+    "auto-round-lib": auto_round_lib,
+}
 """Name -> what builds a packed linear for it."""
 
 
@@ -252,27 +274,43 @@ def choose_kernel(parts: Parts, bits: int, group_size: int, dtype: torch.dtype) 
     Otherwise linears are dense; on a GPU a warning says so.
     """
     gpu = parts["qweight"].device.type == "cuda"
-    inputs = parts["qweight"].shape[0] * 32 // bits
+    inputs, outputs = parts["qweight"].shape[0] * 32 // bits, parts["qweight"].shape[1]
     name, module = ("humming", "humming") if gpu else ("auto-round-lib", "auto_round_kernel")
+    what = f"{bits}-bit weights [{outputs}, {inputs}]"
     if find_spec(module) is None:
         problem = f"{name} is not installed (extra {'gpu' if gpu else 'cpu'} of colqwen3-autoround)"
     else:
-        try:
-            linear = KERNELS[name](parts, bits, group_size, dtype)
-            error = kernel_error(linear, parts, bits, dtype)
-            if not error < MAXIMUM_ERROR:  # nor is NaN
-                problem = f"{name} is off by {error:.2g}"
-            elif gpu:
+        found = _kernel_problem(name, parts, bits, group_size, dtype)
+        if found and gpu and humming_product(parts, bits) is not None:
+            logger.warning(
+                "%s: %s are tried with humming's own tiles, which are slower", found, what
+            )
+            name = OWN_TILES
+            found = _kernel_problem(name, parts, bits, group_size, dtype)
+        if found is None:
+            if gpu:
                 return name
-            else:
-                plain = dequantized(parts, bits, group_size, dtype)
-                faster = _cpu_seconds(linear, inputs, dtype) < _cpu_seconds(plain, inputs, dtype)
-                return name if faster else "dense"
-        except Exception as failure:  # a kernel library can fail in any way: compiler, driver, CPU
-            problem = f"{name} fails ({first_line(failure)})"
-    message = "%s: 4-bit weights are served dense, as fast as the original and as large"
-    logger.log(logging.WARNING if gpu else logging.INFO, message, problem)
+            ways = (KERNELS[way](parts, bits, group_size, dtype) for way in (name, "dense"))
+            packed, plain = (_cpu_seconds(linear, inputs, dtype) for linear in ways)
+            return name if packed < plain else "dense"
+        problem = found
+    message = "%s: %s are served dense, as fast as the original and as large"
+    logger.log(logging.WARNING if gpu else logging.INFO, message, problem, what)
     return "dense"
+
+
+def _kernel_problem(
+    name: str, parts: Parts, bits: int, group_size: int, dtype: torch.dtype
+) -> str | None:
+    """Return what is wrong with a kernel's linear, or None."""
+    try:
+        linear = KERNELS[name](parts, bits, group_size, dtype)
+        whole, local = kernel_errors(linear, parts, bits, dtype)
+    except Exception as failure:  # a kernel library can fail in any way: compiler, driver, CPU
+        return f"{name} fails ({first_line(failure)})"
+    if whole < MAXIMUM_ERROR and local < MAXIMUM_LOCAL_ERROR:  # NaN is not
+        return None
+    return f"{name} is off by {whole:.2g}, and by {local:.2g} for a token or an output"
 
 
 @torch.inference_mode()
@@ -288,14 +326,44 @@ def _cpu_seconds(linear: Linear, inputs: int, dtype: torch.dtype) -> float:
 
 
 @torch.inference_mode()
-def kernel_error(linear: Linear, parts: Parts, bits: int, dtype: torch.dtype) -> float:
-    """Return how far a linear is from the dequantized weight, relative, on random inputs."""
+def kernel_errors(
+    linear: Linear, parts: Parts, bits: int, dtype: torch.dtype
+) -> tuple[float, float]:
+    """Return how far a linear is from the dequantized weight, relative, on random inputs.
+
+    Returns
+    -------
+    tuple
+        The largest error of any number of tokens, as a whole and of any one token or output; NaN
+        where there is one. A kernel is tried with each of its tiles.
+    """
     weight = dequantize(parts["qweight"], parts["qzeros"], parts["scales"], bits)
     generator = torch.Generator(weight.device).manual_seed(0)
+    product = humming_product(parts, bits)
+    tried = [*TRIED_TOKENS, *(GPU_TRIED_TOKENS if weight.is_cuda else ())]
     errors = []
-    for tokens in (*TRIED_TOKENS, *(GPU_TRIED_TOKENS if weight.is_cuda else ())):
+    for tokens in [*tried, *(trial_tokens(product) if product else ())]:
         x = torch.randn(tokens, weight.shape[1], generator=generator, device=weight.device)
         expected = x.to(dtype).float() @ weight.T
-        actual = linear(x.to(dtype)).float()
-        errors.append((actual - expected).norm() / expected.norm())
-    return float(torch.stack(errors).max())  # NaN stays NaN
+        error = linear(x.to(dtype)).float().sub_(expected)
+        errors.append(torch.stack([error.norm() / expected.norm(), local_error(error, expected)]))
+    whole, local = torch.stack(errors).amax(0).tolist()  # NaN stays NaN
+    return whole, local
+
+
+def local_error(error: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """Return the largest relative error of any row or column, NaN if there is one.
+
+    One that is nearly 0 counts as a tenth of the whole: it has no error of its own.
+    """
+    floor = _root_mean_square(expected.flatten(), 0) / 10
+    worst = [
+        (_root_mean_square(error, axis) / _root_mean_square(expected, axis).clamp_min(floor)).max()
+        for axis in (0, 1)
+    ]
+    return torch.stack(worst).max()
+
+
+def _root_mean_square(x: torch.Tensor, axis: int) -> torch.Tensor:
+    norm: torch.Tensor = torch.linalg.vector_norm(x, dim=axis, dtype=torch.float32)
+    return norm / math.sqrt(x.shape[axis])

@@ -8,7 +8,6 @@ shapes and the versions of what computes, so it is timed once for each.
 import hashlib
 import json
 import logging
-import math
 import os
 import statistics
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ import torch
 
 from colqwen3.serving.decoder import Decoder, DecoderLayer
 from colqwen3.serving.fused import Operations
+from colqwen3.serving.linears import local_error
 from colqwen3.system.files import digest_file, write_json
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,9 @@ LAYERS = 4
 """Timed one after another, so that no cache holds their weights."""
 WARMUP, REPLAYS = 3, 7
 TRIED_TOKENS = (65, 300, 1291)
-CODE = ("int8.cu", "int8_kernels.py", "linears.py", "humming_tiles.py")
+CODE = (
+    "int8.cu", "int8_kernels.py", "linears.py", "humming_tiles.py", "fused.py", "token_table.py",
+)  # fmt: skip
 LIBRARIES = ("torch", "triton", "humming-kernels")
 
 
@@ -207,15 +209,6 @@ def linears_apart(decoder: Decoder, operations: Operations, int8: Operations) ->
             _work(decoder, decoder.layers[0], kind, *inputs)() for kind in (operations, int8)
         )
         for expected, actual in zip(in_16, in_8, strict=True):
-            error = actual.sub_(expected)  # in place: a page's are the largest tensors there are
-            # an output whose weights are all but 0 has no error of its own
-            floor = _root_mean_square(expected.flatten(), 0) / 10
-            for axis in (0, 1):
-                size = _root_mean_square(expected, axis).clamp_min(floor)
-                worst.append((_root_mean_square(error, axis) / size).max())
+            # in place: a page's are the largest tensors there are
+            worst.append(local_error(actual.sub_(expected), expected))
     return float(torch.stack(worst).max())
-
-
-def _root_mean_square(x: torch.Tensor, axis: int) -> torch.Tensor:
-    norm: torch.Tensor = torch.linalg.vector_norm(x, dim=axis, dtype=torch.float32)
-    return norm / math.sqrt(x.shape[axis])

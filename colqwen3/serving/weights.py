@@ -23,6 +23,7 @@ from colqwen3.serving.int8 import quantize_weight, rotate
 from colqwen3.serving.linears import (
     BYTE,
     KERNELS,
+    OWN_TILES,
     DecoderLinear,
     Embeddings,
     Linear,
@@ -62,9 +63,6 @@ class Weights:
 
     Attributes
     ----------
-    kernel
-        What computes the first quantized linear of the decoder, one of `KERNELS`; ``dense`` for an
-        original. Linears of other bits or sizes are tried by themselves.
     quantization
         The ``quantization_config``; None for an original.
     """
@@ -83,11 +81,13 @@ class Weights:
         self._embeddings_bits = embeddings_bits(config, self._stored)
         self._int8 = int8
         self._kernels: dict[tuple[int, torch.Size], str] = {}  # bits and size -> name
-        self.kernel = "dense"
         if self.quantization is not None:
             check_bits(self.quantization, self._stored)
-            first = [f"{BLOCKS}.0.self_attn.o_proj"]
-            self.kernel = self._kernel(self._bits(first[0]), self._packed(first))
+
+    @property
+    def kernel(self) -> str:
+        """Return the kernels of the linears that were read so far, ``dense`` without any."""
+        return " and ".join(dict.fromkeys(self._kernels.values())) or "dense"
 
     @property
     def _group_size(self) -> int:
@@ -99,7 +99,7 @@ class Weights:
         return linear_bits(self.quantization, linear)
 
     def _kernel(self, bits: int, parts: Parts) -> str:
-        """Return the kernel for linears of so many bits, tried with the linear `parts`."""
+        """Return the kernel for linears of such bits and size, tried with the linear `parts`."""
         key = bits, parts["qweight"].shape
         if key not in self._kernels:
             self._kernels[key] = choose_kernel(parts, bits, self._group_size, self._dtype)
@@ -163,8 +163,9 @@ class Weights:
             return side_by_side([self.merged(name, rotated=rotated) for name in names])
         (bits,), parts = widths, self._packed(names)
         kernel, inputs = self._kernel(bits, parts), parts["qweight"].shape[0] * 32 // bits
-        if self._int8 and kernel == "humming" and streams_int8(bits, inputs, self._group_size):
-            return humming_or_int8(parts, self._group_size, rotated)
+        on_humming = kernel in ("humming", OWN_TILES)
+        if self._int8 and on_humming and streams_int8(bits, inputs, self._group_size):
+            return humming_or_int8(parts, self._group_size, rotated, kernel == OWN_TILES)
         linear = KERNELS[kernel](parts, bits, self._group_size, self._dtype)
         if self._int8:
             in_int8 = packed_in_int8(parts, bits, self._dtype, rotated)

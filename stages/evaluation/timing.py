@@ -46,21 +46,27 @@ def timed_ms(work: Work, device: torch.device) -> float:
     return 1000 * (time.perf_counter() - start)
 
 
+def turn_order(count: int, turn: int) -> list[int]:
+    """Return the order of one turn of a Williams design: 0, 1, -1, 2, -2 and so on from `turn`."""
+    zigzag = [(place + 1) // 2 if place % 2 else -(place // 2) for place in range(count)]
+    return [(number + turn) % count for number in zigzag]
+
+
 def median_ms(
     works: Sequence[Work], device: torch.device, warmup: int, repeats: int
 ) -> list[float]:
     """Return the median milliseconds of each of several works, called in turns.
 
-    Every other turn goes backwards: after a work that needs much power a GPU is slower for a while,
-    so what comes before a work must not be the same each time.
+    After a work that needs much power a GPU is slower for a while, so each turn has another order,
+    in which each work follows every other equally often (a Williams design, when there are as many
+    turns as works, an even number).
     """
     times: list[list[float]] = [[] for _ in works]
-    pairs = list(zip(works, times, strict=True))
-    for number in range(warmup + repeats):
-        for work, taken in pairs if number % 2 == 0 else reversed(pairs):
-            milliseconds = timed_ms(work, device)
-            if number >= warmup:
-                taken.append(milliseconds)
+    for turn in range(warmup + repeats):
+        for number in turn_order(len(works), turn):
+            milliseconds = timed_ms(works[number], device)
+            if turn >= warmup:
+                times[number].append(milliseconds)
     return [statistics.median(taken) for taken in times]
 
 

@@ -137,6 +137,8 @@ def test_pages_as_bytes_become_the_same_pixels(processor: ColQwen3Processor) -> 
     cut, whole = processor.cut_pages(pages), processor.process_images(pages)
     assert cut.keys() == (whole.keys() - {"pixel_values"}) | {"patches"}
     assert all(torch.equal(cut[key], whole[key]) for key in whole.keys() - {"pixel_values"})
+    each = [processor.cut_page(page)[0] for page in pages]
+    assert cut["patches"].tolist() == [*each[0].tolist(), *each[1].tolist()]
     # 8 bits of one of two equal frames, for two of 32
     assert 8 * cut["patches"].nbytes == whole["pixel_values"].nbytes
     assert torch.equal(processor.pixel_values(cut["patches"]), whole["pixel_values"])

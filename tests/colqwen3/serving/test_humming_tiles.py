@@ -1,11 +1,17 @@
 """Which tiles a 4-bit product is cut into; that they are right and faster was seen on an H100."""
 
-import math
 from typing import Any
 
 import pytest
 
-from colqwen3.serving.humming_tiles import Product, choose_tile, replace_tiles, suits
+from colqwen3.serving.humming_tiles import (
+    Product,
+    Range,
+    choose_tile,
+    has_tiles,
+    replace_tiles,
+    trial_tokens,
+)
 
 QKV, OUT, GATE_UP, DOWN = (
     Product(inputs, outputs, 132)
@@ -18,63 +24,98 @@ def options(tokens: int) -> dict[str, Any]:
 
 
 OWN = [
-    [0, 8, options(8)],
-    [8, 64, options(64)],
-    [64, 4096, options(128)],
-    [4096, 1 << 30, options(176)],
+    Range(0, 8, options(8)),
+    Range(8, 64, options(64)),
+    Range(64, 4096, options(128)),
+    Range(4096, 1 << 30, options(176)),
 ]
 
 
 def test_ranges_follow_each_other_without_a_gap() -> None:
     ranges = replace_tiles(OWN, QKV)
-    assert (ranges[0][0], ranges[-1][1]) == (0, 1 << 30)
-    assert [left[1] for left in ranges[:-1]] == [right[0] for right in ranges[1:]]
-    assert all(start < end for start, end, _ in ranges)
+    assert (ranges[0].beyond, ranges[-1].up_to) == (0, 1 << 30)
+    assert [left.up_to for left in ranges[:-1]] == [right.beyond for right in ranges[1:]]
+    assert all(beyond < up_to for beyond, up_to, _ in ranges)
     # humming's own at both ends
-    assert [r for r in ranges if r[1] <= 16] == [[0, 8, options(8)], [8, 16, options(64)]]
-    assert [r for r in ranges if r[0] >= 2048] == [
-        [2048, 4096, options(128)],
-        [4096, 1 << 30, options(176)],
-    ]
+    assert ranges[:2] == [OWN[0], Range(8, 16, options(64))]
+    assert ranges[-2:] == [Range(2048, 4096, options(128)), OWN[-1]]
+    assert all(16 <= beyond < 2048 for beyond, _, _ in ranges[2:-2])
 
 
 def test_a_range_has_the_tile_of_each_number_of_tokens_in_it() -> None:
     ranges = replace_tiles(OWN, DOWN)
     for tokens in (17, 24, 25, 26, 104, 128, 129, 208, 256, 257, 1291, 2041, 2048):
-        (found,) = [o for start, end, o in ranges if start < tokens <= end]
-        assert found == choose_tile(DOWN, math.ceil(tokens / 8) * 8)
+        (found,) = [o for beyond, up_to, o in ranges if beyond < tokens <= up_to]
+        assert found == choose_tile(DOWN, -(-tokens // 8) * 8)
 
 
-# tokens, programs on a multiprocessor and so on that were the fastest in turns on an H100, or within
-# 3 % of it
+def test_each_tile_is_tried_and_its_last_one_is_ragged() -> None:
+    for product in (QKV, OUT, GATE_UP, DOWN):
+        tried = trial_tokens(product)
+        assert all(16 < tokens <= 2048 and tokens % 8 for tokens in tried)
+        used = {str(choose_tile(product, tokens)) for tokens in range(24, 2049, 8)}
+        assert {str(choose_tile(product, -(-tokens // 8) * 8)) for tokens in tried} == used
+        assert len(tried) == len(used)
+
+
+# tile, programs on a multiprocessor, stages, whether it is split and issued first: the fastest in
+# turns on an H100, or within 3 % of it, but for the products that say so
 @pytest.mark.parametrize(
-    ("product", "tokens", "shape", "programs", "split"),
+    ("product", "tokens", "shape", "programs", "stages", "split", "first"),
     [
-        (GATE_UP, 32, [32, 128, 64], 3, True),
-        (DOWN, 32, [32, 128, 128], 1, True),
-        (QKV, 32, [32, 128, 64], 2, True),
-        (OUT, 32, [32, 128, 64], 1, True),
-        (GATE_UP, 104, [104, 128, 64], 2, True),
-        (DOWN, 104, [104, 128, 64], 1, True),
-        (GATE_UP, 208, [104, 128, 64], 2, True),
-        (OUT, 208, [104, 128, 64], 2, True),
-        (GATE_UP, 416, [144, 256, 64], 1, False),
-        (OUT, 416, [104, 256, 64], 1, True),
-        (QKV, 1272, [120, 256, 64], 1, False),
-        (GATE_UP, 1272, [184, 256, 64], 1, True),
-        (QKV, 1664, [152, 256, 64], 1, False),
-        (GATE_UP, 1664, [168, 256, 64], 1, False),
-        (DOWN, 1664, [128, 256, 64], 1, False),
-        (OUT, 1664, [128, 256, 64], 1, False),
+        (GATE_UP, 32, [32, 128, 64], 3, 4, True, True),
+        (DOWN, 32, [32, 128, 128], 1, 4, True, True),
+        (QKV, 32, [32, 128, 64], 2, 4, True, True),
+        (OUT, 32, [32, 128, 64], 1, 5, True, True),
+        (GATE_UP, 56, [56, 128, 64], 3, 4, True, True),
+        (GATE_UP, 64, [64, 128, 64], 2, 4, True, True),
+        (DOWN, 56, [56, 128, 128], 1, 4, True, True),
+        (GATE_UP, 104, [104, 128, 64], 2, 4, True, True),
+        (DOWN, 104, [104, 128, 64], 1, 6, True, True),
+        (OUT, 128, [128, 128, 64], 1, 5, True, True),
+        (GATE_UP, 136, [72, 128, 64], 2, 4, True, True),
+        (GATE_UP, 208, [104, 128, 64], 2, 4, True, True),
+        (OUT, 208, [104, 128, 64], 2, 4, True, True),
+        (QKV, 256, [128, 128, 64], 2, 4, True, True),
+        (GATE_UP, 416, [144, 256, 64], 1, 4, False, False),
+        (OUT, 416, [104, 256, 64], 1, 4, True, True),
+        (DOWN, 832, [168, 256, 64], 1, 4, True, False),
+        (QKV, 1272, [120, 256, 64], 1, 4, False, False),
+        (GATE_UP, 1272, [184, 256, 64], 1, 4, True, False),
+        (QKV, 1664, [152, 256, 64], 1, 4, False, False),
+        (GATE_UP, 1664, [168, 256, 64], 1, 4, False, False),
+        (DOWN, 1664, [128, 256, 64], 1, 4, False, False),
+        (OUT, 1664, [128, 256, 64], 1, 4, False, False),
+        # not timed: steps of 128 inputs do not divide these, and the next on both sides of a limit
+        (Product(9792, 2560, 132), 32, [32, 128, 64], 1, 6, True, True),
+        (Product(4096, 4224, 132), 32, [32, 128, 128], 1, 4, True, True),
+        (Product(4096, 4352, 132), 32, [32, 128, 64], 2, 4, True, True),
+        (Product(4096, 16896, 132), 32, [32, 128, 64], 2, 4, True, True),
+        (Product(4096, 17152, 132), 32, [32, 128, 64], 3, 4, True, True),
+        (Product(6720, 2560, 132), 32, [32, 128, 64], 1, 5, True, True),
+        (Product(6784, 2560, 132), 32, [32, 128, 128], 1, 4, True, True),
     ],
 )
-def test_tiles_of_the_4b_model(
-    product: Product, tokens: int, shape: list[int], programs: int, split: bool
+def test_tiles(
+    product: Product,
+    tokens: int,
+    shape: list[int],
+    programs: int,
+    stages: int,
+    split: bool,
+    first: bool,
 ) -> None:
-    chosen = choose_tile(product, tokens)
-    actual = [chosen[key] for key in ("block_shape", "num_ctas_per_sm", "use_stream_k")]
-    assert actual == [shape, programs, split]
-    assert chosen["warp_shape"][0] == shape[0]
+    assert choose_tile(product, tokens) == {
+        "mma_type": "wgmma",
+        "block_shape": shape,
+        "warp_shape": [shape[0], 32, 64],
+        "num_ctas_per_sm": programs,
+        "num_stages": stages,
+        "use_stream_k": split,
+        "wgmma_split_issue_wait": first,
+        "use_warp_spec": True,
+        "use_tma": True,
+    }
 
 
 def test_whole_waves_are_not_split() -> None:
@@ -85,32 +126,35 @@ def test_whole_waves_are_not_split() -> None:
     assert fewer["use_stream_k"] or fewer["block_shape"][0] != 152
 
 
-def test_a_tile_fits_the_memory_of_a_multiprocessor() -> None:
+def test_a_tile_fits_the_memory_and_registers_of_a_multiprocessor() -> None:
     for product in (QKV, OUT, GATE_UP, DOWN):
         for tokens in range(24, 2049, 8):
             chosen = choose_tile(product, tokens)
             rows, columns, depth = chosen["block_shape"]
             stage = rows * depth * 2 + columns * depth // 2 + columns * 2
             whole = stage * chosen["num_stages"] * chosen["num_ctas_per_sm"]
-            assert whole <= 200 * 1024
+            assert whole <= 200 * 1024  # of 227 KB
             assert product.inputs % depth == 0
             assert product.outputs % columns == 0
-            # accumulators: one for each token of a tile, of 168 registers or what two programs leave
-            assert rows <= {1: 184, 2: 128, 3: 56}[chosen["num_ctas_per_sm"]]
+            # a sum for each token of a tile, beside some 50 registers for weights and addresses
+            assert rows + 50 <= {1: 240, 2: 232, 3: 136}[chosen["num_ctas_per_sm"]]
 
 
 @pytest.mark.parametrize(
     ("capability", "bits", "product", "expected"),
     [
         ((9, 0), 4, QKV, True),
+        ((9, 0), 4, Product(2048, 2048, 132), True),
         ((8, 0), 4, QKV, False),
         ((9, 0), 8, QKV, False),
-        ((9, 0), 4, QKV._replace(processors=78), False),
-        ((9, 0), 4, QKV._replace(outputs=128), False),
-        ((9, 0), 4, QKV._replace(inputs=96), False),
+        ((9, 0), 4, QKV._replace(processors=114), False),
+        ((9, 0), 4, QKV._replace(outputs=2688), False),
+        ((9, 0), 4, QKV._replace(inputs=2592), False),
+        ((9, 0), 4, Product(1024, 6144, 132), False),
+        ((9, 0), 4, Product(2560, 1024, 132), False),
     ],
 )
 def test_other_cards_and_linears_keep_hummings_own(
     capability: tuple[int, int], bits: int, product: Product, expected: bool
 ) -> None:
-    assert suits(capability, bits, product) is expected
+    assert has_tiles(capability, bits, product) is expected

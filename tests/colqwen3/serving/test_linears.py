@@ -4,6 +4,7 @@ import importlib.machinery
 import logging
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,16 @@ import torch
 
 from colqwen3.checkpoint.packing import pack, pack_table
 from colqwen3.serving import linears
-from colqwen3.serving.linears import Linear, Parts, choose_kernel, dequantized, kernel_error
+from colqwen3.serving.humming_tiles import Product
+from colqwen3.serving.linears import (
+    OWN_TILES,
+    Linear,
+    Parts,
+    choose_kernel,
+    dequantized,
+    kernel_errors,
+    local_error,
+)
 
 F32 = torch.float32
 NAME = "auto-round-lib"
@@ -126,24 +136,89 @@ def test_packed_embeddings_are_rows_of_the_table(bits: int) -> None:
 def test_error_is_relative_to_the_dequantized_weight() -> None:
     result = parts()
     right = dequantized(result, 4, 32, F32)
-    assert kernel_error(right, result, 4, F32) < 1e-6
-    assert kernel_error(lambda x: 0.5 * right(x), result, 4, F32) == pytest.approx(0.5, abs=1e-5)
-    assert not kernel_error(lambda x: right(x) * torch.nan, result, 4, F32) < 1
+    assert max(kernel_errors(right, result, 4, F32)) < 1e-6
+    halved = kernel_errors(lambda x: 0.5 * right(x), result, 4, F32)
+    assert halved == pytest.approx((0.5, 0.5), abs=1e-5)
+    whole, local = kernel_errors(lambda x: right(x) * torch.nan, result, 4, F32)
+    assert not whole < 1
+    assert not local < 1
+
+
+def test_local_error_is_that_of_the_worst_row_or_column() -> None:
+    expected = torch.ones(200, 100)
+    expected[:, 7] = 0  # counts as a tenth of the whole
+    for place, wrong in (((3, slice(None)), 0.5), ((slice(None), 3), 0.5), ((0, 0), 0.1)):
+        error = torch.zeros_like(expected)
+        error[place] = 0.5
+        # one number of 200 or 100 counts by the root of its share
+        assert float(local_error(error, expected)) == pytest.approx(
+            wrong if wrong == 0.5 else 0.5 / 10, rel=0.01
+        )
+    error = torch.zeros_like(expected)
+    error[:, 7] = 0.03
+    assert float(local_error(error, expected)) == pytest.approx(0.3, rel=0.01)
+
+
+def test_one_wrong_output_is_seen(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def wrong(result: Parts, *how: Any) -> Linear:
+        right = dequantized(result, *how)
+        return lambda x: right(x) * (torch.arange(2048) != 5)
+
+    monkeypatch.setattr(linears, "find_spec", lambda _: "installed")
+    monkeypatch.setitem(linears.KERNELS, NAME, wrong)
+    packed = parts(64, 2048)
+    assert kernel_errors(wrong(packed, 4, 32, F32), packed, 4, F32)[0] < 0.023
+    with caplog.at_level(logging.INFO):
+        assert choose_kernel(packed, 4, 32, F32) == "dense"
+    assert "and by 1 for a token or an output: 4-bit weights [2048, 64]" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("failing", "expected"),
+    [((), "humming"), (("humming",), OWN_TILES), (("humming", OWN_TILES), "dense")],
+)
+def test_where_tiles_fail_hummings_own_are_used(
+    failing: tuple[str, ...],
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def problem(name: str, *_: Any) -> str | None:
+        return f"{name} fails (no compiler)" if name in failing else None
+
+    monkeypatch.setattr(linears, "find_spec", lambda _: "installed")
+    monkeypatch.setattr(linears, "_kernel_problem", problem)
+    monkeypatch.setattr(linears, "humming_product", lambda *_: Product(64, 32, 132))
+    on_gpu = {"qweight": SimpleNamespace(device=torch.device("cuda"), shape=(8, 32))}
+    assert choose_kernel(on_gpu, 4, 32, torch.bfloat16) == expected  # type: ignore[arg-type]
+    warnings = [record.getMessage() for record in caplog.records]
+    assert len(warnings) == len(failing)
+    if failing:
+        assert warnings[0].startswith(
+            "humming fails (no compiler): 4-bit weights [32, 64] are tried"
+        )
+    if len(failing) == 2:
+        assert warnings[1].startswith(
+            f"{OWN_TILES} fails (no compiler): 4-bit weights [32, 64] are"
+        )
+        assert "served dense" in warnings[1]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="humming needs a GPU")
-@pytest.mark.parametrize("group_size", [32, 128])
-def test_humming_is_right_with_each_of_its_tiles(group_size: int) -> None:
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "group_size"), [(2560, 19456, 128), (9728, 2560, 64), (512, 768, 32)]
+)
+def test_humming_is_right_with_each_of_its_tiles(
+    inputs: int, outputs: int, group_size: int
+) -> None:
     pytest.importorskip("humming")
     generator = torch.Generator().manual_seed(0)
-    codes = torch.randint(-8, 8, (512, 768), dtype=torch.int8, generator=generator)
-    scales = torch.rand(512, 768 // group_size, generator=generator).half() + 0.1
+    codes = torch.randint(-8, 8, (outputs, inputs), dtype=torch.int8, generator=generator)
+    scales = torch.rand(outputs, inputs // group_size, generator=generator).half() + 0.1
     packed = {name: part.cuda() for name, part in pack(codes, scales, 4).items()}
     linear = linears.humming(packed, 4, group_size, torch.bfloat16)
-    weight = codes.float() * scales.bfloat16().float().repeat_interleave(group_size, dim=1)
-    for tokens in (1, 8, 17, 26, 52, 64, 104, 129, 208, 256, 257, 416, 832, 1291, 1664, 2048, 2100):
-        x = torch.randn(tokens, 768, generator=generator).bfloat16()
-        expected = x.float() @ weight.T
-        with torch.inference_mode():
-            actual = linear(x.cuda()).float().cpu()
-        assert float((actual - expected).norm() / expected.norm()) < 0.004
+    whole, local = kernel_errors(linear, packed, 4, torch.bfloat16)
+    assert whole < 0.01
+    assert local < 0.03

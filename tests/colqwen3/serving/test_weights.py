@@ -2,13 +2,17 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from colqwen3.serving import weights
+from colqwen3.serving.linears import KERNELS, Parts
 from colqwen3.serving.weights import Weights
 from colqwen3.system.errors import UserError
+from colqwen3.system.files import read_json
 
 GOLDEN, CPU, F32 = Path("tests/golden/model"), torch.device("cpu"), torch.float32
 ATTENTION = "vlm.model.language_model.layers.1.self_attn"
@@ -26,6 +30,27 @@ def test_merged_linears_give_their_outputs_in_a_row() -> None:
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
 
 
+def test_each_size_of_packed_linears_has_a_kernel_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, quantized: Path
+) -> None:
+    tried: list[tuple[int, ...]] = []
+
+    def choose(parts: Parts, *_: Any) -> str:
+        tried.append(tuple(parts["qweight"].shape))
+        return "dense" if len(tried) == 1 else "another"
+
+    monkeypatch.setattr(weights, "choose_kernel", choose)
+    monkeypatch.setitem(KERNELS, "another", KERNELS["dense"])
+    read = Weights(quantized, CPU, F32, read_json(quantized / "config.json", "fetch it"))
+    assert read.kernel == "dense"
+    names = [f"{ATTENTION}.o_proj", f"{ATTENTION.replace('.1.', '.0.')}.o_proj"]
+    for name in names:
+        read.merged(name)
+    read.merged(*(f"{ATTENTION}.{part}_proj" for part in "qkv"))
+    assert len(tried) == len(set(tried)) == 2
+    assert read.kernel == "dense and another"
+
+
 def test_legacy_names_are_found(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
@@ -33,8 +58,8 @@ def test_legacy_names_are_found(tmp_path: Path) -> None:
     legacy = {name.removeprefix("vlm."): value for name, value in stored().items()}
     legacy["lm_head.weight"] = torch.zeros(2, 2)
     save_file(legacy, folder / "model.safetensors")
-    weights = Weights(folder, CPU, F32, {})
+    read = Weights(folder, CPU, F32, {})
     name = "vlm.model.language_model.norm.weight"
-    assert torch.equal(weights.tensor(name), stored()[name].float())
+    assert torch.equal(read.tensor(name), stored()[name].float())
     with pytest.raises(UserError, match=r"lacks the tensor vlm\.lm_head\.weight"):
-        weights.tensor("vlm.lm_head.weight")
+        read.tensor("vlm.lm_head.weight")

@@ -1,5 +1,6 @@
 """The arithmetic around the stopwatch; no test depends on how fast anything is."""
 
+import itertools
 import time
 
 import pytest
@@ -23,6 +24,14 @@ def test_median_leaves_the_warmup_out_and_takes_turns(monkeypatch: pytest.Monkey
     works = [lambda: calls.append("first"), lambda: calls.append("second")]
     assert timing.median_ms(works, CPU, warmup=2, repeats=3) == [2000, 5000]
     assert calls == ["first", "second", "second", "first"] * 2 + ["first", "second"]
+
+
+@pytest.mark.parametrize("count", [2, 4, 6])
+def test_each_work_follows_every_other_once(count: int) -> None:
+    orders = [timing.turn_order(count, turn) for turn in range(count)]
+    assert all(sorted(order) == list(range(count)) for order in orders)
+    pairs = [pair for order in orders for pair in itertools.pairwise(order)]
+    assert sorted(pairs) == sorted(itertools.permutations(range(count), 2))
 
 
 def test_rows_keep_the_augmentation_tokens() -> None:
