@@ -17,7 +17,7 @@ import os
 import re
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -1978,6 +1978,7 @@ def kernels_gpu() -> str:
     tokens = sorted(map(int, next(iter(shapes))["kernels"]["dense bfloat16"]))
     names = {
         "dense bfloat16": "bfloat16",
+        "humming": "humming (used)",
         "humming, its own tiles": "humming, its own tiles",
         "int8 activations": "int8 activations (used, where faster)",
         "auto-round tritonv2": "auto-round's Triton kernel (`tritonv2`)",
@@ -1986,7 +1987,8 @@ def kernels_gpu() -> str:
     }
     rows = [("tokens", *(f"{count:,}" for count in tokens))]
     for key, name in names.items():
-        rows.append((name, *(f"{_layer_microseconds(key, count):,.0f}" for count in tokens)))
+        if all(key in shape["kernels"] for shape in shapes):
+            rows.append((name, *(f"{_layer_microseconds(key, count):,.0f}" for count in tokens)))
     size = sum(shape["inputs"] * shape["outputs"] for shape in shapes)
     reading = [1e6 * size * width / rates["memory_bytes_per_second"] for width in (2, 0.5)]
     floors = (
@@ -2019,17 +2021,44 @@ def tiles_gpu() -> str:
 
 @figure
 def humming_loses() -> str:
-    """Return the microseconds that humming takes more than bfloat16, where many tokens are."""
-    more = [_tiles(tokens, "chosen") - _tiles(tokens, "bfloat16") for tokens in ("1272", "1664")]
-    return f"{min(more):.0f} to {max(more):.0f}"
+    """Return what a layer's linears take more in 4 bits, 16-bit activations; token-tables-h100.json."""
+    tables = read("metrics/size/token-tables-h100.json")
+    both = zip(*(tables[model]["bfloat16"] for model in ("quantized", "original")), strict=True)
+    more = [
+        packed - dense
+        for tokens, (packed, dense) in zip(tables["quantized"]["tokens"], both, strict=True)
+        if tokens >= 512
+    ]
+    return f"{min(more):.0f} to {max(more):.0f} µs"
 
 
 @figure
 def tiles_rates() -> str:
-    """Return the arithmetic that humming and cuBLAS reach at 8 queries, TFLOP/s."""
+    """Return the arithmetic that humming and cuBLAS reach at 8 queries, and the card's peak."""
     operations = 208 * _operations()["token"] / 36
     rates = (operations / _tiles("208", kind) / 1e6 for kind in ("chosen", "bfloat16"))
-    return " and ".join(f"{rate:.0f}" for rate in rates)
+    peak = gpu("rates")["bf16_flops"] / 1e12
+    return " and ".join(f"{rate:.0f}" for rate in rates) + f" of {peak:.0f}"
+
+
+def _sweep() -> Iterator[tuple[int, str]]:
+    """Yield tokens and tile of each product of the sweep."""
+    for sizes in read("metrics/size/tiles-sweep-h100.json")["sweep"].values():
+        for tokens, tiles in sizes.items():
+            yield from ((int(tokens), tile) for tile in tiles)
+
+
+@figure
+def tiles_timed() -> str:
+    """Return how many products the sweep of tiles timed."""
+    return f"{sum(1 for _ in _sweep()):,}"
+
+
+@figure
+def tiles_fitted() -> str:
+    """Return how many of them the estimate of wide tiles was fitted to."""
+    pairs = (tile for tokens, tile in _sweep() if 400 < tokens < 2000)
+    return f"{sum(bool(re.fullmatch(r'm[0-9]+n256 (sk|no) a1', tile)) for tile in pairs):,}"
 
 
 @figure
