@@ -86,7 +86,8 @@ class Runtime:
     device, dtype
         Where and in what it computes.
     kernel
-        What computes the quantized linears, one of `colqwen3.serving.linears.KERNELS`.
+        What computes the quantized linears, of `colqwen3.serving.linears.KERNELS`: several, joined
+        by ``and``, where one is not right for all sizes.
     mode
         What really runs: ``graphs`` (forwards replayed from CUDA graphs), ``compiled`` or
         ``eager``; a slower one than was asked for where the faster does not work, as on a CPU.
