@@ -1964,12 +1964,6 @@ def speedup_1_page() -> str:
     return times(gpu("speed")["page"]["batches"]["1"]["best"]["speedup"])
 
 
-def _layer_microseconds(kernel: str, tokens: int) -> float:
-    """Return the time of a kernel for the four merged linears of one decoder layer."""
-    shapes = read("metrics/size/kernels-cuda.json")["shapes"].values()
-    return sum(float(shape["kernels"][kernel][str(tokens)]["us"]) for shape in shapes)
-
-
 @figure
 def kernels_gpu() -> str:
     """Return microseconds of the four merged linears of one decoder layer, by kernel and tokens."""
@@ -1988,7 +1982,10 @@ def kernels_gpu() -> str:
     rows = [("tokens", *(f"{count:,}" for count in tokens))]
     for key, name in names.items():
         if all(key in shape["kernels"] for shape in shapes):
-            rows.append((name, *(f"{_layer_microseconds(key, count):,.0f}" for count in tokens)))
+            sums = (
+                sum(shape["kernels"][key][str(count)]["us"] for shape in shapes) for count in tokens
+            )
+            rows.append((name, *(f"{total:,.0f}" for total in sums)))
     size = sum(shape["inputs"] * shape["outputs"] for shape in shapes)
     reading = [1e6 * size * width / rates["memory_bytes_per_second"] for width in (2, 0.5)]
     floors = (

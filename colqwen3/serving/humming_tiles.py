@@ -14,7 +14,7 @@ Options = dict[str, Any]
 CAPABILITY, PROCESSORS = (9, 0), 132
 """Of the card that was timed: an H100 (an H200 has as many multiprocessors)."""
 MINIMUM_WIDTH = 2048
-"""Inputs and outputs of the smallest linear that was nearly timed."""
+"""Inputs and outputs of the smallest linear they are used for; those timed had 2,560 and more."""
 NARROW, WIDE, DEPTH = 128, 256, 64
 """Outputs of a tile, and inputs of a step."""
 OWN_UP_TO, OWN_BEYOND = 16, 2048

@@ -275,42 +275,32 @@ def choose_kernel(parts: Parts, bits: int, group_size: int, dtype: torch.dtype) 
     """
     gpu = parts["qweight"].device.type == "cuda"
     inputs, outputs = parts["qweight"].shape[0] * 32 // bits, parts["qweight"].shape[1]
-    name, module = ("humming", "humming") if gpu else ("auto-round-lib", "auto_round_kernel")
+    first, module = ("humming", "humming") if gpu else ("auto-round-lib", "auto_round_kernel")
+    names = [] if find_spec(module) is None else [first]
+    if names and humming_product(parts, bits) is not None:
+        names.append(OWN_TILES)
     what = f"{bits}-bit weights [{outputs}, {inputs}]"
-    if find_spec(module) is None:
-        problem = f"{name} is not installed (extra {'gpu' if gpu else 'cpu'} of colqwen3-autoround)"
-    else:
-        found = _kernel_problem(name, parts, bits, group_size, dtype)
-        if found and gpu and humming_product(parts, bits) is not None:
-            logger.warning(
-                "%s: %s are tried with humming's own tiles, which are slower", found, what
-            )
-            name = OWN_TILES
-            found = _kernel_problem(name, parts, bits, group_size, dtype)
-        if found is None:
-            if gpu:
-                return name
-            ways = (KERNELS[way](parts, bits, group_size, dtype) for way in (name, "dense"))
-            packed, plain = (_cpu_seconds(linear, inputs, dtype) for linear in ways)
-            return name if packed < plain else "dense"
-        problem = found
+    level = logging.WARNING if gpu else logging.INFO
+    problem = f"{first} is not installed (extra {'gpu' if gpu else 'cpu'} of colqwen3-autoround)"
+    for name in names:
+        if name == OWN_TILES:
+            message = "%s: %s are tried with humming's own tiles, which are slower"
+            logger.log(level, message, problem, what)
+        try:
+            linear = KERNELS[name](parts, bits, group_size, dtype)
+            whole, local = kernel_errors(linear, parts, bits, dtype)
+            if whole < MAXIMUM_ERROR and local < MAXIMUM_LOCAL_ERROR:  # NaN is not
+                if gpu:
+                    return name
+                plain = KERNELS["dense"](parts, bits, group_size, dtype)
+                faster = _cpu_seconds(linear, inputs, dtype) < _cpu_seconds(plain, inputs, dtype)
+                return name if faster else "dense"
+            problem = f"{name} is off by {whole:.2g}, and by {local:.2g} for a token or an output"
+        except Exception as failure:  # a kernel library can fail in any way: compiler, driver, CPU
+            problem = f"{name} fails ({first_line(failure)})"
     message = "%s: %s are served dense, as fast as the original and as large"
-    logger.log(logging.WARNING if gpu else logging.INFO, message, problem, what)
+    logger.log(level, message, problem, what)
     return "dense"
-
-
-def _kernel_problem(
-    name: str, parts: Parts, bits: int, group_size: int, dtype: torch.dtype
-) -> str | None:
-    """Return what is wrong with a kernel's linear, or None."""
-    try:
-        linear = KERNELS[name](parts, bits, group_size, dtype)
-        whole, local = kernel_errors(linear, parts, bits, dtype)
-    except Exception as failure:  # a kernel library can fail in any way: compiler, driver, CPU
-        return f"{name} fails ({first_line(failure)})"
-    if whole < MAXIMUM_ERROR and local < MAXIMUM_LOCAL_ERROR:  # NaN is not
-        return None
-    return f"{name} is off by {whole:.2g}, and by {local:.2g} for a token or an output"
 
 
 @torch.inference_mode()

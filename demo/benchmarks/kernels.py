@@ -17,7 +17,15 @@ from typing import Any
 import torch
 
 from colqwen3.checkpoint.packing import dequantize, pack
-from colqwen3.serving.linears import Linear, auto_round_lib, dense, humming, humming_or_int8
+from colqwen3.serving.linears import (
+    KERNELS,
+    OWN_TILES,
+    Linear,
+    auto_round_lib,
+    dense,
+    humming,
+    humming_or_int8,
+)
 from colqwen3.system.errors import first_line, run
 from colqwen3.system.files import write_json
 from demo.benchmarks.measure import machine
@@ -108,10 +116,7 @@ def candidates(device: str) -> dict[str, tuple[torch.dtype, Candidate]]:
         return {
             "dense bfloat16": (bf16, lambda parts: dense(dense_weight(parts, bf16))),
             "humming": (bf16, lambda parts: humming(parts, BITS, GROUP_SIZE, bf16)),
-            "humming, its own tiles": (
-                bf16,
-                lambda parts: humming(parts, BITS, GROUP_SIZE, bf16, own_tiles=True),
-            ),
+            OWN_TILES: (bf16, lambda parts: KERNELS[OWN_TILES](parts, BITS, GROUP_SIZE, bf16)),
             "int8 activations": (bf16, in_int8),
             "torch int4": (bf16, torch_int4),
             "auto-round tritonv2": (bf16, auto_round("auto_round:tritonv2_zp", bf16)),

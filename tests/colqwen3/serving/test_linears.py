@@ -75,6 +75,31 @@ def test_a_wrong_kernel_is_not_taken(
     assert f"{NAME} is off by 0.1" in caplog.text
 
 
+def test_a_kernel_that_is_off_everywhere_by_little_is_not_taken(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def wrong(result: Parts, *how: Any) -> Linear:
+        return dequantized({**result, "scales": result["scales"] * 1.05}, *how)
+
+    installed(monkeypatch, wrong)
+    with caplog.at_level(logging.INFO):
+        assert choose_kernel(parts(), 4, 32, F32) == "dense"
+    assert f"{NAME} is off by 0.05, and by 0.05 for a token or an output" in caplog.text
+
+
+def test_a_kernel_that_fails_while_it_is_timed_is_not_taken(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: Any) -> float:
+        raise RuntimeError("no thread left")
+
+    installed(monkeypatch, dequantized)
+    monkeypatch.setattr(linears, "_cpu_seconds", fail)
+    with caplog.at_level(logging.INFO):
+        assert choose_kernel(parts(), 4, 32, F32) == "dense"
+    assert f"{NAME} fails (no thread left)" in caplog.text
+
+
 def test_a_failing_kernel_is_not_taken(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -147,13 +172,11 @@ def test_error_is_relative_to_the_dequantized_weight() -> None:
 def test_local_error_is_that_of_the_worst_row_or_column() -> None:
     expected = torch.ones(200, 100)
     expected[:, 7] = 0  # counts as a tenth of the whole
-    for place, wrong in (((3, slice(None)), 0.5), ((slice(None), 3), 0.5), ((0, 0), 0.1)):
+    # one number of a row of 100 counts by the root of its share
+    for place, worst in (((3, slice(None)), 0.5), ((slice(None), 3), 0.5), ((0, 0), 0.05)):
         error = torch.zeros_like(expected)
         error[place] = 0.5
-        # one number of 200 or 100 counts by the root of its share
-        assert float(local_error(error, expected)) == pytest.approx(
-            wrong if wrong == 0.5 else 0.5 / 10, rel=0.01
-        )
+        assert float(local_error(error, expected)) == pytest.approx(worst, rel=0.01)
     error = torch.zeros_like(expected)
     error[:, 7] = 0.03
     assert float(local_error(error, expected)) == pytest.approx(0.3, rel=0.01)
@@ -185,11 +208,15 @@ def test_where_tiles_fail_hummings_own_are_used(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    def problem(name: str, *_: Any) -> str | None:
-        return f"{name} fails (no compiler)" if name in failing else None
+    def make(name: str) -> Linear:
+        if name in failing:
+            raise OSError("no compiler")
+        return lambda x: x
 
+    for name in ("humming", OWN_TILES):
+        monkeypatch.setitem(linears.KERNELS, name, lambda *_, name=name: make(name))
     monkeypatch.setattr(linears, "find_spec", lambda _: "installed")
-    monkeypatch.setattr(linears, "_kernel_problem", problem)
+    monkeypatch.setattr(linears, "kernel_errors", lambda *_: (0.0, 0.0))
     monkeypatch.setattr(linears, "humming_product", lambda *_: Product(64, 32, 132))
     on_gpu = {"qweight": SimpleNamespace(device=torch.device("cuda"), shape=(8, 32))}
     assert choose_kernel(on_gpu, 4, 32, torch.bfloat16) == expected  # type: ignore[arg-type]
