@@ -36,6 +36,7 @@ from stages.evaluation.timing import (
     median_ms,
     memory,
     query_rows,
+    sustained_ms,
     token_cosines,
 )
 from stages.pipeline.manifest import find_inspected_model, read_manifest
@@ -163,6 +164,7 @@ def time_both(
     times: dict[str, dict[int, dict[str, list[float]]]] = {
         kind: {count: {} for count in batches} for kind, batches in inputs.items()
     }
+    sustained: dict[str, dict[int, list[float]]] = {kind: {} for kind in inputs}
     modes = MODES[device.type]
     warmup = max(params.warmup, WARMUP_GRAPHS if device.type == "cuda" else 0)
     total = len(modes) * sum(map(len, inputs.values()))
@@ -179,12 +181,15 @@ def time_both(
                         times[kind][count][mode] = taken
                         said = ", ".join(f"{each:.2f}" for each in taken)
                         logger.info("%s, %s x %d: %s ms", mode, kind, count, said)
+                        if mode == "graphs":
+                            sustained[kind][count] = sustained_ms(works, device)
                     progress.advance()
     return {
         kind: {
             "tokens": tokens[kind],
             "batches": {
-                str(count): compare_times(by_mode, count) for count, by_mode in batches.items()
+                str(count): compare_times(by_mode, count, sustained[kind].get(count, ()))
+                for count, by_mode in batches.items()
             },
         }
         for kind, batches in times.items()

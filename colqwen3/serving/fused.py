@@ -1,4 +1,4 @@
-"""What a forward does between its linears: each function one kernel where torch compiles it."""
+"""What a forward does between its linears, in plain torch; on a GPU each is one kernel."""
 
 import functools
 from collections.abc import Callable
@@ -14,7 +14,7 @@ Operation = Callable[..., Any]
 
 
 class Operations(NamedTuple):
-    """The functions below, compiled or not, and what does several of them at once.
+    """The functions below or kernels for them, and what does several of them at once.
 
     Those that give the inputs of the decoder's linears may give them in 8 bits: `rms_norm`,
     `add_rms_norm`, `gate` and `attended`. `last_norm` is `add_rms_norm` in 16 bits.
@@ -172,14 +172,22 @@ def _compile(function: Operation) -> Operation:
 
 @functools.cache
 def compiled_operations() -> Operations:
-    """Return the functions compiled."""
+    """Return kernels of our own for the decoder, and the vision tower's functions compiled."""
+    from colqwen3.serving import early_kernels as kernels
     from colqwen3.serving.short_attention import short_attention
 
-    plain = PLAIN._asdict()
-    uncompiled = {"attended": plain.pop("attended"), "short_attention": short_attention}
-    del plain["short_attention"]
-    compiled = {name: _compile(function) for name, function in plain.items()}
-    return Operations(**compiled, **uncompiled)
+    return Operations(
+        rms_norm=kernels.rms_norm,
+        add_rms_norm=kernels.add_rms_norm,
+        rotate_heads=kernels.rotate_heads,
+        gate=kernels.gate,
+        attended=unchanged,
+        last_norm=kernels.add_rms_norm,
+        add_layer_norm=_compile(add_layer_norm),
+        rotate_vision=_compile(rotate_vision),
+        gelu=_compile(gelu),
+        short_attention=short_attention,
+    )
 
 
 def int8_operations(base: Operations, device: torch.device) -> Operations:

@@ -25,8 +25,6 @@ WIDE_TILE_TOKENS = (88, 104, 120, 128, 144, 152, 168, 184)
 """Tokens of a wide tile, to choose from."""
 SPLIT_COST, TILE_COST = 16, 48
 """Of `_cost`: what agreed best with the times of products of 416 to 1,664 tokens."""
-ISSUE_FIRST_UP_TO = 120
-"""Tokens of a wide tile up to which a product is issued before the next weights are read."""
 FEW_TOKENS = 56
 """Tokens of a tile up to which a third program fits on a multiprocessor, or a step twice as deep."""
 LONG = 16
@@ -83,7 +81,7 @@ def choose_tile(product: Product, tokens: int) -> Options:
     if tokens > WAVES_FROM:
         pairs = [(each, split) for each in WIDE_TILE_TOKENS for split in (False, True)]
         each, split = min(pairs, key=lambda pair: _cost(product, tokens, *pair))
-        return _tile(each, WIDE, split=split, issue_first=split and each <= ISSUE_FIRST_UP_TO)
+        return _tile(each, WIDE, split=split)
     if tokens > NARROW:
         return _tile(_round_up(-(-tokens // 2)), NARROW, programs=2)
     each, columns = _round_up(tokens), product.outputs // NARROW
@@ -123,7 +121,6 @@ def _tile(
     programs: int = 1,
     stages: int = 4,
     split: bool = True,
-    issue_first: bool = True,
     depth: int = DEPTH,
 ) -> Options:
     """Return humming's options for a tile of wgmma instructions fed by TMA.
@@ -138,8 +135,8 @@ def _tile(
         Steps that are read ahead.
     split
         Whether tiles are split along the inputs where the last wave is not full.
-    issue_first
-        Whether a step's product is issued before the next step's weights are read.
+
+    A step's product is issued before the next step's weights are read.
     """
     return {
         "mma_type": "wgmma",
@@ -148,7 +145,7 @@ def _tile(
         "num_ctas_per_sm": programs,
         "num_stages": stages,
         "use_stream_k": split,
-        "wgmma_split_issue_wait": issue_first,
+        "wgmma_split_issue_wait": True,
         "use_warp_spec": True,
         "use_tma": True,
     }

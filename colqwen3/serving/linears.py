@@ -282,6 +282,8 @@ def choose_kernel(parts: Parts, bits: int, group_size: int, dtype: torch.dtype) 
     what = f"{bits}-bit weights [{outputs}, {inputs}]"
     level = logging.WARNING if gpu else logging.INFO
     problem = f"{first} is not installed (extra {'gpu' if gpu else 'cpu'} of colqwen3-autoround)"
+    if gpu and names:
+        logger.info("compiling and trying the kernels of %s; compiled ones are kept", what)
     for name in names:
         if name == OWN_TILES:
             message = "%s: %s are tried with humming's own tiles, which are slower"

@@ -12,8 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-EARLY_FROM = (9, 0)
-"""Capability of the GPUs that can start a kernel while the last one is finishing."""
+from colqwen3.serving.early_kernels import let_next_start, starts_early
 
 
 @triton.jit
@@ -44,9 +43,7 @@ def _attend(
     q_norm_high = tl.load(q_norm + HALF + columns)[None, :]
     k_norm_low = tl.load(k_norm + columns)[None, :]
     k_norm_high = tl.load(k_norm + HALF + columns)[None, :]
-    if EARLY:  # the next kernel may start, and what was read so far is no result of the last one
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+    let_next_start(EARLY)  # what was read so far is no result of the last kernel
     q = qkv + line + head * width
     q_low = tl.load(q, mask=inside, other=0.0).to(tl.float32)
     q_high = tl.load(q + HALF, mask=inside, other=0.0).to(tl.float32)
@@ -106,7 +103,7 @@ def short_attention(
     """
     total, width = qkv.shape[0], qkv.shape[2]
     out = torch.empty(total, heads * width, dtype=qkv.dtype, device=qkv.device)
-    early = torch.cuda.get_device_capability(qkv.device) >= EARLY_FROM
+    early = starts_early(qkv.device)
     _attend[total // tokens, heads](
         qkv, q_norm, k_norm, cos, sin, out,
         tokens, heads, (qkv.shape[1] - heads) // 2, eps, width**-0.5,

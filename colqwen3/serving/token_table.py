@@ -34,7 +34,8 @@ LAYERS = 4
 WARMUP, REPLAYS = 3, 7
 TRIED_TOKENS = (65, 300, 1291)
 CODE = (
-    "int8.cu", "int8_kernels.py", "linears.py", "humming_tiles.py", "fused.py", "token_table.py",
+    "int8.cu", "int8_kernels.py", "linears.py", "humming_tiles.py", "fused.py", "early_kernels.py",
+    "token_table.py",
 )  # fmt: skip
 LIBRARIES = ("torch", "triton", "humming-kernels")
 

@@ -10,7 +10,8 @@ import torch
 from colqwen3.model.processing_colqwen3 import AUGMENTATION_TOKENS
 from colqwen3.system import device as device_memory
 
-BEST = "best"
+BEST, SUSTAINED = "best", "sustained"
+SUSTAINED_MS = 500
 WARMUP_GRAPHS = 3  # a page batch is recorded the second time it is seen
 
 Work = Callable[[], object]
@@ -70,7 +71,28 @@ def median_ms(
     return [statistics.median(taken) for taken in times]
 
 
-def compare_times(times: dict[str, list[float]], items: int) -> dict[str, Any]:
+def sustained_ms(works: Sequence[Work], device: torch.device) -> list[float]:
+    """Return the milliseconds of each of several works, called again and again without a pause.
+
+    A card whose power limit is reached gets slower after some tenths of a second: that is what a
+    service under load sees. Each work runs for half a second, and is then timed for as long.
+    """
+    times = []
+    for work in works:
+        count = 1 + int(SUSTAINED_MS / timed_ms(work, device))
+
+        def block(work: Work = work, count: int = count) -> None:
+            for _ in range(count):
+                work()
+
+        block()
+        times.append(timed_ms(block, device) / count)
+    return times
+
+
+def compare_times(
+    times: dict[str, list[float]], items: int, sustained: Sequence[float] = ()
+) -> dict[str, Any]:
     """Turn milliseconds by mode, original and quantized, into what is reported.
 
     Parameters
@@ -80,6 +102,8 @@ def compare_times(times: dict[str, list[float]], items: int) -> dict[str, Any]:
         of the same with 8-bit activations.
     items
         Queries or pages in the batch.
+    sustained
+        Milliseconds as of `sustained_ms`, if they were measured.
 
     Returns
     -------
@@ -87,7 +111,8 @@ def compare_times(times: dict[str, list[float]], items: int) -> dict[str, Any]:
         Each mode with ``speedup``, the original's time by the quantized model's, and
         ``speedup_to_best``, the original's in its fastest mode instead; and ``best``: the fastest
         mode of each, with items per second. With 8-bit activations ``speedup_int8`` and
-        ``original_speedup_int8``: the time of the original with 16-bit ones by that.
+        ``original_speedup_int8``: the time of the original with 16-bit ones by that. The same for
+        ``sustained``, if that is given.
     """
     best = [min(column) for column in zip(*times.values(), strict=True)]
     report: dict[str, Any] = {
@@ -99,6 +124,8 @@ def compare_times(times: dict[str, list[float]], items: int) -> dict[str, Any]:
         "original_per_second": round(1000 * items / best[0], 2),
         "quantized_per_second": round(1000 * items / best[1], 2),
     }
+    if sustained:
+        report[SUSTAINED] = _ratios(*sustained)
     return report
 
 

@@ -26,6 +26,20 @@ def test_median_leaves_the_warmup_out_and_takes_turns(monkeypatch: pytest.Monkey
     assert calls == ["first", "second", "second", "first"] * 2 + ["first", "second"]
 
 
+def test_sustained_leaves_out_the_first_half_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    # calls take 125 ms, and twice as long from half a second of the first work on: the card is hot
+    now, calls = [0.0], [0, 0]
+
+    def work(number: int) -> None:
+        calls[number] += 1
+        now[0] += 0.25 if number == 0 and calls[0] > 5 else 0.125
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    works = [lambda: work(0), lambda: work(1)]
+    assert timing.sustained_ms(works, CPU) == [250, 125]
+    assert calls == [1 + 5 + 5, 1 + 5 + 5]
+
+
 @pytest.mark.parametrize("count", [2, 4, 6])
 def test_each_work_follows_every_other_once(count: int) -> None:
     orders = [timing.turn_order(count, turn) for turn in range(count)]
@@ -52,6 +66,13 @@ def test_best_takes_each_models_own_fastest_mode() -> None:
         "original_ms": 6, "quantized_ms": 4, "speedup": 1.5,
         "original_per_second": 333.33, "quantized_per_second": 500,
     }  # fmt: skip
+
+
+def test_sustained_times_are_no_mode() -> None:
+    actual = timing.compare_times({"graphs": [8.0, 4.0]}, items=2, sustained=[6.0, 3.0])
+    assert actual["best"]["quantized_ms"] == 4
+    assert actual["sustained"] == {"original_ms": 6, "quantized_ms": 3, "speedup": 2}
+    assert "sustained" not in timing.compare_times({"graphs": [8.0, 4.0]}, items=2)
 
 
 def test_8_bit_activations_are_compared_with_the_original_in_16() -> None:
