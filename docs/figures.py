@@ -60,6 +60,11 @@ def gpu(step: str) -> Any:
     return read("metrics/size/cuda.json")["steps"][step]
 
 
+def served(step: str) -> Any:
+    """Return a step of metrics/size/serving-cuda.json."""
+    return read("metrics/size/serving-cuda.json")["steps"][step]
+
+
 def cpu(step: str) -> Any:
     """Return a step of metrics/size/cpu.json."""
     return read("metrics/size/cpu.json")["steps"][step]
@@ -653,12 +658,12 @@ def smaller_at_true_size() -> str:
 def small_on_a_gpu() -> str:
     """Return what tuning and serving with everything in 8 bits but the language model takes."""
     tuned = read("metrics/size/tune-small-h100.json")["steps"]["tune-small"]
-    served = gpu("serve-small")
+    small = served("serve-small")
     return (
         f"tuning the whole tower and {tuned['layers']} decoder layers, {tuned['iters']} steps, "
         f"{tuned['seconds']:.0f} s and {gb(tuned['gpu_peak_bytes'])} of GPU memory; served by the "
-        f"runtime, {served['loaded_bytes'] / 1e9:.2f} GB loaded, {served['loaded_to_files']:.3f}"
-        f"\N{MULTIPLICATION SIGN} the files, and {served['gpu_peak_bytes'] / 1e9:.2f} GB at its peak "
+        f"runtime, {small['loaded_bytes'] / 1e9:.2f} GB loaded, {small['loaded_to_files']:.3f}"
+        f"\N{MULTIPLICATION SIGN} the files, and {small['gpu_peak_bytes'] / 1e9:.2f} GB at its peak "
         "with a query and a page recorded"
     )
 
@@ -1842,7 +1847,7 @@ def rtn_equal() -> str:
 @figure
 def benchmark_memory() -> str:
     """Return the GPU memory that original and quantized take when timed in one process."""
-    return gb(gpu("speed")["gpu_peak_reserved_bytes"], 0)
+    return gb(served("speed")["gpu_peak_reserved_bytes"], 0)
 
 
 @figure
@@ -1868,7 +1873,7 @@ def _operations() -> dict[str, float]:
 @figure
 def serving_speed() -> str:
     """Return the speed of the runtime, original against 4-bit, with activations of 16 bits and int8."""
-    speed, rates = gpu("speed"), gpu("rates")
+    speed, rates = served("speed"), gpu("rates")
     weights = _operations()["token"] // 2  # of the decoder's linears
     rows: list[tuple[str, ...]] = [
         ("", "original", "4-bit", "ratio", "4-bit, int8 activations", "ratio",
@@ -1919,6 +1924,66 @@ def serving_speed() -> str:
 
 
 @figure
+def serving_sustained() -> str:
+    """Return the runtime's times and ratios under a steady load."""
+    rows: list[tuple[str, ...]] = [
+        ("", "original", "4-bit", "ratio", "4-bit, int8 activations", "ratio")
+    ]
+    for kind in ("query", "page"):
+        batches = served("speed")[kind]["batches"]
+        for count in sorted(map(int, batches)):
+            taken = batches[str(count)]["sustained"]
+            name = {"query": "queries", "page": "pages"}[kind] if count > 1 else kind
+            rows.append(
+                (
+                    f"{count} {name}",
+                    f"{taken['original_ms']:.1f} ms",
+                    f"{taken['quantized_ms']:.1f} ms", times(taken["speedup"]),
+                    f"{taken['quantized_int8_ms']:.1f} ms", times(taken["speedup_int8"]),
+                )
+            )  # fmt: skip
+    return table(*rows)
+
+
+def _early_trial(queries: str, *variants: str) -> list[str]:
+    """Return milliseconds of a decoder with several variants; early-kernels-h100.json."""
+    trial = read("metrics/size/early-kernels-h100.json")["early"][queries]
+    return [f"{trial[variant][0]:.2f}" for variant in variants]
+
+
+@figure
+def early_1() -> str:
+    """Return a decoder's time for a query with kernels of torch.compile, and with early ones."""
+    return " to ".join(_early_trial("1", "now", "now own")) + " ms"
+
+
+@figure
+def early_8() -> str:
+    """Return the same for 8 queries."""
+    return " to ".join(_early_trial("8", "now", "now own")) + " ms"
+
+
+@figure
+def early_8_original() -> str:
+    """Return the same for 8 queries and the original."""
+    return " to ".join(_early_trial("8", "bf16", "bf16 own")) + " ms"
+
+
+@figure
+def early_streams() -> str:
+    """Return the time of 8 queries in one part, and the least of it in two, in a trial."""
+    trial = read("metrics/size/early-kernels-h100.json")["streams"]["8"]
+    parts = min(single for name, (single, _) in trial.items() if name.startswith("2 "))
+    return f"{parts:.1f} ms where {trial['now'][0]:.1f}"
+
+
+@figure
+def early_fetched() -> str:
+    """Return the time of 8 queries, weights fetched early, and without that, in a trial."""
+    return " ms where ".join(_early_trial("8", "early16 own", "now own"))
+
+
+@figure
 def rates() -> str:
     """Return the measured rates of the card."""
     measured = gpu("rates")
@@ -1929,39 +1994,39 @@ def rates() -> str:
 @figure
 def parity_4_bit() -> str:
     """Return the minimum cosine of the 4-bit runtime with transformers, on a page and on queries."""
-    cosine = gpu("speed")["alone"]["quantized"]["cosine"]
+    cosine = served("speed")["alone"]["quantized"]["cosine"]
     return f"{cosine['page']:.4f} on a page and {cosine['query']:.4f} on queries"
 
 
 @figure
 def compiled_query() -> str:
     """Return the time of a query compiled, but without graphs."""
-    modes = gpu("speed")["query"]["batches"]["1"]["compiled"]
+    modes = served("speed")["query"]["batches"]["1"]["compiled"]
     return f"{modes['original_ms']:.0f} and {modes['quantized_ms']:.0f} ms"
 
 
 @figure
 def speedup_1_query() -> str:
     """Return 4-bit's speed-up for one query."""
-    return times(gpu("speed")["query"]["batches"]["1"]["best"]["speedup"])
+    return times(served("speed")["query"]["batches"]["1"]["best"]["speedup"])
 
 
 @figure
 def speedup_64_queries() -> str:
     """Return 4-bit's speed-up for 64 queries."""
-    return times(gpu("speed")["query"]["batches"]["64"]["best"]["speedup"])
+    return times(served("speed")["query"]["batches"]["64"]["best"]["speedup"])
 
 
 @figure
 def speedup_64_queries_int8() -> str:
     """Return the same with 8-bit activations."""
-    return times(gpu("speed")["query"]["batches"]["64"]["best"]["speedup_int8"])
+    return times(served("speed")["query"]["batches"]["64"]["best"]["speedup_int8"])
 
 
 @figure
 def speedup_1_page() -> str:
     """Return 4-bit's speed-up for one page."""
-    return times(gpu("speed")["page"]["batches"]["1"]["best"]["speedup"])
+    return times(served("speed")["page"]["batches"]["1"]["best"]["speedup"])
 
 
 @figure

@@ -24,16 +24,16 @@ TRANSFORMERS_VERSIONS = {
 }
 """What `make check-release` ran; metrics/engines/ has the figures, and a test holds both together."""
 RUNTIME_SPEEDS = {
-    "1 query of 26 tokens": (1.66, 1.66),
-    "8 queries": (1.11, 1.09),
-    "64 queries": (0.96, 1.25),
-    "1 page of 1,271 tokens": (0.96, 1.07),
-    "4 pages": (0.98, 1.17),
-    "16 pages": (1.00, 1.17),
+    "1 query of 26 tokens": (1.79, 1.80),
+    "8 queries": (1.16, 1.15),
+    "64 queries": (0.99, 1.25),
+    "1 page of 1,271 tokens": (0.98, 1.04),
+    "4 pages": (0.98, 1.11),
+    "16 pages": (1.00, 1.12),
 }
 """Of the pipeline's runtime with 4-bit weights and 16- or 8-bit activations, over the original's.
 
-Random weights of the 4B model's shapes on an H100: metrics/size/cuda.json; a test holds them together.
+Random weights of the 4B model's shapes on an H100: metrics/size/serving-cuda.json; a test holds them together.
 """
 RUNTIME_LOSSES = {
     "demonstration model of 5.8 million parameters, the worse of two recipes": (1.19, 1.09),

@@ -68,7 +68,7 @@ def test_the_plugin_corrects_what_stock_vllm_does_to_published_folders() -> None
 
 
 def test_what_a_card_says_of_the_runtime_was_measured() -> None:
-    speed = json.loads(Path("metrics/size/cuda.json").read_text())["steps"]["speed"]
+    speed = json.loads(Path("metrics/size/serving-cuda.json").read_text())["steps"]["speed"]
     for told, ratios in RUNTIME_SPEEDS.items():
         count, kind = told.split()[:2]
         kind = {"queries": "query", "pages": "page"}.get(kind, kind)
