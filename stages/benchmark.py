@@ -1,7 +1,8 @@
 """Stage `benchmark@<recipe>`: latency of queries and pages, original against quantized.
 
 Both run through the serving runtime (`colqwen3.serving`) in one process, on the same inputs, in turns;
-so whatever slows the machine slows both. On a GPU that is compiled, within CUDA graphs and without;
+so whatever slows the machine slows both. On a GPU that is with fused kernels, within CUDA graphs (also
+called without a pause, one after the other) and without;
 on a CPU plain torch, with dense weights for both. Only here are there timings. The runtime's
 embeddings are compared with those of plain transformers in the same arithmetic.
 
@@ -182,7 +183,7 @@ def time_both(
                         said = ", ".join(f"{each:.2f}" for each in taken)
                         logger.info("%s, %s x %d: %s ms", mode, kind, count, said)
                         if mode == "graphs":
-                            sustained[kind][count] = sustained_ms(works, device)
+                            sustained[kind][count] = sustained_ms(works, taken, device)
                     progress.advance()
     return {
         kind: {

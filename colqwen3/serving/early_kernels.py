@@ -4,6 +4,9 @@ Each is over in a few microseconds, about what the next kernel needs to start an
 each lets that begin at once, before it waits for the last one ("programmatic dependent launch");
 humming's kernels wait in turn before they read what was computed. torch.compile makes such kernels
 too, but lets the next one start only when it has read its inputs.
+
+Weights, cosines and sines are read before the wait: the kernel just before must not write them.
+Tensors are contiguous.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -28,9 +31,15 @@ def starts_early(device: torch.device) -> bool:
 
 @triton.jit
 def let_next_start(EARLY: tl.constexpr):  # pragma: no cover - on a GPU
-    """Let the next kernel start, and wait for what the last one writes."""
+    """Let the next kernel start once all programs of this one have come here."""
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def await_previous(EARLY: tl.constexpr):  # pragma: no cover - on a GPU
+    """Wait until the last kernel has ended, and what it wrote can be read."""
+    if EARLY:
         tl.extra.cuda.gdc_wait()
 
 
@@ -43,6 +52,7 @@ def _add_norm(
     inside = columns < width
     factor = tl.load(weight + columns, mask=inside, other=0.0)
     let_next_start(EARLY)
+    await_previous(EARLY)
     value = tl.load(x + row + columns, mask=inside, other=0.0)
     if ADD:
         value = value + tl.load(change + row + columns, mask=inside, other=0.0)
@@ -61,6 +71,7 @@ def _gate(
     columns = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
     let_next_start(EARLY)
+    await_previous(EARLY)
     first = tl.load(gate_up + token * 2 * width + columns, mask=inside, other=0.0)
     second = tl.load(gate_up + (token * 2 + 1) * width + columns, mask=inside, other=0.0)
     wide = first.to(tl.float32)
@@ -88,11 +99,10 @@ def _rotate(
     k_high = tl.load(k_norm + HALF + columns, mask=half, other=0.0)[None, :]
     low_factor, high_factor = tl.where(of_query, q_low, k_low), tl.where(of_query, q_high, k_high)
     let_next_start(EARLY)
+    await_previous(EARLY)
     place = qkv + (token * (heads + 2 * key_heads) + head)[:, None] * width + columns[None, :]
-    low, high = (
-        tl.load(place, mask=inside, other=0.0),
-        tl.load(place + HALF, mask=inside, other=0.0),
-    )
+    low = tl.load(place, mask=inside, other=0.0)
+    high = tl.load(place + HALF, mask=inside, other=0.0)
     kind = low.dtype
     low, high = low.to(tl.float32), high.to(tl.float32)
     scale = tl.rsqrt((tl.sum(low * low, 1) + tl.sum(high * high, 1)) / width + eps)[:, None]
@@ -108,7 +118,7 @@ def _rotate(
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Do as `fused.rms_norm` on [tokens, hidden], contiguous."""
+    """Do as `fused.rms_norm` on [tokens, hidden]."""
     out = torch.empty_like(x)
     _run_norm(x, x, weight, x, out, eps, add=False)
     return out
@@ -117,7 +127,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 def add_rms_norm(
     x: torch.Tensor, change: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Do as `fused.add_rms_norm` on [tokens, hidden], contiguous."""
+    """Do as `fused.add_rms_norm` on [tokens, hidden]."""
     total, out = torch.empty_like(x), torch.empty_like(x)
     _run_norm(x, change, weight, total, out, eps, add=True)
     return total, out
@@ -132,8 +142,8 @@ def _run_norm(
     eps: float,
     add: bool,
 ) -> None:
-    tokens, width = x.shape
-    early = starts_early(x.device)
+    assert all(part.is_contiguous() for part in (x, change, weight))
+    (tokens, width), early = x.shape, starts_early(x.device)
     _add_norm[(tokens,)](
         x, change, weight, total, out, width, eps,
         BLOCK=triton.next_power_of_2(width), ADD=add, EARLY=early, launch_pdl=early,
@@ -141,7 +151,8 @@ def _run_norm(
 
 
 def gate(gate_up: torch.Tensor) -> torch.Tensor:
-    """Do as `fused.gate` on [tokens, features], contiguous."""
+    """Do as `fused.gate` on [tokens, features]."""
+    assert gate_up.is_contiguous()
     tokens, width = len(gate_up), gate_up.shape[1] // 2
     out, early = gate_up.new_empty(tokens, width), starts_early(gate_up.device)
     _gate[tokens * triton.cdiv(width, GATE_BLOCK),](
@@ -160,7 +171,8 @@ def rotate_heads(
     heads: int,
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Do as `fused.rotate_heads`; qkv is contiguous, and cos and sin are the same in both halves."""
+    """Do as `fused.rotate_heads`; cos and sin are the same in both halves."""
+    assert all(part.is_contiguous() for part in (qkv, cos, sin))
     tokens, rows, width = qkv.shape
     key_heads = (rows - heads) // 2
     q, k = qkv.new_empty(tokens, heads, width), qkv.new_empty(tokens, key_heads, width)

@@ -171,7 +171,7 @@ def _compile(function: Operation) -> Operation:
 
 
 @functools.cache
-def compiled_operations() -> Operations:
+def gpu_operations() -> Operations:
     """Return kernels of our own for the decoder, and the vision tower's functions compiled."""
     from colqwen3.serving import early_kernels as kernels
     from colqwen3.serving.short_attention import short_attention
@@ -215,5 +215,5 @@ def int8_operations(base: Operations, device: torch.device) -> Operations:
 
 
 def choose_operations(device: torch.device) -> Operations:
-    """Return the compiled functions on a GPU, else the plain ones."""
-    return compiled_operations() if device.type == "cuda" else PLAIN
+    """Return kernels on a GPU, else the plain functions."""
+    return gpu_operations() if device.type == "cuda" else PLAIN

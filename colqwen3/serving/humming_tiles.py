@@ -24,7 +24,7 @@ WAVES_FROM = 256
 WIDE_TILE_TOKENS = (88, 104, 120, 128, 144, 152, 168, 184)
 """Tokens of a wide tile, to choose from."""
 SPLIT_COST, TILE_COST = 16, 48
-"""Of `_cost`: what agreed best with the times of products of 416 to 1,664 tokens."""
+"""Of `_cost`: what agreed best with the times of products of 416 to 1,664 tokens, issued later."""
 FEW_TOKENS = 56
 """Tokens of a tile up to which a third program fits on a multiprocessor, or a step twice as deep."""
 LONG = 16
@@ -125,6 +125,8 @@ def _tile(
 ) -> Options:
     """Return humming's options for a tile of wgmma instructions fed by TMA.
 
+    A step's product is issued before the next step's weights are read.
+
     Parameters
     ----------
     tokens, outputs, depth
@@ -135,8 +137,6 @@ def _tile(
         Steps that are read ahead.
     split
         Whether tiles are split along the inputs where the last wave is not full.
-
-    A step's product is issued before the next step's weights are read.
     """
     return {
         "mma_type": "wgmma",

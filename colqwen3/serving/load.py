@@ -55,7 +55,7 @@ def load_runtime(
         Of the arithmetic. Default: bfloat16 on a GPU, otherwise whichever of float32 and bfloat16 this
         processor multiplies faster.
     mode
-        ``graphs``: compiled, and a CUDA graph for each size of query batch; ``compiled``;
+        ``graphs``: fused kernels, and a CUDA graph for each size of query batch; ``compiled``;
         ``eager``. The last two are for comparison.
     max_num_visual_tokens
         A page is shrunk until it has at most this many.

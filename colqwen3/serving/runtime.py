@@ -1,7 +1,7 @@
 """The serving runtime: queries and pages in, one unit vector per token out.
 
 The arithmetic is that of `ColQwen3`, in a form that a GPU runs with few launches: linears that
-read the same input are one, what lies between linears is compiled, queries are padded to a few
+read the same input are one, what lies between linears is one kernel, queries are padded to a few
 sizes and each size is recorded once as a CUDA graph, so that the CPU only starts it.
 """
 
@@ -136,7 +136,7 @@ class Runtime:
     def use(self, mode: Mode) -> None:
         """Compute in another mode from here on.
 
-        A short text and a small page are embedded by plain torch, and by what is compiled. When
+        A short text and a small page are embedded by plain torch, and by fused kernels. When
         that fails or does not agree, a warning says so and plain torch is used. CUDA graphs are
         recorded of either.
         """
@@ -147,7 +147,7 @@ class Runtime:
         with self._at_home():
             expected = self._trial(PLAIN)
             if mode != "eager":
-                self._operations = self._compiled(expected)
+                self._operations = self._fused(expected)
             if self._wanted_activations == "int8":
                 self._use_int8(expected)
         if mode != "eager":
@@ -156,7 +156,7 @@ class Runtime:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # what the trials took
 
-    def _compiled(self, expected: tuple[torch.Tensor, torch.Tensor]) -> Operations:
+    def _fused(self, expected: tuple[torch.Tensor, torch.Tensor]) -> Operations:
         """Return the fastest operations that give the expected embeddings of the trial."""
         problem = "are wrong"
         try:
@@ -165,7 +165,7 @@ class Runtime:
                 return operations
         except Exception as error:  # a compiler can fail in many ways
             problem = f"fail ({first_line(error)})"
-        logger.warning("compiled kernels %s here: plain torch is used, and slower", problem)
+        logger.warning("fused kernels %s here: plain torch is used, and slower", problem)
         return PLAIN
 
     def _use_int8(self, expected: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -191,8 +191,8 @@ class Runtime:
     def _find_table(self, int8: Operations) -> TokenTable:
         if not self._time_activations or self._recorder is None:
             return TokenTable()
-        compiled = self._operations is not PLAIN
-        key = [self.kernel, self._quantization, compiled, self._config.text_config.to_dict()]
+        fused = self._operations is not PLAIN
+        key = [self.kernel, self._quantization, fused, self._config.text_config.to_dict()]
         return find_table(self._decoder, self._operations, int8, key, self._recorder.stream)
 
     def _operations_for(self, tokens: int) -> Operations:
@@ -206,7 +206,7 @@ class Runtime:
         return "eager" if self._operations is PLAIN else "compiled"
 
     def runs(self, mode: Mode) -> bool:
-        """Whether it computes in this mode, with compiled kernels unless the mode is ``eager``."""
+        """Whether it computes in this mode, with fused kernels unless the mode is ``eager``."""
         return self.mode == mode and (mode == "eager" or self._operations is not PLAIN)
 
     def _at_home(self) -> contextlib.AbstractContextManager[object]:

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from colqwen3.serving.early_kernels import let_next_start, starts_early
+from colqwen3.serving.early_kernels import await_previous, let_next_start, starts_early
 
 
 @triton.jit
@@ -43,7 +43,8 @@ def _attend(
     q_norm_high = tl.load(q_norm + HALF + columns)[None, :]
     k_norm_low = tl.load(k_norm + columns)[None, :]
     k_norm_high = tl.load(k_norm + HALF + columns)[None, :]
-    let_next_start(EARLY)  # what was read so far is no result of the last kernel
+    let_next_start(EARLY)
+    await_previous(EARLY)  # what was read so far is no result of the last kernel
     q = qkv + line + head * width
     q_low = tl.load(q, mask=inside, other=0.0).to(tl.float32)
     q_high = tl.load(q + HALF, mask=inside, other=0.0).to(tl.float32)

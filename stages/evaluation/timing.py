@@ -71,15 +71,26 @@ def median_ms(
     return [statistics.median(taken) for taken in times]
 
 
-def sustained_ms(works: Sequence[Work], device: torch.device) -> list[float]:
+def sustained_ms(
+    works: Sequence[Work], single: Sequence[float], device: torch.device
+) -> list[float]:
     """Return the milliseconds of each of several works, called again and again without a pause.
 
-    A card whose power limit is reached gets slower after some tenths of a second: that is what a
-    service under load sees. Each work runs for half a second, and is then timed for as long.
+    So does a service under load, where a card may be slower or faster than for one call. One work
+    after the other runs for about half a second, and is then timed for as long.
+
+    Parameters
+    ----------
+    works
+        Done one after another, not in turns.
+    single
+        About the milliseconds of one call of each.
+    device
+        Where they run.
     """
     times = []
-    for work in works:
-        count = 1 + int(SUSTAINED_MS / timed_ms(work, device))
+    for work, milliseconds in zip(works, single, strict=True):
+        count = 1 + int(SUSTAINED_MS / milliseconds)
 
         def block(work: Work = work, count: int = count) -> None:
             for _ in range(count):
@@ -111,8 +122,8 @@ def compare_times(
         Each mode with ``speedup``, the original's time by the quantized model's, and
         ``speedup_to_best``, the original's in its fastest mode instead; and ``best``: the fastest
         mode of each, with items per second. With 8-bit activations ``speedup_int8`` and
-        ``original_speedup_int8``: the time of the original with 16-bit ones by that. The same for
-        ``sustained``, if that is given.
+        ``original_speedup_int8``: the time of the original with 16-bit ones by that. And
+        ``sustained``, if given: times and ratios under a steady load.
     """
     best = [min(column) for column in zip(*times.values(), strict=True)]
     report: dict[str, Any] = {

@@ -68,6 +68,32 @@ def test_both_models_are_timed_in_turns_on_every_batch(monkeypatch: pytest.Monke
     assert times["page"]["batches"]["2"].keys() == {"eager", "best"}
 
 
+def test_a_steady_load_is_timed_where_all_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(benchmark.MODES, "cpu", ("graphs", "compiled"))
+    monkeypatch.setattr(benchmark, "median_ms", lambda works, *rest: [8.0, 4.0])
+    log: list[tuple[str, str, str, int]] = []
+    given = []
+
+    def sustained_ms(works: Any, single: list[float], device: torch.device) -> list[float]:
+        for work in works:
+            work()
+        given.append(single)
+        return [6.0, float(log[-1][-1])]
+
+    monkeypatch.setattr(benchmark, "sustained_ms", sustained_ms)
+    runtimes = [Runtime("original", log, False), Runtime("quantized", log, False)]
+    processor = SimpleNamespace(cut_pages=cut_pages)
+    times = benchmark.time_both(runtimes, PARAMS, ROWS, ["a page"], processor)  # type: ignore[list-item]
+    assert {mode for _, mode, _, _ in log} == {"graphs"}
+    assert given == [[8.0, 4.0]] * 3
+    assert times["query"]["batches"]["1"]["sustained"]["quantized_ms"] == 1
+    assert times["query"]["batches"]["2"]["sustained"]["quantized_ms"] == 2
+    assert times["page"]["batches"]["2"]["sustained"]["speedup"] == 3
+    runtimes[1].runs = lambda mode: False  # type: ignore[method-assign]
+    times = benchmark.time_both(runtimes, PARAMS, ROWS, ["a page"], processor)  # type: ignore[list-item]
+    assert len(given) == 3
+
+
 def test_the_worst_token_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])
     served = torch.tensor(

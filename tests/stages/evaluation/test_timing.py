@@ -36,8 +36,8 @@ def test_sustained_leaves_out_the_first_half_second(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     works = [lambda: work(0), lambda: work(1)]
-    assert timing.sustained_ms(works, CPU) == [250, 125]
-    assert calls == [1 + 5 + 5, 1 + 5 + 5]
+    assert timing.sustained_ms(works, [125, 125], CPU) == [250, 125]
+    assert calls == [5 + 5, 5 + 5]
 
 
 @pytest.mark.parametrize("count", [2, 4, 6])
