@@ -150,7 +150,13 @@ def time_both(
     images: Sequence[Image.Image],
     processor: Any,
 ) -> dict[str, Any]:
-    """Time all runtimes, original and quantized, in turns, in every mode and on every input."""
+    """Time all runtimes, original and quantized, in turns, in every mode and on every input.
+
+    Raises
+    ------
+    UserError
+        If there is no mode that all of them run in.
+    """
     device = runtimes[0].device
     inputs: dict[str, dict[int, list[Work]]] = {"query": {}, "page": {}}
     for count in params.query_batches:
@@ -185,6 +191,11 @@ def time_both(
                         if mode == "graphs":
                             sustained[kind][count] = sustained_ms(works, taken, device)
                     progress.advance()
+    if not all(by_mode for batches in times.values() for by_mode in batches.values()):
+        raise UserError(
+            f"original and quantized run together in none of the modes {', '.join(modes)} on this "
+            "machine, as a warning above says: nothing can be timed"
+        )
     return {
         kind: {
             "tokens": tokens[kind],

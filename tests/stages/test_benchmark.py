@@ -89,9 +89,18 @@ def test_a_steady_load_is_timed_where_all_record(monkeypatch: pytest.MonkeyPatch
     assert times["query"]["batches"]["1"]["sustained"]["quantized_ms"] == 1
     assert times["query"]["batches"]["2"]["sustained"]["quantized_ms"] == 2
     assert times["page"]["batches"]["2"]["sustained"]["speedup"] == 3
-    runtimes[1].runs = lambda mode: False  # type: ignore[method-assign]
+    runtimes[1].runs = lambda mode: mode == "compiled"  # type: ignore[method-assign]
     times = benchmark.time_both(runtimes, PARAMS, ROWS, ["a page"], processor)  # type: ignore[list-item]
     assert len(given) == 3
+    assert "sustained" not in times["page"]["batches"]["2"]
+
+
+def test_runtimes_that_share_no_mode_are_not_timed() -> None:
+    runtimes = [Runtime("original", [], False), Runtime("quantized", [], False)]
+    runtimes[1].runs = lambda mode: False  # type: ignore[method-assign]
+    processor = SimpleNamespace(cut_pages=cut_pages)
+    with pytest.raises(UserError, match="none of the modes eager on this machine"):
+        benchmark.time_both(runtimes, PARAMS, ROWS, ["a page"], processor)  # type: ignore[list-item]
 
 
 def test_the_worst_token_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
