@@ -1870,6 +1870,12 @@ def _operations() -> dict[str, float]:
     return {"token": 2 * 36 * sum(inputs_outputs)}
 
 
+def _batch_name(kind: str, count: int) -> str:
+    """Return what a row says of a batch of queries or pages."""
+    several = {"query": "queries", "page": "pages"}
+    return f"{count} {several[kind] if count > 1 else kind}"
+
+
 @figure
 def serving_speed() -> str:
     """Return the speed of the runtime, original against 4-bit, with activations of 16 bits and int8."""
@@ -1893,10 +1899,9 @@ def serving_speed() -> str:
         for count in sorted(map(int, speed[kind]["batches"])):
             best = speed[kind]["batches"][str(count)]["best"]
             tokens = f" of {speed[kind]['tokens']:,} tokens" if count == 1 else ""
-            name = "queries" if kind == "query" else "pages"
             rows.append(
                 (
-                    f"{count} {kind if count == 1 else name}{tokens}",
+                    f"{_batch_name(kind, count)}{tokens}",
                     f"{best['original_ms']:.1f} ms",
                     f"{best['quantized_ms']:.1f} ms", f"**{times(best['speedup'])}**",
                     f"{best['quantized_int8_ms']:.1f} ms", f"**{times(best['speedup_int8'])}**",
@@ -1933,10 +1938,9 @@ def serving_sustained() -> str:
         batches = served("speed")[kind]["batches"]
         for count in sorted(map(int, batches)):
             taken = batches[str(count)]["sustained"]
-            name = {"query": "queries", "page": "pages"}[kind] if count > 1 else kind
             rows.append(
                 (
-                    f"{count} {name}",
+                    _batch_name(kind, count),
                     f"{taken['original_ms']:.1f} ms",
                     f"{taken['quantized_ms']:.1f} ms", times(taken["speedup"]),
                     f"{taken['quantized_int8_ms']:.1f} ms", times(taken["speedup_int8"]),

@@ -12,6 +12,8 @@ Tensors are contiguous.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 # what Triton compiles has types of its own
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -24,6 +26,7 @@ HEADS_BLOCK = 8
 """Heads of a program of the rotation."""
 
 
+@functools.cache
 def starts_early(device: torch.device) -> bool:
     """Whether kernels can start before the last one has ended on this GPU."""
     return torch.cuda.get_device_capability(device) >= EARLY_FROM
@@ -41,6 +44,23 @@ def await_previous(EARLY: tl.constexpr):  # pragma: no cover - on a GPU
     """Wait until the last kernel has ended, and what it wrote can be read."""
     if EARLY:
         tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def norm_and_rotate(
+    low, high, low_weight, high_weight, cos, sin, half, eps
+):  # pragma: no cover - on a GPU
+    """Norm rows of heads by their root mean square, and rotate them by their positions.
+
+    `low` and `high` are the two halves of each head, float32 [rows, columns], 0 beyond `half`
+    columns; the results are of the type of the weights.
+    """
+    kind = low_weight.dtype
+    size = tl.sum(low * low, 1) + tl.sum(high * high, 1)
+    scale = tl.rsqrt(size / (2 * half) + eps)[:, None]
+    low, high = (low * scale).to(kind) * low_weight, (high * scale).to(kind) * high_weight
+    # the two halves of the angles are alike
+    return (low * cos - high * sin).to(kind), (high * cos + low * sin).to(kind)
 
 
 @triton.jit
@@ -101,14 +121,9 @@ def _rotate(
     let_next_start(EARLY)
     await_previous(EARLY)
     place = qkv + (token * (heads + 2 * key_heads) + head)[:, None] * width + columns[None, :]
-    low = tl.load(place, mask=inside, other=0.0)
-    high = tl.load(place + HALF, mask=inside, other=0.0)
-    kind = low.dtype
-    low, high = low.to(tl.float32), high.to(tl.float32)
-    scale = tl.rsqrt((tl.sum(low * low, 1) + tl.sum(high * high, 1)) / width + eps)[:, None]
-    low, high = (low * scale).to(kind) * low_factor, (high * scale).to(kind) * high_factor
-    first = (low * cos_row - high * sin_row).to(kind)  # the two halves of the angles are alike
-    second = (high * cos_row + low * sin_row).to(kind)
+    low = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+    high = tl.load(place + HALF, mask=inside, other=0.0).to(tl.float32)
+    first, second = norm_and_rotate(low, high, low_factor, high_factor, cos_row, sin_row, HALF, eps)
     q_place = q_out + (token * heads + head)[:, None] * width + columns[None, :]
     tl.store(q_place, first, mask=inside & of_query)
     tl.store(q_place + HALF, second, mask=inside & of_query)

@@ -12,14 +12,12 @@ import torch
 import triton
 import triton.language as tl
 
-from colqwen3.serving.early_kernels import await_previous, let_next_start, starts_early
-
-
-@triton.jit
-def _half_normed(first, second, low, high, half, eps):  # pragma: no cover - on a GPU
-    size = tl.sum(first * first, 1) + tl.sum(second * second, 1)
-    scale = tl.rsqrt(size / (2 * half) + eps)[:, None]
-    return (first * scale).to(low.dtype) * low, (second * scale).to(low.dtype) * high
+from colqwen3.serving.early_kernels import (
+    await_previous,
+    let_next_start,
+    norm_and_rotate,
+    starts_early,
+)
 
 
 @triton.jit
@@ -36,7 +34,6 @@ def _attend(
     token = sequence * tokens + rows
     line = (token * (heads + 2 * key_heads) * width)[:, None] + columns[None, :]
     angle = (token * width)[:, None] + columns[None, :]
-    # the two halves of the angles are alike
     cos_low = tl.load(cos + angle, mask=inside, other=0.0)
     sin_low = tl.load(sin + angle, mask=inside, other=0.0)
     q_norm_low = tl.load(q_norm + columns)[None, :]
@@ -54,20 +51,15 @@ def _attend(
     v = qkv + line + (key_head + key_heads) * width
     v_low = tl.load(v, mask=inside, other=0.0)
     v_high = tl.load(v + HALF, mask=inside, other=0.0)
-    q_low, q_high = _half_normed(q_low, q_high, q_norm_low, q_norm_high, HALF, eps)
-    k_low, k_high = _half_normed(k_low, k_high, k_norm_low, k_norm_high, HALF, eps)
-    kind = q_low.dtype
-    q1 = (q_low * cos_low - q_high * sin_low).to(kind)
-    q2 = (q_high * cos_low + q_low * sin_low).to(kind)
-    k1 = (k_low * cos_low - k_high * sin_low).to(kind)
-    k2 = (k_high * cos_low + k_low * sin_low).to(kind)
+    q1, q2 = norm_and_rotate(q_low, q_high, q_norm_low, q_norm_high, cos_low, sin_low, HALF, eps)
+    k1, k2 = norm_and_rotate(k_low, k_high, k_norm_low, k_norm_high, cos_low, sin_low, HALF, eps)
     scores = (tl.dot(q1, tl.trans(k1)) + tl.dot(q2, tl.trans(k2))) * scale
     scores = tl.where(rows[:, None] >= rows[None, :], scores, float("-inf"))
     scores = tl.exp(scores - tl.max(scores, 1)[:, None])
-    weights = (scores / tl.sum(scores, 1)[:, None]).to(kind)
+    weights = (scores / tl.sum(scores, 1)[:, None]).to(q1.dtype)
     place = out + ((token * heads + head) * width)[:, None] + columns[None, :]
-    tl.store(place, tl.dot(weights, v_low).to(kind), mask=inside)
-    tl.store(place + HALF, tl.dot(weights, v_high).to(kind), mask=inside)
+    tl.store(place, tl.dot(weights, v_low).to(q1.dtype), mask=inside)
+    tl.store(place + HALF, tl.dot(weights, v_high).to(q1.dtype), mask=inside)
 
 
 def short_attention(
