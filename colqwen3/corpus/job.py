@@ -23,7 +23,7 @@ from colqwen3.corpus.sources import Source
 from colqwen3.embedding.embedder import Embedder, embed_groups, load_embedder, preparation
 from colqwen3.embedding.preparing import default_workers
 from colqwen3.model.loading import quantization_config
-from colqwen3.system.device import DTYPES, ActivationsKind, device_name
+from colqwen3.system.device import DTYPES, ActivationsKind, device_name, make_deterministic
 from colqwen3.system.disk import check_space
 from colqwen3.system.errors import UserError
 from colqwen3.system.files import read_json, write_file, write_json
@@ -131,7 +131,8 @@ class Plan:
         return FORMATS[self.options.format]
 
     def load(self, device: torch.device) -> Embedder:
-        """Load what embeds."""
+        """Load what embeds, the same bits in each run."""
+        make_deterministic()
         wide = self.format.kind == "float32"
         return load_embedder(
             self.model, DTYPES[str(self.options.dtype)], device,

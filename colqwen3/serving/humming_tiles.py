@@ -6,6 +6,7 @@ along the inputs where they would leave multiprocessors idle ("stream-K"). Each 
 against humming's own on the shapes of the 4B model, see docs/benchmarks.md.
 """
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -19,6 +20,8 @@ NARROW, WIDE, DEPTH = 128, 256, 64
 """Outputs of a tile, and inputs of a step."""
 OWN_UP_TO, OWN_BEYOND = 16, 2048
 """Tokens outside of which humming's own tiles are taken: others were not faster, or not surely."""
+WHOLE_UP_TO = 8192
+"""The second of them where no tile may be split."""
 WAVES_FROM = 256
 """Tokens beyond which tiles are chosen by what `_cost` estimates."""
 WIDE_TILE_TOKENS = (88, 104, 120, 128, 144, 152, 168, 184)
@@ -32,11 +35,16 @@ LONG = 16
 
 
 class Product(NamedTuple):
-    """A linear on a card with so many multiprocessors."""
+    """A linear on a card with so many multiprocessors.
+
+    Tiles that may not be split give the same bits in every run: in which order the parts of a split
+    one are added up depends on which ends first.
+    """
 
     inputs: int
     outputs: int
     processors: int
+    may_split: bool = True
 
 
 class Range(NamedTuple):
@@ -56,32 +64,45 @@ def has_tiles(capability: tuple[int, int], bits: int, product: Product) -> bool:
 
 def replace_tiles(own: list[Range], product: Product) -> list[Range]:
     """Return humming's own ranges of tokens with the tiles of this module between them."""
+    ranges = _ranges(product)
+    last = ranges[-1].up_to
     small = [r._replace(up_to=min(r.up_to, OWN_UP_TO)) for r in own if r.beyond < OWN_UP_TO]
-    large = [r._replace(beyond=max(r.beyond, OWN_BEYOND)) for r in own if r.up_to > OWN_BEYOND]
+    large = [r._replace(beyond=max(r.beyond, last)) for r in own if r.up_to > last]
+    return [*small, *ranges, *large]
+
+
+@functools.cache
+def _ranges(product: Product) -> tuple[Range, ...]:
     ranges: list[Range] = []
-    for tokens in range(OWN_UP_TO + 8, OWN_BEYOND + 1, 8):
+    last = OWN_BEYOND if product.may_split else WHOLE_UP_TO
+    for tokens in range(OWN_UP_TO + 8, last + 1, 8):
         options = choose_tile(product, tokens)
         if ranges and ranges[-1].options == options:
             ranges[-1] = ranges[-1]._replace(up_to=tokens)
         else:
             ranges.append(Range(tokens - 8, tokens, options))
-    return [*small, *ranges, *large]
+    return tuple(ranges)
 
 
 def trial_tokens(product: Product) -> list[int]:
     """Return numbers of tokens, one for each tile, that leave its last one along the tokens ragged."""
     tokens: dict[str, int] = {}
-    for beyond, up_to, options in replace_tiles([], product):
+    for beyond, up_to, options in _ranges(product):
         tokens.setdefault(str(options), max(beyond + 1, up_to - 3))
     return list(tokens.values())
 
 
 def choose_tile(product: Product, tokens: int) -> Options:
-    """Return the options of a product of so many tokens, more than 16 and at most 2,048."""
+    """Return the options of a product of more than 16 tokens."""
     if tokens > WAVES_FROM:
-        pairs = [(each, split) for each in WIDE_TILE_TOKENS for split in (False, True)]
+        splits = (False, True) if product.may_split else (False,)
+        pairs = [(each, split) for each in WIDE_TILE_TOKENS for split in splits]
         each, split = min(pairs, key=lambda pair: _cost(product, tokens, *pair))
         return _tile(each, WIDE, split=split)
+    return _choose_narrow_tile(product, tokens) | {"use_stream_k": product.may_split}
+
+
+def _choose_narrow_tile(product: Product, tokens: int) -> Options:
     if tokens > NARROW:
         return _tile(_round_up(-(-tokens // 2)), NARROW, programs=2)
     each, columns = _round_up(tokens), product.outputs // NARROW

@@ -101,12 +101,16 @@ def humming(
 
 
 def humming_product(parts: Parts, bits: int) -> Product | None:
-    """Return what the tiles of a packed linear depend on, or None if it has humming's own."""
+    """Return what the tiles of a packed linear depend on, or None if it has humming's own.
+
+    They are not split while torch is asked for deterministic algorithms.
+    """
     qweight = parts["qweight"]
     if qweight.device.type != "cuda":
         return None
     processors = torch.cuda.get_device_properties(qweight.device).multi_processor_count
-    product = Product(qweight.shape[0] * 32 // bits, qweight.shape[1], processors)
+    may_split = not torch.are_deterministic_algorithms_enabled()
+    product = Product(qweight.shape[0] * 32 // bits, qweight.shape[1], processors, may_split)
     capability = torch.cuda.get_device_capability(qweight.device)
     return product if has_tiles(capability, bits, product) else None
 
@@ -141,7 +145,11 @@ def _without_overhead(layer: Any, product: Product | None) -> Linear:
     from humming import ops
     from humming.tune import get_heuristics_config
 
-    own = get_heuristics_config(layer.humming_config, device=layer.weight.device)
+    own = get_heuristics_config(
+        layer.humming_config,
+        use_batch_invariant=torch.are_deterministic_algorithms_enabled(),
+        device=layer.weight.device,
+    )
     ranges = [Range(*each) for each in own]
     if product is not None:
         ranges = replace_tiles(ranges, product)

@@ -72,6 +72,11 @@ def load_runtime(
         Whether int8 is used on a GPU only for as many tokens as it was timed to be faster for. Else
         it always is beyond 64 tokens, so that embeddings do not depend on times.
 
+    Notes
+    -----
+    On a GPU, embeddings of packed weights may differ in their last bits from run to run, unless
+    `torch.use_deterministic_algorithms` was called before: then tiles of products are not split.
+
     Raises
     ------
     UserError

@@ -1,7 +1,8 @@
 """Forwards recorded as CUDA graphs: the CPU starts one graph instead of each kernel."""
 
+import contextlib
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -75,12 +76,26 @@ class Recorder:
 
     All on one stream: cuBLAS keeps 32 MiB for each stream that it has ever computed on, and what was
     allocated on a stream is used again only there. Recordings share their memory too, so only one of
-    them may run at a time.
+    them may run at a time, and with forwards that are run once.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pool: Any = torch.cuda.MemPool()
+
+    def run(self, work: Work, inputs: torch.Tensor) -> torch.Tensor:
+        """Return what `work` gives, without recording it, in the memory that recordings have."""
+        current = torch.cuda.current_stream(inputs.device)
+        with self._in_memory_of_recordings(current):
+            vectors = work(inputs)
+        return vectors.clone()  # a recording may write where it was
+
+    @contextlib.contextmanager
+    def _in_memory_of_recordings(self, current: Any) -> Iterator[None]:
+        self.stream.wait_stream(current)
+        with torch.cuda.use_mem_pool(self._pool, current.device), torch.cuda.stream(self.stream):
+            yield
+        current.wait_stream(self.stream)
 
     def record(self, work: Work, inputs: torch.Tensor, tensors: object = None) -> Recording:
         """Record `work` on `inputs`, which the recording keeps to itself.
@@ -101,14 +116,12 @@ class Recorder:
         """
         torch.cuda.empty_cache()  # what the current stream has cached cannot be used on another
         current = torch.cuda.current_stream(inputs.device)
-        self.stream.wait_stream(current)
-        with torch.cuda.stream(self.stream):  # compiles and allocates what a recording may not
+        with self._in_memory_of_recordings(current):  # does what a recording may not, as compiling
             work(inputs)
             expected = work(inputs)
-        current.wait_stream(self.stream)
         torch.cuda.synchronize(inputs.device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self.stream):
+        with torch.cuda.graph(graph, pool=self._pool.id, stream=self.stream):
             vectors = work(inputs)
         graph.replay()
         if not agree(vectors, expected):

@@ -366,12 +366,15 @@ class Runtime:
             return self._pages(batch, batch.pixels)
         # the prompt of a page is always the same, so its grid determines all but the pixels
         key = tuple(batch.places.runs)
-        recording = self._recorded_pages.get(key)
+        recording, work = self._recorded_pages.get(key), functools.partial(self._pages, batch)
         if recording is None and key in self._recorded_pages:  # the second batch of this kind
-            work = functools.partial(self._pages, batch)
             recording = self._record(work, batch.pixels, batch)
         self._recorded_pages.put(key, recording)
-        return recording.replay(batch.pixels) if recording else self._pages(batch, batch.pixels)
+        if recording:
+            return recording.replay(batch.pixels)
+        if self._recorder is None or self.mode != "graphs":  # a recording has just failed
+            return work(batch.pixels)
+        return self._recorder.run(work, batch.pixels)
 
     @torch.inference_mode()
     def place_pages(self, inputs: Any) -> PageBatch:

@@ -82,7 +82,8 @@ def find_table(
     """
     device = decoder.norm.device
     code = [digest_file(Path(__file__).with_name(name)) for name in CODE]
-    facts = [torch.cuda.get_device_name(device), _versions(), code, SIZES, key]
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    facts = [torch.cuda.get_device_name(device), _versions(), code, SIZES, deterministic, key]
     digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
     path = cache_folder() / f"token-table-{digest}.json"
     try:

@@ -111,7 +111,11 @@ def device_name(device: torch.device) -> str:
 
 
 def make_deterministic(seed: int = 0) -> None:
-    """Seed torch and ask it for deterministic kernels, warning where there is none."""
+    """Seed torch and ask it for deterministic kernels, warning where there is none.
+
+    To be called before the process's first product on a GPU: cuBLAS reads its setting then.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # of the size it has on an H100
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(True, warn_only=True)
     # filling every new tensor would expose reads of unwritten memory; it costs time, changes nothing

@@ -454,7 +454,6 @@ def main() -> None:
         return
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // options.jobs)))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # repeatable products on a GPU
     sha256 = digest_model(model)
     page_sets = tuple(path.resolve() for path in options.page_sets)
     bench = Bench(work / sha256[:12], model, page_sets, options.device)

@@ -60,6 +60,14 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture(autouse=True)
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Record that deterministic algorithms are asked for, without asking this whole process."""
+    asked: list[str] = []
+    monkeypatch.setattr(job, "make_deterministic", lambda: asked.append("deterministic"))
+    return asked
+
+
 def run(out: str, part: Part | None = None, model: Path = MODEL, **changes: Any) -> None:
     embed_corpus(plan(out, model, **changes), CPU, part or Part())
 
@@ -321,6 +329,14 @@ def test_a_full_disk_is_seen_before(folder: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(Plan, "load", lambda *_: pytest.fail("was loaded"))
     with pytest.raises(UserError, match="for the vectors"):
         run("out")
+
+
+def test_kernels_are_deterministic_from_the_start(
+    folder: Path, asked: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job, "load_embedder", lambda *_: asked.append("loaded"))
+    plan("out").load(CPU)
+    assert asked == ["deterministic", "loaded"]
 
 
 def test_the_bound_of_the_bytes_holds_and_is_near(folder: Path) -> None:

@@ -40,6 +40,9 @@ def test_ranges_follow_each_other_without_a_gap() -> None:
     assert ranges[:2] == [OWN[0], Range(8, 16, options(64))]
     assert ranges[-2:] == [Range(2048, 4096, options(128)), OWN[-1]]
     assert all(16 <= beyond < 2048 for beyond, _, _ in ranges[2:-2])
+    whole = replace_tiles(OWN, QKV._replace(may_split=False))
+    assert whole[-1] == Range(8192, 1 << 30, options(176))
+    assert [left.up_to for left in whole[:-1]] == [right.beyond for right in whole[1:]]
 
 
 def test_a_range_has_the_tile_of_each_number_of_tokens_in_it() -> None:
@@ -49,11 +52,23 @@ def test_a_range_has_the_tile_of_each_number_of_tokens_in_it() -> None:
         assert found == choose_tile(DOWN, -(-tokens // 8) * 8)
 
 
-def test_each_tile_is_tried_and_its_last_one_is_ragged() -> None:
+def test_tiles_that_may_not_be_split_are_not() -> None:
     for product in (QKV, OUT, GATE_UP, DOWN):
+        whole = product._replace(may_split=False)
+        for tokens in range(24, 8193, 8):
+            chosen, allowed = choose_tile(whole, tokens), choose_tile(product, tokens)
+            assert chosen["use_stream_k"] is False
+            if tokens <= 256 or not allowed["use_stream_k"]:  # else another one can be faster
+                assert chosen == allowed | {"use_stream_k": False}
+
+
+def test_each_tile_is_tried_and_its_last_one_is_ragged() -> None:
+    products = QKV, OUT, GATE_UP, DOWN
+    for product in (*products, *(each._replace(may_split=False) for each in products)):
         tried = trial_tokens(product)
-        assert all(16 < tokens <= 2048 and tokens % 8 for tokens in tried)
-        used = {str(choose_tile(product, tokens)) for tokens in range(24, 2049, 8)}
+        last = 2048 if product.may_split else 8192
+        assert all(16 < tokens <= last and tokens % 8 for tokens in tried)
+        used = {str(choose_tile(product, tokens)) for tokens in range(24, last + 1, 8)}
         assert {str(choose_tile(product, -(-tokens // 8) * 8)) for tokens in tried} == used
         assert len(tried) == len(used)
 

@@ -77,9 +77,7 @@ def in_int8(codes: torch.Tensor, parts: Any, rotated: bool) -> int8.Int8Weight:
     [
         (64, 128, 128, True),
         (200, 256, 32, True),
-        (200, 256, 64, True),
-        (200, 256, 128, True),
-        (2560, 4096, 32, True),  # others take long to compile
+        (2560, 4096, 64, True),  # others take long to compile
         (2560, 4096, 128, False),
     ],
 )
@@ -98,8 +96,9 @@ def test_a_linear_in_hummings_layout(
         actual = linear(rounded)
         torch.testing.assert_close(actual, product.bfloat16(), rtol=0.008, atol=1e-6)
         exact = x.float() @ weight.T
-        assert (linear(x).float() - exact).norm() < 0.01 * exact.norm()
         assert (actual.float() - exact).norm() < 0.03 * exact.norm()
+    # humming's kernel of each number of tokens takes seconds to compile
+    assert (linear(x).float() - exact).norm() < 0.01 * exact.norm()
 
 
 @pytest.mark.parametrize("rotated", [False, True])

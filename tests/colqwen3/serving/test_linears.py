@@ -235,12 +235,18 @@ def test_where_tiles_fail_hummings_own_are_used(
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="humming needs a GPU")
 @pytest.mark.parametrize(
-    ("inputs", "outputs", "group_size"), [(2560, 19456, 128), (9728, 2560, 64), (512, 768, 32)]
+    ("inputs", "outputs", "group_size", "deterministic"),
+    [(2560, 19456, 128, False), (9728, 2560, 64, True), (512, 768, 32, True)],
 )
 def test_humming_is_right_with_each_of_its_tiles(
-    inputs: int, outputs: int, group_size: int
+    inputs: int,
+    outputs: int,
+    group_size: int,
+    deterministic: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pytest.importorskip("humming")
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(-8, 8, (outputs, inputs), dtype=torch.int8, generator=generator)
     scales = torch.rand(outputs, inputs // group_size, generator=generator).half() + 0.1
@@ -249,3 +255,8 @@ def test_humming_is_right_with_each_of_its_tiles(
     whole, local = kernel_errors(linear, packed, 4, torch.bfloat16)
     assert whole < 0.01
     assert local < 0.05
+    if deterministic:
+        for tokens in (1, 26, 208, 512, 1291, 5164):
+            x = torch.randn(tokens, inputs, device="cuda", dtype=torch.bfloat16)
+            expected = linear(x)
+            assert all(torch.equal(linear(x), expected) for _ in range(20))

@@ -54,6 +54,29 @@ def test_recordings_take_no_memory_of_their_own() -> None:
 
 
 @needs_gpu
+def test_what_runs_unrecorded_uses_the_memory_of_recordings_and_keeps_its_own_result() -> None:
+    weight = torch.randn(2048, 2048, device="cuda", dtype=torch.bfloat16)
+
+    def work(x: torch.Tensor) -> torch.Tensor:
+        for _ in range(4):
+            x = x @ weight
+        return torch.nn.functional.normalize(x.float(), dim=-1)
+
+    recorder = Recorder(torch.device("cuda"))
+    inputs = [torch.randn(n, 2048, device="cuda", dtype=torch.bfloat16) for n in (512, 512, 256)]
+    recording = recorder.record(work, inputs[0].clone())
+    expected = [work(x) for x in inputs]
+    torch.cuda.empty_cache()
+    reserved = torch.cuda.memory_reserved()
+    vectors = recorder.run(work, inputs[1])
+    assert torch.cuda.memory_reserved() - reserved <= 20 << 20  # the result, a segment of its own
+    replayed = recording.replay(inputs[0])
+    again = recorder.run(work, inputs[2])
+    for actual, x in ((replayed, 0), (vectors, 1), (again, 2)):
+        torch.testing.assert_close(actual, expected[x], atol=1e-3, rtol=0)
+
+
+@needs_gpu
 def test_a_recording_replays_on_other_inputs() -> None:
     weight = torch.randn(8, 8, device="cuda")
 

@@ -7,8 +7,22 @@ import pytest
 import torch
 
 from colqwen3.system import device
-from colqwen3.system.device import choose_device, memory_of
+from colqwen3.system.device import choose_device, make_deterministic, memory_of
 from colqwen3.system.errors import UserError
+
+
+def test_deterministic_products_need_cublas_to_be_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr(
+        torch, "use_deterministic_algorithms", lambda on, warn_only: asked.append(on)
+    )
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "restored after the test")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    make_deterministic()
+    assert (asked, os.environ["CUBLAS_WORKSPACE_CONFIG"]) == ([True], ":4096:8")
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    make_deterministic()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8", "what the user has set stays"
 
 
 def test_cuda_without_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
