@@ -2020,6 +2020,59 @@ def compiled_query() -> str:
 
 
 @figure
+def compiled_page() -> str:
+    """Return the time of a page without graphs."""
+    modes = served("speed")["page"]["batches"]["1"]["compiled"]
+    return f"{modes['original_ms']:.0f} and {modes['quantized_ms']:.0f} ms"
+
+
+@figure
+def page_rates() -> str:
+    """Return the arithmetic that a layer's linears reach on a page in 16 and 4 bits, and the peak."""
+    shapes = read("metrics/size/kernels-cuda.json")["shapes"].values()
+    operations = 2 * 1291 * sum(shape["inputs"] * shape["outputs"] for shape in shapes)
+    rates = (
+        operations / sum(shape["kernels"][kernel]["1291"]["us"] for shape in shapes) / 1e6
+        for kernel in ("dense bfloat16", "humming")
+    )
+    peak = gpu("rates")["bf16_flops"] / 1e12
+    return " and ".join(f"{rate:.0f}" for rate in rates) + f" of {peak:.0f}"
+
+
+@figure
+def repeatability() -> str:
+    """Return how runs of 4-bit weights differ, and times, by default and deterministic."""
+    batches = read("metrics/size/repeatability-h100.json")["batches"]
+    rows: list[tuple[str, ...]] = [
+        (
+            "batch",
+            "numbers that differ",
+            "largest 1 - cosine of a token",
+            "time",
+            "deterministic: numbers that differ",
+            "time",
+        )
+    ]
+    for name in sorted(
+        batches, key=lambda name: (not name.endswith("queries"), int(name.split()[0]))
+    ):
+        batch = batches[name]
+        usual, same = batch["default"], batch["deterministic"]
+        assert not same["differing"]
+        rows.append(
+            (
+                name.replace("1 queries", "1 query").replace("1 pages", "1 page"),
+                f"{usual['differing'] / usual['numbers']:.0%}",
+                f"{usual['largest_difference']:.5f}" if usual["differing"] else "",
+                f"{usual['ms']:.1f} ms",
+                "0%",
+                f"{same['ms']:.1f} ms",
+            )
+        )
+    return table(*rows)
+
+
+@figure
 def speedup_1_query() -> str:
     """Return 4-bit's speed-up for one query."""
     return times(served("speed")["query"]["batches"]["1"]["best"]["speedup"])
