@@ -131,7 +131,7 @@ class Plan:
         return FORMATS[self.options.format]
 
     def load(self, device: torch.device) -> Embedder:
-        """Load what embeds, the same bits in each run."""
+        """Load what embeds, by deterministic kernels."""
         make_deterministic()
         wide = self.format.kind == "float32"
         return load_embedder(

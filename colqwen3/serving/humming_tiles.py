@@ -3,7 +3,8 @@
 A product of [tokens, inputs] and [inputs, outputs] is cut into tiles of tokens x outputs, a wave of
 them at a time. humming takes the fewest tiles along the tokens, and splits those of the last wave
 along the inputs where they would leave multiprocessors idle ("stream-K"). Each choice here was timed
-against humming's own on the shapes of the 4B model, see docs/benchmarks.md.
+against humming's own on the shapes of the 4B model, see docs/benchmarks.md. Where none may be split,
+they are the same up to 256 tokens, and beyond the best by the same estimate.
 """
 
 import functools
@@ -21,7 +22,7 @@ NARROW, WIDE, DEPTH = 128, 256, 64
 OWN_UP_TO, OWN_BEYOND = 16, 2048
 """Tokens outside of which humming's own tiles are taken: others were not faster, or not surely."""
 WHOLE_UP_TO = 8192
-"""The second of them where no tile may be split."""
+"""`OWN_BEYOND` where no tile may be split."""
 WAVES_FROM = 256
 """Tokens beyond which tiles are chosen by what `_cost` estimates."""
 WIDE_TILE_TOKENS = (88, 104, 120, 128, 144, 152, 168, 184)

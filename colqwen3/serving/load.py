@@ -74,8 +74,9 @@ def load_runtime(
 
     Notes
     -----
-    On a GPU, embeddings of packed weights may differ in their last bits from run to run, unless
-    `torch.use_deterministic_algorithms` was called before: then tiles of products are not split.
+    On a GPU, embeddings of packed weights differ from run to run, about as much as bfloat16 rounds,
+    unless `colqwen3.system.device.make_deterministic` was called before: then tiles of products are
+    not split.
 
     Raises
     ------

@@ -75,16 +75,29 @@ class Recorder:
     """Records forwards on one GPU.
 
     All on one stream: cuBLAS keeps 32 MiB for each stream that it has ever computed on, and what was
-    allocated on a stream is used again only there. Recordings share their memory too, so only one of
-    them may run at a time, and with forwards that are run once.
+    allocated on a stream is used again only there. Recordings, and forwards that are run once, share
+    their memory too, so only one of them may run at a time.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._pool: Any = torch.cuda.MemPool()
+        self._device = device
+        self._pool = _memory_pool(device)
+
+    def free(self) -> None:
+        """Give back the memory of recordings, of which none may be left."""
+        self._pool = _memory_pool(self._device)
+        torch.cuda.empty_cache()
 
     def run(self, work: Work, inputs: torch.Tensor) -> torch.Tensor:
         """Return what `work` gives, without recording it, in the memory that recordings have."""
+        # while a pool is in use, torch frees nothing that it has cached elsewhere
+        with contextlib.suppress(torch.OutOfMemoryError):
+            return self._run(work, inputs)
+        torch.cuda.empty_cache()
+        return self._run(work, inputs)
+
+    def _run(self, work: Work, inputs: torch.Tensor) -> torch.Tensor:
         current = torch.cuda.current_stream(inputs.device)
         with self._in_memory_of_recordings(current):
             vectors = work(inputs)
@@ -93,9 +106,12 @@ class Recorder:
     @contextlib.contextmanager
     def _in_memory_of_recordings(self, current: Any) -> Iterator[None]:
         self.stream.wait_stream(current)
-        with torch.cuda.use_mem_pool(self._pool, current.device), torch.cuda.stream(self.stream):
-            yield
-        current.wait_stream(self.stream)
+        try:
+            pool = torch.cuda.use_mem_pool(self._pool, current.device)
+            with pool, torch.cuda.stream(self.stream):
+                yield
+        finally:  # also what was begun before a failure writes there
+            current.wait_stream(self.stream)
 
     def record(self, work: Work, inputs: torch.Tensor, tensors: object = None) -> Recording:
         """Record `work` on `inputs`, which the recording keeps to itself.
@@ -121,12 +137,18 @@ class Recorder:
             expected = work(inputs)
         torch.cuda.synchronize(inputs.device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool.id, stream=self.stream):
+        capture = torch.cuda.graph(graph, pool=self._pool.id, stream=self.stream)
+        with torch.cuda.stream(current), capture:  # comes back to it, also where none can begin
             vectors = work(inputs)
         graph.replay()
         if not agree(vectors, expected):
             raise RuntimeError("its embeddings differ from those of the work that it recorded")
         return Recording(graph, inputs, vectors, tensors)
+
+
+def _memory_pool(device: torch.device) -> Any:
+    with torch.cuda.device(device):  # else it would be one of the current GPU
+        return torch.cuda.MemPool()
 
 
 def agree(actual: torch.Tensor, expected: torch.Tensor) -> bool:

@@ -142,8 +142,7 @@ class Runtime:
         """
         self.mode, self._operations = "eager", PLAIN
         self.activations, self._int8_operations, self.token_table = "bfloat16", None, None
-        self._recorded_queries.clear()
-        self._recorded_pages.clear()
+        self._forget_recordings()
         with self._at_home():
             expected = self._trial(PLAIN)
             if mode != "eager":
@@ -317,7 +316,14 @@ class Runtime:
             reason = first_line(error)
             logger.warning("CUDA graphs do not work here (%s): serving is slower", reason)
             self.mode = self._unrecorded_mode()
-            return None
+        self._forget_recordings()  # what they hold may be what is missing
+        return None
+
+    def _forget_recordings(self) -> None:
+        self._recorded_queries.clear()
+        self._recorded_pages.clear()
+        if self._recorder is not None:
+            self._recorder.free()
 
     # ---- Pages ---------------------------------------------------------------------------------
 
@@ -372,7 +378,7 @@ class Runtime:
         self._recorded_pages.put(key, recording)
         if recording:
             return recording.replay(batch.pixels)
-        if self._recorder is None or self.mode != "graphs":  # a recording has just failed
+        if self._recorder is None or self.mode != "graphs":  # no GPU, or recording has just failed
             return work(batch.pixels)
         return self._recorder.run(work, batch.pixels)
 

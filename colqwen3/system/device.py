@@ -17,6 +17,8 @@ logger = logging.getLogger(__name__)
 ActivationsKind = Literal["bfloat16", "int8"]
 """What the decoder's linears take when served: 16 bits, or 8 wherever that is faster."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+"""Variable and value with which cuBLAS is deterministic; of the size it has on an H100 anyway."""
 MEMBERSHIP, CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 """The cgroups that this process is in, and where Linux mounts their limits."""
 
@@ -115,7 +117,7 @@ def make_deterministic(seed: int = 0) -> None:
 
     To be called before the process's first product on a GPU: cuBLAS reads its setting then.
     """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # of the size it has on an H100
+    os.environ.setdefault(*CUBLAS_WORKSPACE)
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(True, warn_only=True)
     # filling every new tensor would expose reads of unwritten memory; it costs time, changes nothing

@@ -63,17 +63,49 @@ def test_what_runs_unrecorded_uses_the_memory_of_recordings_and_keeps_its_own_re
         return torch.nn.functional.normalize(x.float(), dim=-1)
 
     recorder = Recorder(torch.device("cuda"))
-    inputs = [torch.randn(n, 2048, device="cuda", dtype=torch.bfloat16) for n in (512, 512, 256)]
+    sizes = 16384, 16384, 8192
+    inputs = [torch.randn(n, 2048, device="cuda", dtype=torch.bfloat16) for n in sizes]
     recording = recorder.record(work, inputs[0].clone())
-    expected = [work(x) for x in inputs]
+    expected = [work(x).cpu() for x in inputs]
     torch.cuda.empty_cache()
     reserved = torch.cuda.memory_reserved()
     vectors = recorder.run(work, inputs[1])
-    assert torch.cuda.memory_reserved() - reserved <= 20 << 20  # the result, a segment of its own
+    result = 16384 * 2048 * 4
+    assert torch.cuda.memory_reserved() - reserved <= result + (20 << 20)
     replayed = recording.replay(inputs[0])
     again = recorder.run(work, inputs[2])
     for actual, x in ((replayed, 0), (vectors, 1), (again, 2)):
-        torch.testing.assert_close(actual, expected[x], atol=1e-3, rtol=0)
+        torch.testing.assert_close(actual.cpu(), expected[x], atol=1e-3, rtol=0)
+    with pytest.raises(OSError, match="half way"):
+        recorder.run(lambda x: fails(work(x)), inputs[1])
+    assert torch.cuda.current_stream() != recorder.stream
+    torch.testing.assert_close(recording.replay(inputs[0]).cpu(), expected[0], atol=1e-3, rtol=0)
+    del recording
+    before = torch.cuda.memory_reserved()
+    recorder.free()
+    assert before - torch.cuda.memory_reserved() >= result
+
+
+def fails(_: torch.Tensor) -> torch.Tensor:
+    raise OSError("half way")
+
+
+def test_a_run_without_memory_is_repeated_once_the_cache_is_emptied(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    happened: list[str] = []
+
+    def run_once(work: object, inputs: torch.Tensor) -> torch.Tensor:
+        happened.append("run")
+        if "emptied" not in happened:
+            raise torch.OutOfMemoryError
+        return inputs
+
+    recorder = Recorder.__new__(Recorder)  # without a GPU there is no stream
+    monkeypatch.setattr(recorder, "_run", run_once)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: happened.append("emptied"))
+    assert recorder.run(lambda x: x, torch.ones(1)) == 1
+    assert happened == ["run", "emptied", "run"]
 
 
 @needs_gpu

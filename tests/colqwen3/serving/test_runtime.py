@@ -381,16 +381,39 @@ def test_recorded_sizes_of_pages_are_bounded(
     assert len(recorded) == 2
 
 
+def test_pages_seen_first_run_in_the_memory_of_recordings(
+    recorded: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime, ran = load_runtime(GOLDEN / "model", CPU, torch.float32), []
+
+    def run(work: Any, inputs: torch.Tensor) -> torch.Tensor:
+        ran.append(tuple(inputs.shape))
+        vectors: torch.Tensor = work(inputs)
+        return vectors
+
+    monkeypatch.setattr(runtime, "_recorder", SimpleNamespace(run=run))
+    runtime.mode = "graphs"
+    image = page(PAGES[0])
+    expected = load_runtime(GOLDEN / "model", CPU, torch.float32).embed_pages([image])[0]
+    for _ in range(3):
+        (vectors,) = runtime.embed_pages([image])
+        torch.testing.assert_close(vectors, expected, atol=1e-5, rtol=0)
+    assert len(ran) == len(recorded) == 1
+
+
 def test_when_recording_fails_the_mode_says_so(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    runtime = load_runtime(GOLDEN / "model", CPU, torch.float32)
+    runtime, freed = load_runtime(GOLDEN / "model", CPU, torch.float32), []
     runtime.mode = "graphs"
-    monkeypatch.setattr(runtime, "_recorder", SimpleNamespace(record=raises))
+    monkeypatch.setattr(
+        runtime, "_recorder", SimpleNamespace(record=raises, free=lambda: freed.append(True))
+    )
     name, text = next(iter(QUERIES.items()))
     (vectors,) = runtime.embed_queries([text])
     torch.testing.assert_close(vectors, EMBEDDINGS[f"query/{name}"], atol=1e-5, rtol=0)
     assert runtime.runs("eager")
+    assert freed
     assert "CUDA graphs do not work here (no compiler here)" in caplog.text
 
 
