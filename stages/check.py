@@ -72,7 +72,7 @@ def misleading_names(params: Params) -> list[str]:
             size = f"{recipe.bits:g} bits" if recipe.bits is not None else "a budget of bytes"
             lines.append(
                 f"recipes.{name} has {size} and group size {recipe.group_size}, which its name "
-                "contradicts; rename it"
+                "contradicts; rename it, unless it is for a trial"
             )
     return lines
 

@@ -20,10 +20,16 @@ def find_model(source: str, revision: str | None = None, trust_remote_code: bool
     Raises
     ------
     UserError
-        If `source` is neither a folder nor a Hub id whose files can be fetched.
+        If `source` is neither a folder nor a Hub id whose files can be fetched, or a folder is given
+        with a revision.
     """
     folder = expand_user(source)
     if source and path_is(folder, Path.is_dir):
+        if revision is not None:
+            raise UserError(
+                f"{source}: is a folder, and only a Hub id has revisions; leave --revision out (in "
+                "params.yaml set model.revision to null)"
+            )
         return folder
     if not re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", source) or ".." in source:
         raise UserError(f"{source}: no such folder; give a model folder or a Hub id (owner/name)")

@@ -55,8 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="ray: a Ray cluster, or this machine if RAY_ADDRESS is not set (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--actors", type=positive, default=1, metavar="N",
-        help="embedding actors of Ray, one GPU each (default: %(default)s)",
+        "--actors", type=positive, metavar="N",
+        help="embedding actors of Ray, one GPU each (default: 1)",
     )  # fmt: skip
     parser.add_argument(
         "--strict", action="store_true", help="end at the first page that cannot be embedded"
@@ -99,6 +99,10 @@ def execute(args: argparse.Namespace) -> None:
     """
     if args.out.is_file():
         args.parser.error("--out must name a folder")
+    if args.actors and args.engine != "ray":
+        args.parser.error(
+            "--actors is for --engine ray; accelerate launch uses several GPUs without"
+        )
     from colqwen3.checkpoint.hub import find_model
     from colqwen3.corpus.job import CorpusOptions, embed_corpus, plan_corpus
     from colqwen3.corpus.sources import find_sources
@@ -122,7 +126,8 @@ def execute(args: argparse.Namespace) -> None:
         from colqwen3.corpus.ray_engine import embed_with_ray, start_ray
 
         device = start_ray(args.device)
-        embed_with_ray(plan_corpus(model, pages, args.out, options, device), device, args.actors)
+        plan = plan_corpus(model, pages, args.out, options, device)
+        embed_with_ray(plan, device, args.actors or 1)
     else:
         part = find_part()
         device = choose_device(args.device, part.local_rank)

@@ -13,7 +13,6 @@ from pathlib import Path
 from colqwen3.system.errors import UserError
 
 EXAMPLE = "colqwen3 search --original DIR vectors-16bit/ --quantized DIR vectors-4bit/"
-STREAMLIT = "streamlit>=1.50"
 ADDRESS = "127.0.0.1"
 
 
@@ -39,13 +38,13 @@ def execute(args: argparse.Namespace) -> None:
     UserError
         If Streamlit is not installed, or a folder of vectors or the list of queries is not there.
     """
-    if find_spec("streamlit") is None:
-        raise UserError(f"streamlit is not installed; run `pip install '{STREAMLIT}'`")
     for _, vectors in (args.original, args.quantized):
         if not Path(vectors).is_dir():
             raise UserError(f"{vectors}: no such folder; run `colqwen3 embed-corpus` first")
     if args.queries is not None and not args.queries.is_file():
         raise UserError(f"{args.queries}: no such file; correct --queries")
+    if find_spec("streamlit") is None:
+        raise UserError("streamlit is not installed; run `pip install '.[search]'`")
     os.execv(sys.executable, command(args))
 
 

@@ -218,7 +218,12 @@ def embed_corpus(plan: Plan, device: torch.device, part: Part = Part()) -> None:
         folder holds shards of another model, of other options or of more pages.
     """
     lock = Lock(plan.out / f".rank-{part.rank}.lock")
-    plan.out.mkdir(parents=True, exist_ok=True)
+    try:
+        plan.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{plan.out}: cannot be made ({error.strerror}); give --out a folder where you may write"
+        ) from None
     if not lock.take():
         raise UserError(
             f"{plan.out}: process {lock.holder()} is working on it; wait for it or stop it"
@@ -230,7 +235,7 @@ def embed_corpus(plan: Plan, device: torch.device, part: Part = Part()) -> None:
         total = sum(len(shard.pages) for shard in mine)
         left = sum(len(shard.pages) for shard, _ in missing)
         if left < total:
-            logger.info("continuing: %d of %d pages are embedded", total - left, total)
+            logger.info("continuing: %d of %d pages are done", total - left, total)
         if missing:
             check_space(plan.out, _bytes_left(plan, left), "the vectors")
             embedder = plan.load(device)

@@ -61,7 +61,8 @@ def find_sources(inputs: Iterable[str]) -> list[Source]:
         before = len(pages)
         pages += _pages_of(text)
         if len(pages) == before:
-            raise UserError(f"{text}: contains no PNG, JPEG or PDF; correct the path")
+            what = "no lines" if Path(text).suffix.lower() in LISTS else "no PNG, JPEG or PDF"
+            raise UserError(f"{text}: contains {what}; correct the path")
     seen: set[str] = set()
     for page in pages:
         if page.id in seen:
@@ -136,6 +137,8 @@ def _list(path: Path) -> Iterator[Source]:
             raise UserError(f"{where}: page is {page!r}; give a whole number from 1")
         if id_ is not None and (not isinstance(id_, str) or not id_.strip()):
             raise UserError(f"{where}: id is {id_!r}; give a text that is not blank")
+        if page is not None and not file.lower().endswith(PDF):
+            raise UserError(f"{where}: page is for PDFs, and {file} is none; leave it out")
         yield from _file(str(path.parent / file), id_, page)
 
 

@@ -132,7 +132,9 @@ def _read_lines(path: Path) -> list[str]:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); add it") from None
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}); add it, or correct the path"
+        ) from None
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

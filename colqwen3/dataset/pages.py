@@ -87,7 +87,8 @@ def find_pages(folder: Path) -> dict[str, Page]:
         entries = sorted(folder.iterdir(), key=lambda path: path.name)
     except OSError as error:
         reason = error.strerror
-        raise UserError(f"{folder}: cannot be read ({reason}); give the pages there") from None
+        fix = "give the folder of pages" if folder.is_file() else "give the pages there"
+        raise UserError(f"{folder}: cannot be read ({reason}); {fix}") from None
     # names with a leading dot are left by desktops and archivers next to the real files
     entries = [path for path in entries if not path.name.startswith(".")]
     pages: dict[str, Page] = {}

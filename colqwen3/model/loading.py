@@ -76,7 +76,10 @@ def load_processor(
 
 
 def load_model(
-    folder: Path, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False
+    folder: Path | str,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    trust_remote_code: bool = False,
 ) -> ColQwen3:
     """Load a model for embedding, in evaluation mode, with dense weights of `dtype`.
 
@@ -88,6 +91,7 @@ def load_model(
     UserError
         If a file is damaged, or the tensors are not those of a ColQwen3.
     """
+    folder = Path(folder)
     quantization = quantization_config(folder)
     read_headers(folder)
     _warn_of_trust(folder, trust_remote_code)

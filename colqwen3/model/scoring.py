@@ -34,12 +34,17 @@ def max_sim(
     Raises
     ------
     ValueError
-        If there are no queries or no pages, or `batch_size` is below 1.
+        If there are no queries or no pages, they are not of one width, or `batch_size` is below 1.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, not a number above 0")
     if len(queries) == 0 or len(pages) == 0:
         raise ValueError("need at least one query and one page")
+    if queries[0].shape[-1] != pages[0].shape[-1]:
+        raise ValueError(
+            f"vectors of queries have {queries[0].shape[-1]} numbers and those of pages "
+            f"{pages[0].shape[-1]}: they are not of one model"
+        )
     rows = []
     for q in range(0, len(queries), batch_size):
         query = pad_sequence(

@@ -92,6 +92,8 @@ def load_runtime(
         raise ValueError(
             f"activations is {activations!r}; give one of {', '.join(get_args(ActivationsKind))}"
         )
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise ValueError(f"dtype is {dtype!r}; give one of torch, as torch.bfloat16")
     if max_num_visual_tokens < MINIMUM_VISUAL_TOKENS:
         raise ValueError(f"max_num_visual_tokens is {max_num_visual_tokens}; give at least 4")
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -342,10 +342,10 @@ class Runtime:
         ValueError
             If a page has no pixels, or is more than 200 times as long as wide.
         """
+        if isinstance(pages, Image.Image) or not all(isinstance(p, Image.Image) for p in pages):
+            raise TypeError("embed_pages takes a list of PIL images")
         if not pages:
             return []
-        if not all(isinstance(page, Image.Image) for page in pages):
-            raise TypeError("embed_pages takes a list of PIL images")
         inputs = self.processor.cut_pages(pages)
         vectors = self.run_pages(inputs)
         rows = self.token_ids(inputs)

@@ -219,6 +219,8 @@ def _describe(error: ValidationError, schema: type[BaseModel]) -> str:
             "union_tag_invalid": "method must be autoround, gptq or rtn",
         }
         message = messages.get(first["type"], first["msg"].removeprefix("Value error, "))
+        if first["type"] == "union_tag_invalid":
+            message += f" (it is {quote(first['ctx']['tag'])})"
         if first["type"] not in messages and not isinstance(first["input"], dict):
             message += f" (it is {quote(first['input'])})"
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""

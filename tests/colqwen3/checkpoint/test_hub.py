@@ -23,7 +23,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_local_folder_is_taken_as_it_is(folder: Path, hub: Path) -> None:
     assert find_model(str(folder), None) == folder
-    assert find_model("model", "6" * 40) == Path("model")
+    assert find_model("model", None) == Path("model")
     (hub.parent / "owner" / "name").mkdir(parents=True)
     assert find_model("owner/name", None) == Path("owner/name")
 
@@ -46,6 +46,11 @@ def test_local_folder_is_taken_as_it_is(folder: Path, hub: Path) -> None:
 def test_what_is_neither_folder_nor_hub_id_is_refused(hub: Path, source: str) -> None:
     said = refusal(find_model, source, None)
     assert said == f"{source}: no such folder; give a model folder or a Hub id (owner/name)"
+
+
+def test_a_folder_has_no_revisions(folder: Path) -> None:
+    said = refusal(find_model, str(folder), "6" * 40)
+    assert said.startswith(f"{folder}: is a folder, and only a Hub id has revisions; leave")
 
 
 def test_file_is_no_model_folder(folder: Path) -> None:

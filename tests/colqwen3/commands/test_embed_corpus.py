@@ -49,6 +49,7 @@ def test_command_embeds_what_it_can_and_says_what_it_could_not(scans: Path, tmp_
         (["--pages-per-shard", "0"], "above 0"),
         (["--pages-per-shard", "5000"], "more than 4096"),
         (["--workers", "-1"], "from 0 to 256"),
+        (["--actors", "2"], "--actors is for --engine ray"),
     ],
 )
 def test_arguments_out_of_range_are_rejected(
@@ -58,6 +59,14 @@ def test_arguments_out_of_range_are_rejected(
         execute("embed-corpus", "--model", MODEL, "scans", "--out", tmp_path / "out", *words)
     assert caught.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_made_is_named(scans: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    out = tmp_path / "file/vectors"
+    with pytest.raises(UserError) as caught:
+        execute("embed-corpus", "--model", MODEL, scans, "--out", out)
+    assert str(caught.value).startswith(f"{out}: cannot be made (Not a directory); give --out a ")
 
 
 def test_a_launcher_says_which_process_this_is(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,6 +83,10 @@ def test_a_list_names_pages_beside_itself(folder: Path, kind: str) -> None:
         ('{"path": "a.png", "id": " "}', "line 2: id is ' '"),
         ('{"path": "a.png", "pages": 1}', "line 2: unknown key 'pages'"),
         ('{"path": "b/2.png"}', "the id 'in/b/2.png' repeats"),
+        (
+            '{"path": "a.png", "page": 2}',
+            "line 2: page is for PDFs, and a.png is none; leave it out",
+        ),
     ],
 )
 def test_a_malformed_list_is_named_with_its_line(folder: Path, line: str, problem: str) -> None:
@@ -94,10 +98,12 @@ def test_a_malformed_list_is_named_with_its_line(folder: Path, line: str, proble
 
 def test_inputs_that_give_nothing_are_rejected(folder: Path) -> None:
     (folder / "empty").mkdir()
+    (folder / "blank.jsonl").touch()
     for text, problem in (
         ("no", "no: no such file or folder"),
         ("empty", "empty: contains no PNG, JPEG or PDF"),
         ("in/*.gif", "contains no PNG"),
+        ("blank.jsonl", "blank.jsonl: contains no lines"),
     ):
         with pytest.raises(UserError, match=problem):
             find_sources([text])

@@ -54,6 +54,11 @@ def test_a_batch_of_nothing_is_an_error(batch_size: int) -> None:
         max_sim(QUERIES, PAGES, batch_size)
 
 
+def test_vectors_of_different_models_are_an_error() -> None:
+    with pytest.raises(ValueError, match=r"queries have 3 numbers and those of pages 4: .*model"):
+        max_sim([torch.ones(2, 3)], [torch.ones(5, 4)])
+
+
 def test_zero_rows_change_nothing() -> None:
     scores = max_sim(padded(QUERIES), padded(PAGES))
     torch.testing.assert_close(scores, expected(), atol=1e-6, rtol=0)

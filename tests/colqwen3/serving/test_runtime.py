@@ -428,6 +428,10 @@ def test_wrong_arguments_are_named(runtime: Runtime) -> None:
         runtime.embed_queries("a text")
     with pytest.raises(TypeError, match="list of PIL images"):
         runtime.embed_pages(["a.png"])  # type: ignore[list-item]
+    with pytest.raises(TypeError, match="list of PIL images"):
+        runtime.embed_pages(page(PAGES[0]))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"dtype is 'float32'; give one of torch"):
+        load_runtime(GOLDEN / "model", CPU, "float32")  # type: ignore[arg-type]
 
 
 def test_16_bit_pages_are_not_white(runtime: Runtime) -> None:
