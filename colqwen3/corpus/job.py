@@ -218,12 +218,7 @@ def embed_corpus(plan: Plan, device: torch.device, part: Part = Part()) -> None:
         folder holds shards of another model, of other options or of more pages.
     """
     lock = Lock(plan.out / f".rank-{part.rank}.lock")
-    try:
-        plan.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"{plan.out}: cannot be made ({error.strerror}); give --out a folder where you may write"
-        ) from None
+    make_folder(plan.out)
     if not lock.take():
         raise UserError(
             f"{plan.out}: process {lock.holder()} is working on it; wait for it or stop it"
@@ -313,6 +308,22 @@ class Writer:
             if self._plan.options.strict:
                 raise error
             logger.warning("%s", error)
+
+
+def make_folder(out: Path) -> None:
+    """Make the folder of the shards, if it is not there.
+
+    Raises
+    ------
+    UserError
+        If that is not possible.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{out}: cannot be made ({error.strerror}); give --out a folder where you may write"
+        ) from None
 
 
 def start_manifest(plan: Plan, machine: str) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors.numpy import load, save
 
-from colqwen3.corpus.job import CPU_BATCH, Plan, find_missing, finish, start_manifest
+from colqwen3.corpus.job import CPU_BATCH, Plan, find_missing, finish, make_folder, start_manifest
 from colqwen3.corpus.shards import Shard
 from colqwen3.corpus.sources import Source
 from colqwen3.dataset.patches import Cutter, PreparedPage
@@ -83,7 +83,7 @@ def embed_with_ray(plan: Plan, device: torch.device, actors: int) -> None:
     """
     import ray
 
-    plan.out.mkdir(parents=True, exist_ok=True)
+    make_folder(plan.out)
     on_gpu = device.type == "cuda"
     start_manifest(plan, "GPUs of a Ray cluster" if on_gpu else device_name(device))
     missing = find_missing(plan, plan.shards)
