@@ -63,8 +63,7 @@ class ColQwen3Encoder:
     ) -> None:
         options = options or EmbeddingOptions()
         trust = options.trust_remote_code
-        name = source or model_name
-        folder = find_model(name, None if Path(name).is_dir() else revision, trust)
+        folder = find_model(source or model_name, revision, trust)
         where = torch.device(device) if device else choose_device(options.device)
         self.visual_tokens = options.visual_tokens_per_batch
         self.embedder = load_embedder(

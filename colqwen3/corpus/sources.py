@@ -95,6 +95,10 @@ def _is_page(path: str) -> bool:
     return os.path.splitext(path)[1].lower() in (*IMAGES, PDF)
 
 
+def _is_pdf(path: str) -> bool:
+    return os.path.splitext(path)[1].lower() == PDF
+
+
 def _walk(folder: Path) -> Iterator[str]:
     """Yield the files of a folder and its subfolders that are pages by their names, sorted."""
 
@@ -111,7 +115,7 @@ def _walk(folder: Path) -> Iterator[str]:
 def _file(path: str, id_: str | None = None, page: int | None = None) -> Iterator[Source]:
     """Yield the page or pages of a file."""
     name = normalized(Path(path).as_posix()) if id_ is None else id_
-    if os.path.splitext(path)[1].lower() != PDF:
+    if not _is_pdf(path):
         yield Source(name, path)
     elif page is not None:
         yield Source(name if id_ is not None else f"{name}#page={page}", path, page)
@@ -137,7 +141,7 @@ def _list(path: Path) -> Iterator[Source]:
             raise UserError(f"{where}: page is {page!r}; give a whole number from 1")
         if id_ is not None and (not isinstance(id_, str) or not id_.strip()):
             raise UserError(f"{where}: id is {id_!r}; give a text that is not blank")
-        if page is not None and not file.lower().endswith(PDF):
+        if page is not None and not _is_pdf(file):
             raise UserError(f"{where}: page is for PDFs, and {file} is none; leave it out")
         yield from _file(str(path.parent / file), id_, page)
 

@@ -1,6 +1,7 @@
 """What counts as agreement, and, where there is a GPU, recordings that replay on other inputs."""
 
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -34,8 +35,8 @@ def test_what_was_used_longest_ago_is_forgotten() -> None:
     assert (recent.get(1), 3 in recent) == ("again", False)
 
 
-@needs_gpu
-def test_recordings_take_no_memory_of_their_own() -> None:
+def products() -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return a forward on [tokens, 2048] whose intermediate results take memory."""
     weight = torch.randn(2048, 2048, device="cuda", dtype=torch.bfloat16)
 
     def work(x: torch.Tensor) -> torch.Tensor:
@@ -43,6 +44,12 @@ def test_recordings_take_no_memory_of_their_own() -> None:
             x = x @ weight
         return torch.nn.functional.normalize(x.float(), dim=-1)
 
+    return work
+
+
+@needs_gpu
+def test_recordings_take_no_memory_of_their_own() -> None:
+    work = products()
     recorder = Recorder(torch.device("cuda"))
     kept, taken = [], []
     for tokens in (512, 448, 384, 320, 256):
@@ -55,13 +62,7 @@ def test_recordings_take_no_memory_of_their_own() -> None:
 
 @needs_gpu
 def test_what_runs_unrecorded_uses_the_memory_of_recordings_and_keeps_its_own_result() -> None:
-    weight = torch.randn(2048, 2048, device="cuda", dtype=torch.bfloat16)
-
-    def work(x: torch.Tensor) -> torch.Tensor:
-        for _ in range(4):
-            x = x @ weight
-        return torch.nn.functional.normalize(x.float(), dim=-1)
-
+    work = products()
     recorder = Recorder(torch.device("cuda"))
     sizes = 16384, 16384, 8192
     inputs = [torch.randn(n, 2048, device="cuda", dtype=torch.bfloat16) for n in sizes]

@@ -453,7 +453,10 @@ BAD = [
     ("size: 128", "size: -1", "recipes.tuned.group_size: ", "32, 64 or 128 (it is -1)"),
     ("sym: true", "sym: false", "recipes.tuned.sym: ", "asymmetric checkpoints cannot be loaded"),
     ("sym: True", "sym: false", "recipes.plain.sym: ", "asymmetric checkpoints cannot be loaded"),
-    ("method: rtn", "method: awq", "recipes.plain: ", "autoround, gptq or rtn (it is 'awq')"),
+    (
+        "method: rtn", "method: awq", "recipes.plain: ",
+        "method must be autoround, gptq or rtn (it is 'awq')",
+    ),
     ("method: rtn", "method: RTN", "recipes.plain: ", "method must be autoround, gptq or rtn"),
     ("method: rtn", "method:", "recipes.plain: ", "method must be autoround, gptq or rtn"),
     ("queries: 3", "queries: -1", "calibration.sets.some.queries: ", "-1"),
