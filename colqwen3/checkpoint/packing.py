@@ -1,6 +1,6 @@
 """Rounding to nearest, and the packed weights of the ``auto_round`` checkpoint format."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 
@@ -224,6 +224,28 @@ def unpack(qweight: torch.Tensor, qzeros: torch.Tensor, bits: int) -> torch.Tens
     codes = _unpack_rows(qweight.T.contiguous(), bits)
     zeros = (_unpack_rows(qzeros, bits) + 1).T.unsqueeze(-1)
     return codes.view(len(codes), len(qzeros), -1).sub_(zeros).flatten(1)
+
+
+def reorder_outputs(
+    parts: Mapping[str, torch.Tensor], order: torch.Tensor, bits: int
+) -> dict[str, torch.Tensor]:
+    """Return a packed linear with its outputs in another order.
+
+    Parameters
+    ----------
+    parts
+        As `pack` returns them.
+    order
+        Integers [out_features]: which output comes first, second and so on.
+    bits
+        Bits of one weight.
+    """
+    zeros = _unpack_rows(parts["qzeros"], bits)[:, order].to(torch.uint8)
+    return {
+        "qweight": parts["qweight"][:, order],
+        "qzeros": _pack_rows(zeros, bits),
+        "scales": parts["scales"][:, order],
+    }
 
 
 def dequantize(

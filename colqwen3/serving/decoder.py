@@ -6,13 +6,14 @@ change, and no mask is needed.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn import functional
 
 from colqwen3.serving.fused import Operations
 from colqwen3.serving.int8 import Int8Tokens
-from colqwen3.serving.linears import DecoderLinear, Linear
+from colqwen3.serving.linears import DecoderLinear, Gated, Linear
 
 SHORT = 64
 """Tokens up to which attention is one kernel with what comes before it."""
@@ -22,7 +23,10 @@ SHORT_HEAD_DIMS = (32, 64, 128, 256)
 
 @dataclass(frozen=True)
 class DecoderLayer:
-    """Weights of one decoder layer; linears that read the same input are one."""
+    """Weights of one decoder layer; linears that read the same input are one.
+
+    Outputs of `gate_up` are as `fused.gate` takes them, or what it gives.
+    """
 
     input_norm: torch.Tensor
     qkv: DecoderLinear
@@ -32,6 +36,11 @@ class DecoderLayer:
     post_attention_norm: torch.Tensor
     gate_up: DecoderLinear
     down: DecoderLinear
+
+
+def gated(made: torch.Tensor | Gated, operations: Operations) -> Any:
+    """Return the inputs of `down`, given what `gate_up` has made."""
+    return made.values if isinstance(made, Gated) else operations.gate(made)
 
 
 @dataclass(frozen=True)
@@ -92,7 +101,7 @@ class Decoder:
             mixed = self._attend(layer, h, cos, sin, operations, (batch, tokens))
             change = layer.o(operations.attended(mixed))
             x, h = operations.add_rms_norm(x, change, layer.post_attention_norm, self.eps)
-            change = layer.down(operations.gate(layer.gate_up(h)))
+            change = layer.down(gated(layer.gate_up(h), operations))
             if deepstack and index < len(deepstack[1]):
                 change.index_add_(0, deepstack[0], deepstack[1][index])
             last = index + 1 == len(self.layers)

@@ -18,6 +18,8 @@ import torch
 import triton
 import triton.language as tl
 
+from colqwen3.serving.fused import run_length
+
 EARLY_FROM = (9, 0)
 """Capability of the GPUs that can start a kernel while the last one is finishing."""
 GATE_BLOCK, GATE_WARPS = 2048, 8
@@ -84,16 +86,18 @@ def _add_norm(
 
 @triton.jit
 def _gate(
-    gate_up, out, width, BLOCK: tl.constexpr, EARLY: tl.constexpr
+    gate_up, out, width, RUN: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr
 ):  # fmt: skip  # pragma: no cover - on a GPU
     blocks = tl.cdiv(width, BLOCK)
     token = (tl.program_id(0) // blocks).to(tl.int64)
-    columns = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    run = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK // RUN)[:, None] * RUN
+    columns = run + tl.arange(0, RUN)[None, :]
     inside = columns < width
+    place = gate_up + token * 2 * width + 2 * run + tl.arange(0, RUN)[None, :]
     let_next_start(EARLY)
     await_previous(EARLY)
-    first = tl.load(gate_up + token * 2 * width + columns, mask=inside, other=0.0)
-    second = tl.load(gate_up + (token * 2 + 1) * width + columns, mask=inside, other=0.0)
+    first = tl.load(place, mask=inside, other=0.0)
+    second = tl.load(place + RUN, mask=inside, other=0.0)
     wide = first.to(tl.float32)
     silu = (wide / (1.0 + tl.exp(-wide))).to(first.dtype)
     tl.store(out + token * width + columns, silu * second, mask=inside)
@@ -172,7 +176,7 @@ def gate(gate_up: torch.Tensor) -> torch.Tensor:
     out, early = gate_up.new_empty(tokens, width), starts_early(gate_up.device)
     _gate[tokens * triton.cdiv(width, GATE_BLOCK),](
         gate_up, out, width,
-        BLOCK=GATE_BLOCK, EARLY=early, launch_pdl=early, num_warps=GATE_WARPS,
+        RUN=run_length(width), BLOCK=GATE_BLOCK, EARLY=early, launch_pdl=early, num_warps=GATE_WARPS,
     )  # fmt: skip
     return out
 

@@ -12,6 +12,9 @@ from colqwen3.serving.int8 import Int8Tokens, quantize_tokens, rotate
 
 Operation = Callable[..., Any]
 
+RUN = 8
+"""Features of a gate, and then of what it multiplies, that alternate: see `gate`."""
+
 
 class Operations(NamedTuple):
     """The functions below or kernels for them, and what does several of them at once.
@@ -120,10 +123,41 @@ def rotate_vision(
     return q, k
 
 
+def run_length(width: int) -> int:
+    """Return how many features alternate where there are `width` of each kind."""
+    return min(RUN, width & -width)  # the largest power of two that divides it
+
+
+def alternating(width: int) -> torch.Tensor:
+    """Return the order of features that `gate` takes.
+
+    Returns
+    -------
+    torch.Tensor
+        Integers [2 x width], counted with all of the gate first, and then all that it multiplies.
+    """
+    return torch.arange(2 * width).view(2, -1, run_length(width)).transpose(0, 1).flatten()
+
+
 def gate(gate_up: torch.Tensor) -> torch.Tensor:
-    """Return SiLU of the first half of the features times the second half."""
-    first, second = gate_up.chunk(2, -1)
-    return functional.silu(first) * second
+    """Return SiLU of some features times others; the two alternate by `RUN`.
+
+    So a product that gives both has what belongs together in one thread, see `humming_gate`.
+
+    Parameters
+    ----------
+    gate_up
+        [tokens, 2 x features]: `RUN` of the gate, `RUN` that they multiply, and so on.
+
+    Returns
+    -------
+    torch.Tensor
+        [tokens, features].
+    """
+    run = run_length(gate_up.shape[-1] // 2)
+    first, second = gate_up.view(*gate_up.shape[:-1], -1, 2, run).unbind(-2)
+    product: torch.Tensor = functional.silu(first) * second
+    return product.flatten(-2)
 
 
 def gelu(x: torch.Tensor) -> torch.Tensor:

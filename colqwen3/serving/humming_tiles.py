@@ -4,11 +4,13 @@ A product of [tokens, inputs] and [inputs, outputs] is cut into tiles of tokens 
 them at a time. humming takes the fewest tiles along the tokens, and splits those of the last wave
 along the inputs where they would leave multiprocessors idle ("stream-K"). Each choice here was timed
 against humming's own on the shapes of the 4B model, see docs/benchmarks.md. Where none may be split,
-they are the same up to 256 tokens, and beyond the best by the same estimate.
+they are the same up to 256 tokens, and beyond the best by the same estimate. So are those of a product
+with a gate at its end, see `humming_gate`.
 """
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 Options = dict[str, Any]
@@ -19,12 +21,14 @@ MINIMUM_WIDTH = 2048
 """Inputs and outputs of the smallest linear they are used for; those timed had 2,560 and more."""
 NARROW, WIDE, DEPTH = 128, 256, 64
 """Outputs of a tile, and inputs of a step."""
-OWN_UP_TO, OWN_BEYOND = 16, 2048
+OWN_UP_TO, OWN_BEYOND = 16, 8192
 """Tokens outside of which humming's own tiles are taken: others were not faster, or not surely."""
-WHOLE_UP_TO = 8192
-"""`OWN_BEYOND` where no tile may be split."""
+SPLIT_UP_TO = 2048
+"""Tokens beyond which no tile is split."""
 WAVES_FROM = 256
-"""Tokens beyond which tiles are chosen by what `_cost` estimates."""
+"""Tokens beyond which tiles are chosen by what `_cost` estimates, and a gate is part of a product."""
+GATE_TILE_TOKENS = tuple(range(88, 185, 8))
+"""Tokens of a tile of a product with a gate, to choose from."""
 WIDE_TILE_TOKENS = (88, 104, 120, 128, 144, 152, 168, 184)
 """Tokens of a wide tile, to choose from."""
 SPLIT_COST, TILE_COST = 16, 48
@@ -65,19 +69,31 @@ def has_tiles(capability: tuple[int, int], bits: int, product: Product) -> bool:
 
 def replace_tiles(own: list[Range], product: Product) -> list[Range]:
     """Return humming's own ranges of tokens with the tiles of this module between them."""
-    ranges = _ranges(product)
-    last = ranges[-1].up_to
+    ranges = _merge(product, OWN_UP_TO, OWN_BEYOND, choose_tile)
     small = [r._replace(up_to=min(r.up_to, OWN_UP_TO)) for r in own if r.beyond < OWN_UP_TO]
-    large = [r._replace(beyond=max(r.beyond, last)) for r in own if r.up_to > last]
+    large = [r._replace(beyond=max(r.beyond, OWN_BEYOND)) for r in own if r.up_to > OWN_BEYOND]
     return [*small, *ranges, *large]
 
 
+def gated_ranges(product: Product, last: int) -> list[Range]:
+    """Return the tiles of a product with a gate, for up to `last` tokens.
+
+    They are for more than `WAVES_FROM`, but humming asks for one token's too.
+    """
+    ranges = list(_merge(product, WAVES_FROM, OWN_BEYOND, choose_gated_tile))
+    ranges[0] = ranges[0]._replace(beyond=0)
+    ranges[-1] = ranges[-1]._replace(up_to=last)
+    return ranges
+
+
 @functools.cache
-def _ranges(product: Product) -> tuple[Range, ...]:
+def _merge(
+    product: Product, beyond: int, up_to: int, choose: Callable[[Product, int], Options]
+) -> tuple[Range, ...]:
+    """Return the ranges of tokens that have the same options."""
     ranges: list[Range] = []
-    last = OWN_BEYOND if product.may_split else WHOLE_UP_TO
-    for tokens in range(OWN_UP_TO + 8, last + 1, 8):
-        options = choose_tile(product, tokens)
+    for tokens in range(beyond + 8, up_to + 1, 8):
+        options = choose(product, tokens)
         if ranges and ranges[-1].options == options:
             ranges[-1] = ranges[-1]._replace(up_to=tokens)
         else:
@@ -88,7 +104,9 @@ def _ranges(product: Product) -> tuple[Range, ...]:
 def trial_tokens(product: Product) -> list[int]:
     """Return numbers of tokens, one for each tile, that leave its last one along the tokens ragged."""
     tokens: dict[str, int] = {}
-    for beyond, up_to, options in _ranges(product):
+    plain = _merge(product, OWN_UP_TO, OWN_BEYOND, choose_tile)
+    gated = _merge(product, WAVES_FROM, OWN_BEYOND, choose_gated_tile)
+    for beyond, up_to, options in (*plain, *gated):
         tokens.setdefault(str(options), max(beyond + 1, up_to - 3))
     return list(tokens.values())
 
@@ -96,11 +114,17 @@ def trial_tokens(product: Product) -> list[int]:
 def choose_tile(product: Product, tokens: int) -> Options:
     """Return the options of a product of more than 16 tokens."""
     if tokens > WAVES_FROM:
-        splits = (False, True) if product.may_split else (False,)
+        splits = (False, True) if product.may_split and tokens <= SPLIT_UP_TO else (False,)
         pairs = [(each, split) for each in WIDE_TILE_TOKENS for split in splits]
         each, split = min(pairs, key=lambda pair: _cost(product, tokens, *pair))
         return _tile(each, WIDE, split=split)
     return _choose_narrow_tile(product, tokens) | {"use_stream_k": product.may_split}
+
+
+def choose_gated_tile(product: Product, tokens: int) -> Options:
+    """Return the options of a product with a gate, of more than `WAVES_FROM` tokens."""
+    each = min(GATE_TILE_TOKENS, key=lambda each: _cost(product, tokens, each, split=False))
+    return _tile(each, WIDE, split=False)
 
 
 def _choose_narrow_tile(product: Product, tokens: int) -> Options:

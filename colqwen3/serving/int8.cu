@@ -90,10 +90,10 @@ template <int VECTORS> __global__ void gate(const uint4 *x, s8 *codes, float *sc
   for (int i = 0; i < VECTORS; i++) {
     int at = threadIdx.x + i * blockDim.x;
     if (at < vectors) {
-      const uint4 *row = x + (size_t)blockIdx.x * 2 * vectors + at;
+      const uint4 *both = x + ((size_t)blockIdx.x * vectors + at) * 2;
       float up[8];
-      widen(row[0], values[i]);
-      widen(row[vectors], up);
+      widen(both[0], values[i]);
+      widen(both[1], up);
 #pragma unroll
       for (int j = 0; j < 8; j++) values[i][j] = values[i][j] / (1 + __expf(-values[i][j])) * up[j];
     }

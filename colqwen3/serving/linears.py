@@ -7,14 +7,23 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional
 
 from colqwen3.checkpoint.packing import dense_weight, dequantize, unpack
 from colqwen3.model.modeling_colqwen3 import dequantize_rows
-from colqwen3.serving.humming_tiles import Product, Range, has_tiles, replace_tiles, trial_tokens
+from colqwen3.serving.fused import gate as apply_gate
+from colqwen3.serving.humming_tiles import (
+    WAVES_FROM,
+    Product,
+    Range,
+    gated_ranges,
+    has_tiles,
+    replace_tiles,
+    trial_tokens,
+)
 from colqwen3.serving.int8 import (
     Int8Tokens,
     Int8Weight,
@@ -30,8 +39,8 @@ logger = logging.getLogger(__name__)
 
 Linear = Callable[[torch.Tensor], torch.Tensor]
 """[tokens, in_features] -> [tokens, out_features]."""
-DecoderLinear = Callable[[Any], torch.Tensor]
-"""A linear whose inputs may also be `Int8Tokens`, if it was built for that."""
+DecoderLinear = Callable[[Any], Any]
+"""A linear whose inputs may also be `Int8Tokens`, and its outputs `Gated`, if it was built for that."""
 Embeddings = Callable[[torch.Tensor], torch.Tensor]
 """Token ids [...] -> vectors [..., hidden]."""
 BYTE = 8
@@ -46,14 +55,35 @@ MAXIMUM_ERROR, MAXIMUM_LOCAL_ERROR = 0.02, 0.1
 TRIED_TOKENS, GPU_TRIED_TOKENS = (16, 64, 256), (1291, 2100)
 
 
+class Gated(NamedTuple):
+    """What a gate gives, by the product that gives its inputs.
+
+    Attributes
+    ----------
+    values
+        [tokens, features].
+    """
+
+    values: torch.Tensor
+
+
 def dense(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
     """Return the linear of a dense weight [out_features, in_features]."""
     return lambda x: functional.linear(x, weight, bias)
 
 
-def side_by_side(linears: Sequence[DecoderLinear]) -> DecoderLinear:
-    """Return linears of one input as one, outputs in a row."""
-    return lambda x: torch.cat([linear(x) for linear in linears], -1)
+def side_by_side(
+    linears: Sequence[DecoderLinear], order: Callable[[int], torch.Tensor] | None = None
+) -> DecoderLinear:
+    """Return linears of one input as one, outputs in a row, or in the order for half as many."""
+
+    def call(x: Any) -> torch.Tensor:
+        outputs = torch.cat([linear(x) for linear in linears], -1)
+        if order is None:
+            return outputs
+        return outputs[:, order(outputs.shape[1] // 2).to(outputs.device)]
+
+    return call
 
 
 def dequantized_on_use(parts: Parts, bias: torch.Tensor, dtype: torch.dtype) -> Linear:
@@ -84,12 +114,18 @@ def packed_embeddings(
 
 
 def humming(
-    parts: Parts, bits: int, group_size: int, dtype: torch.dtype, own_tiles: bool = False
-) -> Linear:
+    parts: Parts,
+    bits: int,
+    group_size: int,
+    dtype: torch.dtype,
+    own_tiles: bool = False,
+    gate: bool = False,
+) -> DecoderLinear:
     """Return a packed linear that the humming kernels compute; on the device of `parts`.
 
     The weights are copied into another layout, so `parts` can be freed. Tiles are those of
-    `humming_tiles` where it has some, unless humming's own are wanted.
+    `humming_tiles` where it has some, unless humming's own are wanted. With these, outputs of which a
+    `gate` is computed, as `fused.gate` takes them, are `Gated` for more than `WAVES_FROM` tokens.
 
     Raises
     ------
@@ -97,7 +133,7 @@ def humming(
         If humming is not installed.
     """
     product = None if own_tiles else humming_product(parts, bits)
-    return _without_overhead(_humming_layer(parts, bits, group_size, dtype), product)
+    return _without_overhead(_humming_layer(parts, bits, group_size, dtype), product, gate)
 
 
 def humming_product(parts: Parts, bits: int) -> Product | None:
@@ -136,14 +172,16 @@ def _humming_layer(parts: Parts, bits: int, group_size: int, dtype: torch.dtype)
     return layer
 
 
-def _without_overhead(layer: Any, product: Product | None) -> Linear:
-    """Return what a humming layer computes, its configuration written out once.
+def _without_overhead(layer: Any, product: Product | None, gate: bool) -> DecoderLinear:
+    """Return what a humming layer computes, its kernels made once.
 
     Its tiles are those of `product`, if it is given. Each kernel starts while the previous one is
     finishing.
     """
-    from humming import ops
+    from humming.kernel.humming import HummingKernel
     from humming.tune import get_heuristics_config
+
+    from colqwen3.serving.humming_gate import GatedKernel, gated_config
 
     own = get_heuristics_config(
         layer.humming_config,
@@ -151,22 +189,29 @@ def _without_overhead(layer: Any, product: Product | None) -> Linear:
         device=layer.weight.device,
     )
     ranges = [Range(*each) for each in own]
-    if product is not None:
-        ranges = replace_tiles(ranges, product)
-    tuning = json.dumps(
-        [[beyond, up_to, {**options, "use_pdl": True}] for beyond, up_to, options in ranges]
-    )
-    config = layer.humming_config.to_str()
+    config, last = layer.humming_config.to_str(), ranges[-1].up_to
+    if product is None:
+        return _launched(layer, HummingKernel, config, ranges)
+    ranges = replace_tiles(ranges, product)
+    if not gate:
+        return _launched(layer, HummingKernel, config, ranges)
+    few = [each for each in ranges if each.beyond < WAVES_FROM]
+    plain = _launched(layer, HummingKernel, config, few)
+    gated = _launched(layer, GatedKernel, gated_config(config), gated_ranges(product, last))
+    return lambda x: Gated(gated(x)) if len(x) > WAVES_FROM else plain(x)
+
+
+def _launched(layer: Any, kernel: Any, config: str, ranges: Sequence[Range]) -> Linear:
+    """Return what starts kernels of humming for ranges of tokens, which are compiled here."""
+    from humming.ops import launch_kernel
+
+    tuning = [[beyond, up_to, {**options, "use_pdl": True}] for beyond, up_to, options in ranges]
+    configs = kernel.prepare_kernels(config, None, json.dumps(tuning), layer.weight.device)
     weight, scale, locks = layer.weight.data, layer.weight_scale.data, layer.locks
 
     def call(x: torch.Tensor) -> torch.Tensor:
-        outputs: torch.Tensor = ops.humming_gemm(
-            layer_config=config,
-            tuning_config=tuning,
-            inputs=x,
-            weight=weight,
-            weight_scale=scale,
-            locks=locks,
+        outputs: torch.Tensor = launch_kernel(
+            configs=configs, inputs=x, weight=weight, weight_scale=scale, locks=locks
         )
         return outputs
 
@@ -174,11 +219,12 @@ def _without_overhead(layer: Any, product: Product | None) -> Linear:
 
 
 def humming_or_int8(
-    parts: Parts, group_size: int, rotated: bool, own_tiles: bool = False
+    parts: Parts, group_size: int, rotated: bool, own_tiles: bool = False, gate: bool = False
 ) -> DecoderLinear:
     """Return a 4-bit linear that humming computes on bfloat16 inputs, and int8 kernels on others.
 
-    Its weights are kept once, in humming's layout. Inputs in 8 bits may be `rotated`.
+    Its weights are kept once, in humming's layout. Inputs in 8 bits may be `rotated`. Outputs of a
+    `gate` are as of `humming`, for bfloat16 inputs.
     """
     from colqwen3.serving import int8_kernels as kernels
 
@@ -208,7 +254,7 @@ def humming_or_int8(
         return kernels.multiply(x, kernels.unpack(weight))
 
     product = None if own_tiles else humming_product(parts, 4)
-    return either(_without_overhead(layer, product), in_int8)
+    return either(_without_overhead(layer, product, gate), in_int8)
 
 
 def streams_int8(bits: int, inputs: int, group_size: int) -> bool:
@@ -232,7 +278,7 @@ def packed_in_int8(parts: Parts, bits: int, dtype: torch.dtype, rotated: bool) -
     return rotate_into_int8(codes, scales) if rotated else express_in_int8(codes, scales, bits)
 
 
-def either(linear: Linear, in_int8: Callable[[Int8Tokens], torch.Tensor]) -> DecoderLinear:
+def either(linear: DecoderLinear, in_int8: Callable[[Int8Tokens], torch.Tensor]) -> DecoderLinear:
     """Return what computes one linear on inputs of either kind."""
     return lambda x: in_int8(x) if isinstance(x, Int8Tokens) else linear(x)
 
@@ -265,7 +311,7 @@ def dequantized(parts: Parts, bits: int, group_size: int, dtype: torch.dtype) ->
 
 
 OWN_TILES = "humming, its own tiles"
-KERNELS: dict[str, Callable[..., Linear]] = {
+KERNELS: dict[str, Callable[..., DecoderLinear]] = {
     "dense": dequantized,
     "humming": humming,
     OWN_TILES: functools.partial(humming, own_tiles=True),
@@ -274,7 +320,17 @@ KERNELS: dict[str, Callable[..., Linear]] = {
 """Name -> what builds a packed linear for it."""
 
 
-def choose_kernel(parts: Parts, bits: int, group_size: int, dtype: torch.dtype) -> str:
+def build(
+    name: str, parts: Parts, bits: int, group_size: int, dtype: torch.dtype, gate: bool
+) -> DecoderLinear:
+    """Return the packed linear of a kernel; only humming's has use for whether a `gate` follows."""
+    more = {"gate": gate} if name == "humming" else {}
+    return KERNELS[name](parts, bits, group_size, dtype, **more)
+
+
+def choose_kernel(
+    parts: Parts, bits: int, group_size: int, dtype: torch.dtype, gate: bool = False
+) -> str:
     """Return the name of the kernel for packed linears, by a trial with the linear `parts`.
 
     On a GPU that is humming when it is installed, on a CPU auto-round-lib when it is installed and
@@ -297,7 +353,7 @@ def choose_kernel(parts: Parts, bits: int, group_size: int, dtype: torch.dtype) 
             message = "%s: %s are tried with humming's own tiles, which are slower"
             logger.log(level, message, problem, what)
         try:
-            linear = KERNELS[name](parts, bits, group_size, dtype)
+            linear = build(name, parts, bits, group_size, dtype, gate)
             whole, local = kernel_errors(linear, parts, bits, dtype)
             if whole < MAXIMUM_ERROR and local < MAXIMUM_LOCAL_ERROR:  # NaN is not
                 if gpu:
@@ -327,7 +383,7 @@ def _cpu_seconds(linear: Linear, inputs: int, dtype: torch.dtype) -> float:
 
 @torch.inference_mode()
 def kernel_errors(
-    linear: Linear, parts: Parts, bits: int, dtype: torch.dtype
+    linear: DecoderLinear, parts: Parts, bits: int, dtype: torch.dtype
 ) -> tuple[float, float]:
     """Return how far a linear is from the dequantized weight, relative, on random inputs.
 
@@ -344,8 +400,10 @@ def kernel_errors(
     errors = []
     for tokens in [*tried, *(trial_tokens(product) if product else ())]:
         x = torch.randn(tokens, weight.shape[1], generator=generator, device=weight.device)
-        expected = x.to(dtype).float() @ weight.T
-        error = linear(x.to(dtype)).float().sub_(expected)
+        actual, expected = linear(x.to(dtype)), x.to(dtype).float() @ weight.T
+        if isinstance(actual, Gated):
+            actual, expected = actual.values, apply_gate(expected)
+        error = actual.float().sub_(expected)
         errors.append(torch.stack([error.norm() / expected.norm(), local_error(error, expected)]))
     whole, local = torch.stack(errors).amax(0).tolist()  # NaN stays NaN
     return whole, local

@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from colqwen3.serving.decoder import Decoder, DecoderLayer
+from colqwen3.serving.decoder import Decoder, DecoderLayer, gated
 from colqwen3.serving.fused import Operations
-from colqwen3.serving.linears import local_error
+from colqwen3.serving.linears import Gated, local_error
 from colqwen3.system.files import digest_file, write_json
 
 logger = logging.getLogger(__name__)
@@ -34,8 +34,8 @@ LAYERS = 4
 WARMUP, REPLAYS = 3, 7
 TRIED_TOKENS = (65, 300, 1291)
 CODE = (
-    "int8.cu", "int8_kernels.py", "linears.py", "humming_tiles.py", "fused.py", "early_kernels.py",
-    "token_table.py",
+    "int8.cu", "int8_kernels.py", "linears.py", "humming_tiles.py", "humming_gate.py",
+    "humming_gate.cu", "fused.py", "early_kernels.py", "token_table.py",
 )  # fmt: skip
 LIBRARIES = ("torch", "triton", "humming-kernels")
 
@@ -180,7 +180,7 @@ def _work(
     x: torch.Tensor,
     change: torch.Tensor,
     mixed: torch.Tensor,
-) -> Callable[[], list[torch.Tensor]]:
+) -> Callable[[], list[Any]]:
     """Return what computes all that a layer does but attention; it gives the linears' outputs."""
 
     def work() -> list[torch.Tensor]:
@@ -189,7 +189,7 @@ def _work(
         o = layer.o(operations.attended(mixed))
         _, h = operations.add_rms_norm(x, o, layer.post_attention_norm, decoder.eps)
         gate_up = layer.gate_up(h)
-        return [qkv, o, gate_up, layer.down(operations.gate(gate_up))]
+        return [qkv, o, gate_up, layer.down(gated(gate_up, operations))]
 
     return work
 
@@ -211,6 +211,8 @@ def linears_apart(decoder: Decoder, operations: Operations, int8: Operations) ->
             _work(decoder, decoder.layers[0], kind, *inputs)() for kind in (operations, int8)
         )
         for expected, actual in zip(in_16, in_8, strict=True):
+            if isinstance(expected, Gated):
+                expected, actual = expected.values, operations.gate(actual)
             # in place: a page's are the largest tensors there are
             worst.append(local_error(actual.sub_(expected), expected))
     return float(torch.stack(worst).max())

@@ -9,7 +9,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionRotaryEm
 
 from colqwen3.checkpoint.headers import Checkpoint
 from colqwen3.checkpoint.layout import BLOCKS, EMBEDDINGS
-from colqwen3.checkpoint.packing import PACKED_TENSORS, dequantize
+from colqwen3.checkpoint.packing import PACKED_TENSORS, dequantize, reorder_outputs
 from colqwen3.checkpoint.quantization import (
     PACKED_TABLE,
     check_bits,
@@ -19,15 +19,16 @@ from colqwen3.checkpoint.quantization import (
 from colqwen3.checkpoint.tensor_file import read_tensor
 from colqwen3.model.configuration_colqwen3 import ColQwen3Config
 from colqwen3.serving.decoder import Decoder, DecoderLayer
+from colqwen3.serving.fused import alternating
 from colqwen3.serving.int8 import quantize_weight, rotate
 from colqwen3.serving.linears import (
     BYTE,
-    KERNELS,
     OWN_TILES,
     DecoderLinear,
     Embeddings,
     Linear,
     Parts,
+    build,
     choose_kernel,
     dense,
     dense_embeddings,
@@ -98,11 +99,11 @@ class Weights:
         assert self.quantization is not None
         return linear_bits(self.quantization, linear)
 
-    def _kernel(self, bits: int, parts: Parts) -> str:
+    def _kernel(self, bits: int, parts: Parts, gate: bool) -> str:
         """Return the kernel for linears of such bits and size, tried with the linear `parts`."""
         key = bits, parts["qweight"].shape
         if key not in self._kernels:
-            self._kernels[key] = choose_kernel(parts, bits, self._group_size, self._dtype)
+            self._kernels[key] = choose_kernel(parts, bits, self._group_size, self._dtype, gate)
         return self._kernels[key]
 
     def _read(self, name: str) -> torch.Tensor:
@@ -146,13 +147,16 @@ class Weights:
             weight = dequantize(**packed, bits=bits).to(self._dtype)
         return dense(weight, self.tensor(f"{name}.bias"))
 
-    def merged(self, *names: str, rotated: bool = False) -> DecoderLinear:
+    def merged(self, *names: str, rotated: bool = False, gate: bool = False) -> DecoderLinear:
         """Return linears of the decoder that read the same input as one, outputs in a row.
 
-        Inputs in 8 bits may be `rotated`, see `int8.rotate`.
+        Inputs in 8 bits may be `rotated`, see `int8.rotate`. The outputs of two linears of a `gate`
+        are as `fused.gate` takes them, or what it gives.
         """
         if f"{names[0]}.weight" in self._stored:
             weight = torch.cat([self.tensor(f"{name}.weight") for name in names])
+            if gate:
+                weight = weight[alternating(len(weight) // 2)]
             linear = dense(weight)
             if self._int8:
                 whole = rotate(weight) if rotated else weight
@@ -160,13 +164,18 @@ class Weights:
             return linear
         widths = {self._bits(name) for name in names}
         if len(widths) > 1:  # no recipe makes this, another program may
-            return side_by_side([self.merged(name, rotated=rotated) for name in names])
+            linears = [self.merged(name, rotated=rotated) for name in names]
+            return side_by_side(linears, alternating if gate else None)
         (bits,), parts = widths, self._packed(names)
-        kernel, inputs = self._kernel(bits, parts), parts["qweight"].shape[0] * 32 // bits
+        if gate:
+            order = alternating(parts["scales"].shape[1] // 2)
+            parts = reorder_outputs(parts, order.to(self._device), bits)
+        kernel = self._kernel(bits, parts, gate)
+        inputs = parts["qweight"].shape[0] * 32 // bits
         on_humming = kernel in ("humming", OWN_TILES)
         if self._int8 and on_humming and streams_int8(bits, inputs, self._group_size):
-            return humming_or_int8(parts, self._group_size, rotated, kernel == OWN_TILES)
-        linear = KERNELS[kernel](parts, bits, self._group_size, self._dtype)
+            return humming_or_int8(parts, self._group_size, rotated, kernel == OWN_TILES, gate)
+        linear = build(kernel, parts, bits, self._group_size, self._dtype, gate)
         if self._int8:
             in_int8 = packed_in_int8(parts, bits, self._dtype, rotated)
             return with_int8_weight(linear, in_int8, self._dtype)
@@ -194,7 +203,7 @@ def build_decoder(weights: Weights, config: ColQwen3Config) -> Decoder:
             k_norm=weights.tensor(f"{attention}.k_norm.weight"),
             o=weights.merged(f"{attention}.o_proj"),
             post_attention_norm=weights.tensor(f"{at}.post_attention_layernorm.weight"),
-            gate_up=weights.merged(f"{mlp}.gate_proj", f"{mlp}.up_proj"),
+            gate_up=weights.merged(f"{mlp}.gate_proj", f"{mlp}.up_proj", gate=True),
             down=weights.merged(f"{mlp}.down_proj", rotated=True),
         )
 

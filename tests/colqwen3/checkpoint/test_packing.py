@@ -39,6 +39,21 @@ def test_dequantize_equals_arithmetic_by_hand(bits: int, group_size: int) -> Non
     np.testing.assert_array_equal(dense.numpy(), expected)
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_outputs_in_another_order_keep_their_weights(bits: int) -> None:
+    rng = np.random.default_rng(bits)
+    parts = {
+        "qweight": torch.from_numpy(pack(rng.integers(0, 2**bits, (64, 128)), bits).T.copy()),
+        "qzeros": torch.from_numpy(pack(rng.integers(0, 2**bits - 1, (2, 64)), bits).copy()),
+        "scales": torch.from_numpy(rng.normal(size=(2, 64)).astype(np.float16)),
+    }
+    order = torch.from_numpy(rng.permutation(64))
+    moved = packing.reorder_outputs(parts, order, bits)
+    expected = dequantize(**parts, bits=bits)[order]
+    assert torch.equal(dequantize(**moved, bits=bits), expected)
+    assert not torch.equal(expected, dequantize(**parts, bits=bits))
+
+
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_dequantize_equals_the_library_layer(bits: int) -> None:
     from auto_round_extension.torch.qlinear_torch_zp import QuantLinear

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from colqwen3.checkpoint.packing import pack, pack_table
-from colqwen3.serving import linears
+from colqwen3.serving import fused, linears
 from colqwen3.serving.humming_tiles import Product
 from colqwen3.serving.linears import (
     OWN_TILES,
@@ -214,7 +214,7 @@ def test_where_tiles_fail_hummings_own_are_used(
         return lambda x: x
 
     for name in ("humming", OWN_TILES):
-        monkeypatch.setitem(linears.KERNELS, name, lambda *_, name=name: make(name))
+        monkeypatch.setitem(linears.KERNELS, name, lambda *_, name=name, **more: make(name))
     monkeypatch.setattr(linears, "find_spec", lambda _: "installed")
     monkeypatch.setattr(linears, "kernel_errors", lambda *_: (0.0, 0.0))
     monkeypatch.setattr(linears, "humming_product", lambda *_: Product(64, 32, 132))
@@ -233,16 +233,47 @@ def test_where_tiles_fail_hummings_own_are_used(
         assert "served dense" in warnings[1]
 
 
+def test_a_gate_within_a_product_is_compared_with_one_after_it() -> None:
+    packed = parts(64, 32)
+    plain = dequantized(packed, 4, 32, F32)
+
+    def errors(gated: Linear) -> tuple[float, float]:
+        return kernel_errors(lambda x: linears.Gated(gated(x)), packed, 4, F32)
+
+    assert max(errors(lambda x: fused.gate(plain(x)))) < 1e-5
+    for wrong in (
+        lambda x: fused.gate(1.2 * plain(x)),
+        lambda x: fused.gate(plain(x).roll(1, 1)),
+        lambda x: fused.gate(plain(x)) * (torch.arange(16) != 5),
+    ):
+        assert max(errors(wrong)) > linears.MAXIMUM_LOCAL_ERROR
+
+
+def test_only_hummings_kernel_is_told_of_a_gate(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: dict[str, Any] = {}
+
+    def make(name: str, more: dict[str, Any]) -> Linear:
+        told[name] = more
+        return lambda x: x
+
+    for name in linears.KERNELS:
+        builder = lambda *_, name=name, **more: make(name, more)  # noqa: E731
+        monkeypatch.setitem(linears.KERNELS, name, builder)
+        linears.build(name, parts(), 4, 32, F32, gate=True)
+    assert told == {name: {} for name in linears.KERNELS} | {"humming": {"gate": True}}
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="humming needs a GPU")
 @pytest.mark.parametrize(
-    ("inputs", "outputs", "group_size", "deterministic"),
-    [(2560, 19456, 128, False), (9728, 2560, 64, True), (512, 768, 32, True)],
+    ("inputs", "outputs", "group_size", "deterministic", "gate"),
+    [(2560, 19456, 128, False, True), (9728, 2560, 64, True, False), (512, 768, 32, True, True)],
 )
 def test_humming_is_right_with_each_of_its_tiles(
     inputs: int,
     outputs: int,
     group_size: int,
     deterministic: bool,
+    gate: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pytest.importorskip("humming")
@@ -251,7 +282,7 @@ def test_humming_is_right_with_each_of_its_tiles(
     codes = torch.randint(-8, 8, (outputs, inputs), dtype=torch.int8, generator=generator)
     scales = torch.rand(outputs, inputs // group_size, generator=generator).half() + 0.1
     packed = {name: part.cuda() for name, part in pack(codes, scales, 4).items()}
-    linear = linears.humming(packed, 4, group_size, torch.bfloat16)
+    linear = linears.humming(packed, 4, group_size, torch.bfloat16, gate=gate)
     whole, local = kernel_errors(linear, packed, 4, torch.bfloat16)
     assert whole < 0.01
     assert local < 0.05

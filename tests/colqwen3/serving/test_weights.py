@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from colqwen3.serving import weights
+from colqwen3.serving import fused, weights
 from colqwen3.serving.linears import KERNELS, Parts
 from colqwen3.serving.weights import Weights
 from colqwen3.system.errors import UserError
@@ -28,6 +28,21 @@ def test_merged_linears_give_their_outputs_in_a_row() -> None:
     actual = Weights(GOLDEN, CPU, F32, {}).merged(*names)(x)
     expected = torch.cat([x @ tensors[f"{name}.weight"].float().T for name in names], 1)
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_outputs_of_a_gate_alternate(
+    mixed: bool, quantized: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [f"vlm.model.language_model.layers.1.mlp.{part}_proj" for part in ("gate", "up")]
+    read = Weights(quantized, CPU, F32, read_json(quantized / "config.json", "fetch it"))
+    x = torch.randn(3, 128)
+    gate, up = (read.merged(name)(x) for name in names)
+    if mixed:  # as if their bits differed, which no recipe makes
+        right, said = read._bits, iter([4, 8])
+        monkeypatch.setattr(read, "_bits", lambda name: next(said, right(name)))
+    expected = torch.nn.functional.silu(gate) * up
+    torch.testing.assert_close(fused.gate(read.merged(*names, gate=True)(x)), expected)
 
 
 def test_each_size_of_packed_linears_has_a_kernel_of_its_own(
