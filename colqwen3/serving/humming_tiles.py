@@ -21,16 +21,19 @@ MINIMUM_WIDTH = 2048
 """Inputs and outputs of the smallest linear they are used for; those timed had 2,560 and more."""
 NARROW, WIDE, DEPTH = 128, 256, 64
 """Outputs of a tile, and inputs of a step."""
-OWN_UP_TO, OWN_BEYOND = 16, 8192
-"""Tokens outside of which humming's own tiles are taken: others were not faster, or not surely."""
-SPLIT_UP_TO = 2048
-"""Tokens beyond which no tile is split."""
+OWN_UP_TO = 16
+"""Tokens up to which humming's own tiles are taken: others were not faster."""
+ESTIMATED_UP_TO = 8192
+"""Tokens beyond which all tiles are `LARGEST`; those that may not be split are humming's own there."""
 WAVES_FROM = 256
 """Tokens beyond which tiles are chosen by what `_cost` estimates, and a gate is part of a product."""
-GATE_TILE_TOKENS = tuple(range(88, 185, 8))
-"""Tokens of a tile of a product with a gate, to choose from."""
-WIDE_TILE_TOKENS = (88, 104, 120, 128, 144, 152, 168, 184)
+WHOLE_TILE_TOKENS = tuple(range(88, 185, 8))
+"""Tokens of a wide tile that may not be split, with a gate or for more than `LARGE_FROM` tokens."""
+WIDE_TILE_TOKENS: tuple[int, ...] = (88, 104, 120, 128, 144, 152, 168, 184)
 """Tokens of a wide tile, to choose from."""
+LARGE_FROM, LARGE_TILE_TOKENS = 2048, (160, 176, 192)
+"""Tokens beyond which wide tiles are larger, and their tokens."""
+LARGEST = 192
 SPLIT_COST, TILE_COST = 16, 48
 """Of `_cost`: what agreed best with the times of products of 416 to 1,664 tokens, issued later."""
 FEW_TOKENS = 56
@@ -69,9 +72,16 @@ def has_tiles(capability: tuple[int, int], bits: int, product: Product) -> bool:
 
 def replace_tiles(own: list[Range], product: Product) -> list[Range]:
     """Return humming's own ranges of tokens with the tiles of this module between them."""
-    ranges = _merge(product, OWN_UP_TO, OWN_BEYOND, choose_tile)
+    ranges = _merge(product, OWN_UP_TO, ESTIMATED_UP_TO, choose_tile)
     small = [r._replace(up_to=min(r.up_to, OWN_UP_TO)) for r in own if r.beyond < OWN_UP_TO]
-    large = [r._replace(beyond=max(r.beyond, OWN_BEYOND)) for r in own if r.up_to > OWN_BEYOND]
+    if product.may_split:
+        large = [Range(ESTIMATED_UP_TO, own[-1].up_to, _tile(LARGEST, WIDE))]
+    else:
+        large = [
+            r._replace(beyond=max(r.beyond, ESTIMATED_UP_TO))
+            for r in own
+            if r.up_to > ESTIMATED_UP_TO
+        ]
     return [*small, *ranges, *large]
 
 
@@ -80,7 +90,7 @@ def gated_ranges(product: Product, last: int) -> list[Range]:
 
     They are for more than `WAVES_FROM`, but humming asks for one token's too.
     """
-    ranges = list(_merge(product, WAVES_FROM, OWN_BEYOND, choose_gated_tile))
+    ranges = list(_merge(product, WAVES_FROM, ESTIMATED_UP_TO, choose_gated_tile))
     ranges[0] = ranges[0]._replace(beyond=0)
     ranges[-1] = ranges[-1]._replace(up_to=last)
     return ranges
@@ -104,9 +114,10 @@ def _merge(
 def trial_tokens(product: Product) -> list[int]:
     """Return numbers of tokens, one for each tile, that leave its last one along the tokens ragged."""
     tokens: dict[str, int] = {}
-    plain = _merge(product, OWN_UP_TO, OWN_BEYOND, choose_tile)
-    gated = _merge(product, WAVES_FROM, OWN_BEYOND, choose_gated_tile)
-    for beyond, up_to, options in (*plain, *gated):
+    plain = _merge(product, OWN_UP_TO, ESTIMATED_UP_TO, choose_tile)
+    gated = _merge(product, WAVES_FROM, ESTIMATED_UP_TO, choose_gated_tile)
+    largest = Range(ESTIMATED_UP_TO, ESTIMATED_UP_TO + 8, _tile(LARGEST, WIDE))
+    for beyond, up_to, options in (*plain, *gated, largest):
         tokens.setdefault(str(options), max(beyond + 1, up_to - 3))
     return list(tokens.values())
 
@@ -114,8 +125,10 @@ def trial_tokens(product: Product) -> list[int]:
 def choose_tile(product: Product, tokens: int) -> Options:
     """Return the options of a product of more than 16 tokens."""
     if tokens > WAVES_FROM:
-        splits = (False, True) if product.may_split and tokens <= SPLIT_UP_TO else (False,)
-        pairs = [(each, split) for each in WIDE_TILE_TOKENS for split in splits]
+        splits, sizes = (False, True) if product.may_split else (False,), WIDE_TILE_TOKENS
+        if tokens > LARGE_FROM:
+            sizes = LARGE_TILE_TOKENS if product.may_split else WHOLE_TILE_TOKENS
+        pairs = [(each, split) for each in sizes for split in splits]
         each, split = min(pairs, key=lambda pair: _cost(product, tokens, *pair))
         return _tile(each, WIDE, split=split)
     return _choose_narrow_tile(product, tokens) | {"use_stream_k": product.may_split}
@@ -123,7 +136,7 @@ def choose_tile(product: Product, tokens: int) -> Options:
 
 def choose_gated_tile(product: Product, tokens: int) -> Options:
     """Return the options of a product with a gate, of more than `WAVES_FROM` tokens."""
-    each = min(GATE_TILE_TOKENS, key=lambda each: _cost(product, tokens, each, split=False))
+    each = min(WHOLE_TILE_TOKENS, key=lambda each: _cost(product, tokens, each, split=False))
     return _tile(each, WIDE, split=False)
 
 

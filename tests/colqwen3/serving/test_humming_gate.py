@@ -14,8 +14,8 @@ pytest.importorskip("humming")
 from colqwen3.serving import early_kernels
 
 
-@pytest.mark.parametrize(("inputs", "width", "group_size"), [(2560, 9728, 128), (2048, 1152, 32)])
-def test_it_gives_the_bits_of_two_kernels(inputs: int, width: int, group_size: int) -> None:
+def test_it_gives_the_bits_of_two_kernels() -> None:
+    inputs, width, group_size = 2560, 9728, 128  # compiled for another test too
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(-8, 8, (2 * width, inputs), dtype=torch.int8, generator=generator)
     scales = torch.rand(2 * width, inputs // group_size, generator=generator).half() * 0.02
