@@ -173,7 +173,7 @@ def _humming_layer(parts: Parts, bits: int, group_size: int, dtype: torch.dtype)
 
 
 def _without_overhead(layer: Any, product: Product | None, gate: bool) -> DecoderLinear:
-    """Return what a humming layer computes, its kernels made once.
+    """Return what a humming layer computes, its configuration written out once.
 
     Its tiles are those of `product`, if it is given. Each kernel starts while the previous one is
     finishing.
@@ -202,16 +202,18 @@ def _without_overhead(layer: Any, product: Product | None, gate: bool) -> Decode
 
 
 def _launched(layer: Any, kernel: Any, config: str, ranges: Sequence[Range]) -> Linear:
-    """Return what starts kernels of humming for ranges of tokens, which are compiled here."""
+    """Return what starts kernels of humming for ranges of tokens; its first call compiles them."""
     from humming.ops import launch_kernel
 
     tuning = [[beyond, up_to, {**options, "use_pdl": True}] for beyond, up_to, options in ranges]
-    configs = kernel.prepare_kernels(config, None, json.dumps(tuning), layer.weight.device)
+    made = functools.cache(
+        lambda: kernel.prepare_kernels(config, None, json.dumps(tuning), layer.weight.device)
+    )
     weight, scale, locks = layer.weight.data, layer.weight_scale.data, layer.locks
 
     def call(x: torch.Tensor) -> torch.Tensor:
         outputs: torch.Tensor = launch_kernel(
-            configs=configs, inputs=x, weight=weight, weight_scale=scale, locks=locks
+            configs=made(), inputs=x, weight=weight, weight_scale=scale, locks=locks
         )
         return outputs
 

@@ -9,7 +9,7 @@ import argparse
 import logging
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,9 @@ from typing import Any
 import torch
 
 from colqwen3.checkpoint.packing import dequantize, pack
-from colqwen3.serving.fused import gate, unchanged
 from colqwen3.serving.linears import (
     KERNELS,
     OWN_TILES,
-    Gated,
     Linear,
     auto_round_lib,
     dense,
@@ -132,35 +130,6 @@ def candidates(device: str) -> dict[str, tuple[torch.dtype, Candidate]]:
     }
 
 
-def gated_candidates() -> dict[str, tuple[torch.dtype, Candidate]]:
-    """Return what computes a gate from its inputs' product, within it or after it, on a GPU."""
-    from colqwen3.serving import early_kernels
-
-    bf16 = torch.bfloat16
-
-    def after(make: Candidate) -> Candidate:
-        def gated(parts: Parts) -> Linear:
-            linear = make(parts)
-            return lambda x: early_kernels.gate(linear(x))
-
-        return gated
-
-    def within(parts: Parts) -> Linear:
-        linear = humming(parts, BITS, GROUP_SIZE, bf16, gate=True)
-
-        def gated(x: torch.Tensor) -> torch.Tensor:
-            made = linear(x)
-            return made.values if isinstance(made, Gated) else early_kernels.gate(made)
-
-        return gated
-
-    return {
-        "dense bfloat16": (bf16, after(lambda parts: dense(dense_weight(parts, bf16)))),
-        "humming": (bf16, after(lambda parts: humming(parts, BITS, GROUP_SIZE, bf16))),
-        "humming, within": (bf16, within),
-    }
-
-
 def time_us(works: list[Callable[[], object]], device: torch.device) -> float:
     """Return the median microseconds of one of several works done in a row."""
     for work in works:
@@ -191,22 +160,15 @@ def time_us(works: list[Callable[[], object]], device: torch.device) -> float:
 
 @torch.inference_mode()
 def measure(
-    make: Candidate,
-    dtype: torch.dtype,
-    weights: list[Parts],
-    device: torch.device,
-    then: Linear = unchanged,
+    make: Candidate, dtype: torch.dtype, weights: list[Parts], device: torch.device
 ) -> dict[str, Any]:
-    """Return microseconds and relative error by number of tokens.
-
-    `then` is what is computed of the products.
-    """
+    """Return microseconds and relative error by number of tokens."""
     linears = [make(parts) for parts in weights]
     reference = dense_weight(weights[0], torch.float32)
     result: dict[str, Any] = {}
     for tokens in TOKENS[device.type]:
         x = torch.randn(tokens, reference.shape[1], device=device).to(dtype)
-        expected = then(x.float() @ reference.T)
+        expected = x.float() @ reference.T
         error = float((linears[0](x).float() - expected).norm() / expected.norm())
         taken = time_us([partial(linear, x) for linear in linears], device)
         result[str(tokens)] = {"us": round(taken, 1), "error": float(f"{error:.2g}")}
@@ -218,32 +180,16 @@ def measure_all(device: torch.device) -> Iterator[tuple[str, dict[str, Any]]]:
     for name, (inputs, outputs) in shapes().items():
         copies = 2 if device.type == "cpu" else max(2, int(2 * WEIGHTS_BYTES / (inputs * outputs)))
         weights = [random_parts(inputs, outputs, device, seed) for seed in range(copies)]
-        sizes = {"inputs": inputs, "outputs": outputs}
-        made = candidates(device.type)
-        yield name, {**sizes, "kernels": measure_each(name, made, weights, device)}
-        if name == "gate_up" and device.type == "cuda":
-            name, made = "gate_up and gate", gated_candidates()
-            yield name, {**sizes, "kernels": measure_each(name, made, weights, device, gate)}
-
-
-def measure_each(
-    name: str,
-    made: Mapping[str, tuple[torch.dtype, Candidate]],
-    weights: list[Parts],
-    device: torch.device,
-    then: Linear = unchanged,
-) -> dict[str, Any]:
-    """Return what was measured of each candidate that is installed."""
-    timings: dict[str, Any] = {}
-    for candidate, (dtype, make) in made.items():
-        try:
-            timings[candidate] = measure(make, dtype, weights, device, then)
-        except ImportError as error:
-            logger.warning("%s is left out: %s", candidate, str(error).splitlines()[0])
-        except Exception as error:  # a kernel can fail in any way; the others go on
-            timings[candidate] = {"failed": first_line(error)[:200]}
-        print(name, candidate, timings.get(candidate), flush=True)
-    return timings
+        timings: dict[str, Any] = {}
+        for candidate, (dtype, make) in candidates(device.type).items():
+            try:
+                timings[candidate] = measure(make, dtype, weights, device)
+            except ImportError as error:
+                logger.warning("%s is left out: %s", candidate, str(error).splitlines()[0])
+            except Exception as error:  # a kernel can fail in any way; the others go on
+                timings[candidate] = {"failed": first_line(error)[:200]}
+            print(name, candidate, timings.get(candidate), flush=True)
+        yield name, {"inputs": inputs, "outputs": outputs, "kernels": timings}
 
 
 def main() -> None:
