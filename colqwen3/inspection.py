@@ -91,7 +91,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         )
     if config.get("quantization_config") is not None:
         raise UserError(
-            f"{path}: the model is already quantized; give the 16-bit original as model.source"
+            f"{path}: the model is already quantized; give its 16-bit original, in params.yaml as "
+            "model.source"
         )
     check_tokenizer(folder, config)
     return config

@@ -137,18 +137,20 @@ def humming(
 
 
 def humming_product(parts: Parts, bits: int) -> Product | None:
-    """Return what the tiles of a packed linear depend on, or None if it has humming's own.
-
-    They are not split while torch is asked for deterministic algorithms.
-    """
+    """Return what the tiles of a packed linear depend on, or None if it has humming's own."""
     qweight = parts["qweight"]
     if qweight.device.type != "cuda":
         return None
     processors = torch.cuda.get_device_properties(qweight.device).multi_processor_count
-    may_split = not torch.are_deterministic_algorithms_enabled()
-    product = Product(qweight.shape[0] * 32 // bits, qweight.shape[1], processors, may_split)
+    inputs, outputs = qweight.shape[0] * 32 // bits, qweight.shape[1]
+    product = Product(inputs, outputs, processors, tiles_may_split())
     capability = torch.cuda.get_device_capability(qweight.device)
     return product if has_tiles(capability, bits, product) else None
+
+
+def tiles_may_split() -> bool:
+    """Whether torch is not asked for deterministic algorithms."""
+    return not torch.are_deterministic_algorithms_enabled()
 
 
 def _humming_layer(parts: Parts, bits: int, group_size: int, dtype: torch.dtype) -> Any:
@@ -185,7 +187,7 @@ def _without_overhead(layer: Any, product: Product | None, gate: bool) -> Decode
 
     own = get_heuristics_config(
         layer.humming_config,
-        use_batch_invariant=torch.are_deterministic_algorithms_enabled(),
+        use_batch_invariant=not tiles_may_split(),
         device=layer.weight.device,
     )
     ranges = [Range(*each) for each in own]

@@ -213,14 +213,13 @@ def _describe(error: ValidationError, schema: type[BaseModel]) -> str:
             }
             message = f"unknown key; it belongs in {moved[location[-1]]}"
     else:
+        tag = first.get("ctx", {}).get("tag")
         messages = {
             "missing": "is missing; add it",
             "union_tag_not_found": "lacks the key method; give autoround, gptq or rtn",
-            "union_tag_invalid": "method must be autoround, gptq or rtn",
+            "union_tag_invalid": f"method must be autoround, gptq or rtn (it is {quote(tag)})",
         }
         message = messages.get(first["type"], first["msg"].removeprefix("Value error, "))
-        if first["type"] == "union_tag_invalid":
-            message += f" (it is {quote(first['ctx']['tag'])})"
         if first["type"] not in messages and not isinstance(first["input"], dict):
             message += f" (it is {quote(first['input'])})"
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""

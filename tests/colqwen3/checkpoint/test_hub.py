@@ -48,6 +48,32 @@ def test_what_is_neither_folder_nor_hub_id_is_refused(hub: Path, source: str) ->
     assert said == f"{source}: no such folder; give a model folder or a Hub id (owner/name)"
 
 
+@pytest.mark.parametrize(
+    ("source", "near"),
+    [
+        ("models/demo-w4", "models/demo-w4g"),  # might be a Hub id
+        ("./models/demo_w4g", "models/demo-w4g"),
+        ("model/demo-w4g", "models/demo-w4g"),
+        ("model/demo-w4", None),
+        ("models/other", None),
+        ("models/demo-w4g/a", None),
+        ("demo-file", None),
+    ],
+)
+def test_a_similar_folder_is_named(
+    source: str, near: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "models/demo-w4g").mkdir(parents=True)
+    (tmp_path / "demo-files").write_text("no folder")
+    said = refusal(find_model, source, None)
+    assert said.startswith(
+        f"{source}: no such folder" + (f" (did you mean {near}?)" if near else "")
+    )
+    assert near or "did you mean" not in said
+
+
 def test_a_folder_has_no_revisions(folder: Path) -> None:
     said = refusal(find_model, str(folder), "6" * 40)
     assert said.startswith(f"{folder}: is a folder, and only a Hub id has revisions; leave")
