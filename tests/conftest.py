@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def no_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+def nothing_stays_deterministic() -> Iterator[None]:
+    """Take back what a test has asked torch for; other tests compare or count what is compiled."""
+    yield
+    if "torch" in sys.modules:
+        sys.modules["torch"].use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def no_arguments(nothing_stays_deterministic: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep the arguments of pytest from a `main()` that a test calls."""
     monkeypatch.setattr(sys, "argv", ["test"])
 

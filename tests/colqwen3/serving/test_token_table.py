@@ -40,7 +40,6 @@ def on_a_card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[Any, lis
     """A machine whose card is measured as `TABLE` says, with an empty cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
-    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)
     monkeypatch.setattr(token_table, "SIZES", SIZES)
     monkeypatch.setattr("importlib.metadata.version", lambda name: "1.0")
     measured: list[int] = []
