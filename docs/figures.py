@@ -2268,20 +2268,22 @@ def int8_table() -> str:
 @figure
 def int8_from() -> str:
     """Return from how many tokens on 4 bits with int8 were faster than the original in 16 bits."""
-    return _int8_wins_from("original")
+    return f"{_int8_wins_from('original'):,}"
 
 
 @figure
 def int8_used_from() -> str:
-    """Return from how many tokens on int8 was faster than 16-bit activations on 4-bit weights."""
-    return _int8_wins_from("quantized")
+    """Return from how many tokens on int8 is used: beyond the size before, see `int8_is_faster`."""
+    sizes = read("metrics/size/token-tables-h100.json")["quantized"]["tokens"]
+    return f"{sizes[sizes.index(_int8_wins_from('quantized')) - 1] + 1:,}"
 
 
-def _int8_wins_from(other: str) -> str:
+def _int8_wins_from(other: str) -> int:
+    """Return the size from which int8 on 4-bit weights was faster than 16-bit activations."""
     tables = read("metrics/size/token-tables-h100.json")
     quantized = tables["quantized"]
     rows = zip(quantized["tokens"], tables[other]["bfloat16"], quantized["int8"], strict=True)
-    return f"{next(tokens for tokens, plain, int8 in rows if int8 < plain):,}"
+    return next(int(tokens) for tokens, plain, int8 in rows if int8 < plain)
 
 
 @figure

@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from colqwen3.serving.fused import run_length
+from colqwen3.serving.gate_features import run_length
 
 EARLY_FROM = (9, 0)
 """Capability of the GPUs that can start a kernel while the last one is finishing."""
@@ -170,7 +170,7 @@ def _run_norm(
 
 
 def gate(gate_up: torch.Tensor) -> torch.Tensor:
-    """Do as `fused.gate` on [tokens, features]."""
+    """Do as `fused.gate` on [tokens, 2 x features]."""
     assert gate_up.is_contiguous()
     tokens, width = len(gate_up), gate_up.shape[1] // 2
     out, early = gate_up.new_empty(tokens, width), starts_early(gate_up.device)

@@ -8,12 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional
 
+from colqwen3.serving.gate_features import run_length
 from colqwen3.serving.int8 import Int8Tokens, quantize_tokens, rotate
 
 Operation = Callable[..., Any]
-
-RUN = 8
-"""Features of a gate, and then of what it multiplies, that alternate: see `gate`."""
 
 
 class Operations(NamedTuple):
@@ -123,31 +121,13 @@ def rotate_vision(
     return q, k
 
 
-def run_length(width: int) -> int:
-    """Return how many features alternate where there are `width` of each kind."""
-    return min(RUN, width & -width)  # the largest power of two that divides it
-
-
-def alternating(width: int) -> torch.Tensor:
-    """Return the order of features that `gate` takes.
-
-    Returns
-    -------
-    torch.Tensor
-        Integers [2 x width], counted with all of the gate first, and then all that it multiplies.
-    """
-    return torch.arange(2 * width).view(2, -1, run_length(width)).transpose(0, 1).flatten()
-
-
 def gate(gate_up: torch.Tensor) -> torch.Tensor:
-    """Return SiLU of some features times others; the two alternate by `RUN`.
-
-    So a product that gives both has what belongs together in one thread, see `humming_gate`.
+    """Return SiLU of some features times others.
 
     Parameters
     ----------
     gate_up
-        [tokens, 2 x features]: `RUN` of the gate, `RUN` that they multiply, and so on.
+        [tokens, 2 x features], in the order of `gate_features.alternate`.
 
     Returns
     -------

@@ -24,13 +24,14 @@ NARROW, WIDE, DEPTH = 128, 256, 64
 OWN_UP_TO = 16
 """Tokens up to which humming's own tiles are taken: others were not faster."""
 ESTIMATED_UP_TO = 8192
-"""Tokens beyond which all tiles are `LARGEST`; those that may not be split are humming's own there."""
+"""Tokens beyond which tiles are `LARGEST`, or those that may not be split humming's own, and where a
+gate is part of a product the same as for so many."""
 WAVES_FROM = 256
 """Tokens beyond which tiles are chosen by what `_cost` estimates, and a gate is part of a product."""
 WHOLE_TILE_TOKENS = tuple(range(88, 185, 8))
 """Tokens of a wide tile that may not be split, with a gate or for more than `LARGE_FROM` tokens."""
 WIDE_TILE_TOKENS: tuple[int, ...] = (88, 104, 120, 128, 144, 152, 168, 184)
-"""Tokens of a wide tile, to choose from."""
+"""Tokens of a wide tile up to `LARGE_FROM` tokens, to choose from."""
 LARGE_FROM, LARGE_TILE_TOKENS = 2048, (160, 176, 192)
 """Tokens beyond which wide tiles are larger, and their tokens."""
 LARGEST = 192
@@ -111,13 +112,19 @@ def _merge(
     return tuple(ranges)
 
 
-def trial_tokens(product: Product) -> list[int]:
-    """Return numbers of tokens, one for each tile, that leave its last one along the tokens ragged."""
+def trial_tokens(product: Product, gate: bool) -> list[int]:
+    """Return numbers of tokens, one for each tile, that leave its last one along the tokens ragged.
+
+    With a `gate` these are the tiles of a product that has it at its end.
+    """
     tokens: dict[str, int] = {}
-    plain = _merge(product, OWN_UP_TO, ESTIMATED_UP_TO, choose_tile)
-    gated = _merge(product, WAVES_FROM, ESTIMATED_UP_TO, choose_gated_tile)
-    largest = Range(ESTIMATED_UP_TO, ESTIMATED_UP_TO + 8, _tile(LARGEST, WIDE))
-    for beyond, up_to, options in (*plain, *gated, largest):
+    last = WAVES_FROM if gate else ESTIMATED_UP_TO
+    ranges = [*_merge(product, OWN_UP_TO, last, choose_tile)]
+    if gate:
+        ranges += _merge(product, WAVES_FROM, ESTIMATED_UP_TO, choose_gated_tile)
+    elif product.may_split:
+        ranges += [Range(ESTIMATED_UP_TO, ESTIMATED_UP_TO + 8, _tile(LARGEST, WIDE))]
+    for beyond, up_to, options in ranges:
         tokens.setdefault(str(options), max(beyond + 1, up_to - 3))
     return list(tokens.values())
 

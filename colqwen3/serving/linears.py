@@ -15,6 +15,7 @@ from torch.nn import functional
 from colqwen3.checkpoint.packing import dense_weight, dequantize, unpack
 from colqwen3.model.modeling_colqwen3 import dequantize_rows
 from colqwen3.serving.fused import gate as apply_gate
+from colqwen3.serving.gate_features import alternate
 from colqwen3.serving.humming_tiles import (
     WAVES_FROM,
     Product,
@@ -72,16 +73,12 @@ def dense(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
     return lambda x: functional.linear(x, weight, bias)
 
 
-def side_by_side(
-    linears: Sequence[DecoderLinear], order: Callable[[int], torch.Tensor] | None = None
-) -> DecoderLinear:
-    """Return linears of one input as one, outputs in a row, or in the order for half as many."""
+def side_by_side(linears: Sequence[DecoderLinear], gate: bool = False) -> DecoderLinear:
+    """Return linears of one input as one, outputs in a row, or those of a `gate` as it takes them."""
 
     def call(x: Any) -> torch.Tensor:
         outputs = torch.cat([linear(x) for linear in linears], -1)
-        if order is None:
-            return outputs
-        return outputs[:, order(outputs.shape[1] // 2).to(outputs.device)]
+        return alternate(outputs) if gate else outputs
 
     return call
 
@@ -177,8 +174,8 @@ def _humming_layer(parts: Parts, bits: int, group_size: int, dtype: torch.dtype)
 def _without_overhead(layer: Any, product: Product | None, gate: bool) -> DecoderLinear:
     """Return what a humming layer computes, its configuration written out once.
 
-    Its tiles are those of `product`, if it is given. Each kernel starts while the previous one is
-    finishing.
+    Its tiles are those of `product`, if it is given; a `gate` is part of it as `humming` says. Each
+    kernel starts while the previous one is finishing.
     """
     from humming.kernel.humming import HummingKernel
     from humming.tune import get_heuristics_config
@@ -208,10 +205,10 @@ def _launched(layer: Any, kernel: Any, config: str, ranges: Sequence[Range]) -> 
     from humming.ops import launch_kernel
 
     tuning = [[beyond, up_to, {**options, "use_pdl": True}] for beyond, up_to, options in ranges]
-    made = functools.cache(
-        lambda: kernel.prepare_kernels(config, None, json.dumps(tuning), layer.weight.device)
-    )
     weight, scale, locks = layer.weight.data, layer.weight_scale.data, layer.locks
+    made = functools.cache(
+        lambda: kernel.prepare_kernels(config, None, json.dumps(tuning), weight.device)
+    )
 
     def call(x: torch.Tensor) -> torch.Tensor:
         outputs: torch.Tensor = launch_kernel(
@@ -358,7 +355,7 @@ def choose_kernel(
             logger.log(level, message, problem, what)
         try:
             linear = build(name, parts, bits, group_size, dtype, gate)
-            whole, local = kernel_errors(linear, parts, bits, dtype)
+            whole, local = kernel_errors(linear, parts, bits, dtype, gate)
             if whole < MAXIMUM_ERROR and local < MAXIMUM_LOCAL_ERROR:  # NaN is not
                 if gpu:
                     return name
@@ -387,9 +384,11 @@ def _cpu_seconds(linear: Linear, inputs: int, dtype: torch.dtype) -> float:
 
 @torch.inference_mode()
 def kernel_errors(
-    linear: DecoderLinear, parts: Parts, bits: int, dtype: torch.dtype
+    linear: DecoderLinear, parts: Parts, bits: int, dtype: torch.dtype, gate: bool = False
 ) -> tuple[float, float]:
     """Return how far a linear is from the dequantized weight, relative, on random inputs.
+
+    Its outputs may be `Gated` where a `gate` follows.
 
     Returns
     -------
@@ -402,7 +401,7 @@ def kernel_errors(
     product = humming_product(parts, bits)
     tried = [*TRIED_TOKENS, *(GPU_TRIED_TOKENS if weight.is_cuda else ())]
     errors = []
-    for tokens in [*tried, *(trial_tokens(product) if product else ())]:
+    for tokens in [*tried, *(trial_tokens(product, gate) if product else ())]:
         x = torch.randn(tokens, weight.shape[1], generator=generator, device=weight.device)
         actual, expected = linear(x.to(dtype)), x.to(dtype).float() @ weight.T
         if isinstance(actual, Gated):

@@ -35,7 +35,7 @@ WARMUP, REPLAYS = 3, 7
 TRIED_TOKENS = (65, 300, 1291)
 CODE = (
     "int8.cu", "int8_kernels.py", "linears.py", "humming_tiles.py", "humming_gate.py",
-    "humming_gate.cu", "fused.py", "early_kernels.py", "token_table.py",
+    "humming_gate.cu", "gate_features.py", "fused.py", "early_kernels.py", "token_table.py",
 )  # fmt: skip
 LIBRARIES = ("torch", "triton", "humming-kernels")
 
@@ -181,9 +181,9 @@ def _work(
     change: torch.Tensor,
     mixed: torch.Tensor,
 ) -> Callable[[], list[Any]]:
-    """Return what computes all that a layer does but attention; it gives the linears' outputs."""
+    """Return what computes all that a layer does but attention; it gives what its linears do."""
 
-    def work() -> list[torch.Tensor]:
+    def work() -> list[Any]:
         _, h = operations.add_rms_norm(x, change, layer.input_norm, decoder.eps)
         qkv = layer.qkv(h)
         o = layer.o(operations.attended(mixed))

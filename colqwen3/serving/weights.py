@@ -19,7 +19,7 @@ from colqwen3.checkpoint.quantization import (
 from colqwen3.checkpoint.tensor_file import read_tensor
 from colqwen3.model.configuration_colqwen3 import ColQwen3Config
 from colqwen3.serving.decoder import Decoder, DecoderLayer
-from colqwen3.serving.fused import alternating
+from colqwen3.serving.gate_features import alternating
 from colqwen3.serving.int8 import quantize_weight, rotate
 from colqwen3.serving.linears import (
     BYTE,
@@ -81,7 +81,7 @@ class Weights:
         self._stored = Checkpoint.read(folder).tensors
         self._embeddings_bits = embeddings_bits(config, self._stored)
         self._int8 = int8
-        self._kernels: dict[tuple[int, torch.Size], str] = {}  # bits and size -> name
+        self._kernels: dict[tuple[int, torch.Size, bool], str] = {}  # bits, size, gate -> name
         if self.quantization is not None:
             check_bits(self.quantization, self._stored)
 
@@ -101,7 +101,7 @@ class Weights:
 
     def _kernel(self, bits: int, parts: Parts, gate: bool) -> str:
         """Return the kernel for linears of such bits and size, tried with the linear `parts`."""
-        key = bits, parts["qweight"].shape
+        key = bits, parts["qweight"].shape, gate
         if key not in self._kernels:
             self._kernels[key] = choose_kernel(parts, bits, self._group_size, self._dtype, gate)
         return self._kernels[key]
@@ -165,7 +165,7 @@ class Weights:
         widths = {self._bits(name) for name in names}
         if len(widths) > 1:  # no recipe makes this, another program may
             linears = [self.merged(name, rotated=rotated) for name in names]
-            return side_by_side(linears, alternating if gate else None)
+            return side_by_side(linears, gate)
         (bits,), parts = widths, self._packed(names)
         if gate:
             order = alternating(parts["scales"].shape[1] // 2)

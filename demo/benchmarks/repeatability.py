@@ -3,7 +3,8 @@
     python -m demo.benchmarks.repeatability --model DIR --weights WORDS --out FILE.json
 
 The runtime is loaded as it serves by default and with deterministic algorithms. Both embed the same
-queries and pages again and again, the first time before anything is recorded, and are timed in turns.
+queries and pages again and again, and are timed in turns. Queries are recorded before they first run,
+a few pages at their second, many never.
 """
 
 import argparse

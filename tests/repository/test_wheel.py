@@ -40,8 +40,9 @@ ALONE = (
     Path("colqwen3/search/page.py"),
     Path("colqwen3/vllm_plugin/model.py"),
     Path("colqwen3/serving/int8_kernels.py"),
+    Path("colqwen3/serving/humming_gate.py"),
 )
-"""Streamlit runs the first, vLLM imports the second, and the library the third where it is used."""
+"""Streamlit runs the first, vLLM imports the second, and the library the others where they are used."""
 WITH_TORCH = {"triton"}
 """What torch's CUDA builds bring along; used only on a GPU."""
 
@@ -151,7 +152,8 @@ def test_the_wheel_holds_the_library_alone(wheel: Path) -> None:
         names = set(archive.namelist())
     info = {name for name in names if ".dist-info/" in name.split("/", 1)[0] + "/"}
     sources = {str(path) for path in Path("colqwen3").rglob("*.py")}
-    assert names - info == sources | {"colqwen3/py.typed", "colqwen3/serving/int8.cu"}
+    kernels = {f"colqwen3/serving/{name}.cu" for name in ("int8", "humming_gate")}
+    assert names - info == sources | kernels | {"colqwen3/py.typed"}
     assert any(name.endswith("LICENSE") for name in info)
     assert {name.split("/", 1)[0] for name in info} == {
         f"colqwen3_autoround-{PROJECT['version']}.dist-info"

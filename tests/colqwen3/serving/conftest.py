@@ -20,11 +20,14 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return rounded(MODEL, tmp_path_factory.mktemp("quantized"), *linears)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def few_of_hummings_own_tiles() -> Iterator[None]:
-    """Have humming's own tiles of some numbers of tokens only: it compiles each for seconds."""
+@pytest.fixture(scope="package", autouse=True)
+def hummings_own_tiles() -> Iterator[Any]:
+    """Have humming's own tiles of some numbers of tokens only: it compiles each for seconds.
+
+    Gives what returns all of them; None without humming.
+    """
     if find_spec("humming") is None:
-        yield
+        yield None
         return
     from humming import tune
 
@@ -37,4 +40,4 @@ def few_of_hummings_own_tiles() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tune, "get_heuristics_config", few)
-        yield
+        yield right

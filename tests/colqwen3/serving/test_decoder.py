@@ -1,5 +1,6 @@
 """The decoder against transformers' text model."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,8 +8,9 @@ import torch
 
 from colqwen3.model import ColQwen3, ColQwen3Config
 from colqwen3.model.loading import load_model
-from colqwen3.serving.decoder import Decoder
+from colqwen3.serving.decoder import Decoder, DecoderLayer
 from colqwen3.serving.fused import PLAIN
+from colqwen3.serving.linears import Gated
 from colqwen3.serving.weights import Weights, build_decoder
 from colqwen3.system.files import read_json
 
@@ -75,6 +77,15 @@ def test_deepstack_is_added_behind_its_layer(decoder: Decoder, model: ColQwen3) 
     actual = run(decoder, model, hidden, (visual, features))
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
     assert not torch.allclose(actual, run(decoder, model, hidden), atol=1e-2)
+
+
+def test_a_gate_within_a_product_is_not_computed_again(decoder: Decoder, model: ColQwen3) -> None:
+    def within(layer: DecoderLayer) -> DecoderLayer:
+        return replace(layer, gate_up=lambda h: Gated(PLAIN.gate(layer.gate_up(h))))
+
+    hidden = states(2, 9)
+    actual = run(replace(decoder, layers=[*map(within, decoder.layers)]), model, hidden)
+    assert torch.equal(actual, run(decoder, model, hidden))
 
 
 def test_the_short_kernel_is_for_short_sequences(decoder: Decoder, model: ColQwen3) -> None:

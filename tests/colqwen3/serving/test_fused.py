@@ -70,24 +70,6 @@ def test_gate_is_silu_of_some_features_times_others() -> None:
     torch.testing.assert_close(actual, expected)
 
 
-@pytest.mark.parametrize(
-    ("width", "expected"),
-    [
-        (16, [*range(8), *range(16, 24), *range(8, 16), *range(24, 32)]),
-        (3, [0, 3, 1, 4, 2, 5]),
-        (4, [0, 1, 2, 3, 4, 5, 6, 7]),
-        (6, [0, 1, 6, 7, 2, 3, 8, 9, 4, 5, 10, 11]),
-    ],
-)
-def test_features_of_a_gate_alternate(width: int, expected: list[int]) -> None:
-    order = fused.alternating(width)
-    assert order.tolist() == expected
-    in_a_row = torch.randn(3, 2 * width)
-    first, second = in_a_row.chunk(2, -1)
-    actual = fused.gate(in_a_row[:, order])
-    torch.testing.assert_close(actual, torch.nn.functional.silu(first) * second)
-
-
 def test_a_cpu_compiles_nothing() -> None:
     assert fused.choose_operations(torch.device("cpu")) is fused.PLAIN
 

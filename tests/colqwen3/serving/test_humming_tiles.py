@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+import torch
 
 from colqwen3.serving.humming_tiles import (
     Product,
@@ -48,6 +49,28 @@ def test_ranges_follow_each_other_without_a_gap() -> None:
     assert [left.up_to for left in whole[:-1]] == [right.beyond for right in whole[1:]]
 
 
+@pytest.mark.parametrize("may_split", [False, True])
+def test_hummings_own_ranges_are_replaced_without_a_gap(
+    may_split: bool, hummings_own_tiles: Any
+) -> None:
+    if hummings_own_tiles is None or not torch.cuda.is_available():
+        pytest.skip("needs humming and a GPU")
+    from humming.config import LayerConfig
+
+    for product in (QKV, OUT, GATE_UP, DOWN):
+        config = LayerConfig(
+            shape_n=product.outputs, shape_k=product.inputs, weight_scale_group_size=128,
+            b_dtype="uint4", a_dtype="bfloat16", c_dtype="bfloat16", bs_dtype="bfloat16",
+        )  # fmt: skip
+        own = hummings_own_tiles(config, use_batch_invariant=not may_split, device=0)
+        assert len(own) > 5
+        ranges = replace_tiles(
+            [Range(*each) for each in own], product._replace(may_split=may_split)
+        )
+        assert (ranges[0].beyond, ranges[-1].up_to) == (0, own[-1][1])
+        assert [left.up_to for left in ranges[:-1]] == [right.beyond for right in ranges[1:]]
+
+
 def test_a_product_with_a_gate_has_whole_wide_tiles() -> None:
     ranges = gated_ranges(GATE_UP, 1 << 30)
     assert (ranges[0].beyond, ranges[-1].up_to) == (0, 1 << 30)  # humming asks for one token's
@@ -86,19 +109,27 @@ def test_tiles_that_may_not_be_split_are_not() -> None:
                 assert chosen == allowed | {"use_stream_k": False}
 
 
-def test_each_tile_is_tried_and_its_last_one_is_ragged() -> None:
+@pytest.mark.parametrize("gate", [False, True])
+def test_each_tile_is_tried_and_its_last_one_is_ragged(gate: bool) -> None:
     products = QKV, OUT, GATE_UP, DOWN
     for product in (*products, *(each._replace(may_split=False) for each in products)):
-        tried = trial_tokens(product)
-        assert all(16 < tokens <= 8197 and tokens % 8 for tokens in tried)
-        used = {str(choose_tile(product, tokens)) for tokens in range(24, 8193, 8)}
-        used |= {str(choose_gated_tile(product, tokens)) for tokens in range(264, 8193, 8)}
-        used |= {str(replace_tiles(OWN, product._replace(may_split=True))[-1].options)}
-        rounded_up = [-(-tokens // 8) * 8 for tokens in tried]
-        reached = {str(choose_tile(product, tokens)) for tokens in rounded_up}
-        reached |= {str(choose_gated_tile(product, t)) for t in rounded_up if 256 < t <= 8192}
-        assert reached >= used - {str(replace_tiles(OWN, QKV)[-1].options)}
+        tried = trial_tokens(product, gate)
+        ranges = replace_tiles(OWN, product)
+        if gate:
+            first, *more = gated_ranges(product, 1 << 30)
+            few = [each for each in ranges if each.beyond < 256]
+            ranges = [*few, first._replace(beyond=256), *more]
+        ranges = [each for each in ranges if each.up_to > 16 and each not in OWN]
+        used = {
+            str(tile) for _, up_to, tile in ranges if product.may_split or up_to <= 8192 or gate
+        }
+        found = [
+            [tile for beyond, up_to, tile in ranges if beyond < tokens <= up_to][-1]
+            for tokens in tried
+        ]
+        assert {str(tile) for tile in found} == used
         assert len(tried) == len(used)
+        assert all(16 < tokens <= 8197 and tokens % 8 for tokens in tried)
 
 
 # tile, programs on a multiprocessor, stages, and whether it is split: the fastest in turns on an

@@ -1,7 +1,10 @@
 """Which kernel serves a packed linear: the one that is there, right, and the faster one."""
 
+import importlib
 import importlib.machinery
+import json
 import logging
+import sys
 import time
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -261,6 +264,79 @@ def test_only_hummings_kernel_is_told_of_a_gate(monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setitem(linears.KERNELS, name, builder)
         linears.build(name, parts(), 4, 32, F32, gate=True)
     assert told == {name: {} for name in linears.KERNELS} | {"humming": {"gate": True}}
+
+
+@pytest.fixture
+def fake_humming(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Stand in for humming's modules; returns what kernels were prepared of."""
+    prepared: list[Any] = []
+
+    class HummingKernel:
+        code = ""
+
+        @classmethod
+        def prepare_kernels(cls, config: str, _: None, tuning: str, device: Any) -> str:
+            prepared.append((cls.__name__, json.loads(config), json.loads(tuning)))
+            return cls.__name__
+
+        def prepare(self) -> None:
+            prepared.append(self.code)
+
+    tile = {"block_shape": [16, 128, 64]}
+    modules: dict[str, dict[str, Any]] = {
+        "humming": {},
+        "humming.kernel": {},
+        "humming.kernel.humming": {"HummingKernel": HummingKernel},
+        "humming.ops": {"launch_kernel": lambda configs, inputs, **_: (configs, len(inputs))},
+        "humming.tune": {
+            "get_heuristics_config": lambda *_, **__: [(0, 64, tile), (64, 1 << 30, tile)]
+        },
+    }
+    for name, members in modules.items():
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(**members))
+    monkeypatch.setitem(sys.modules, GATE, None)
+    del sys.modules[GATE]
+    return prepared
+
+
+GATE = "colqwen3.serving.humming_gate"
+
+
+@pytest.mark.parametrize("gate", [False, True])
+def test_a_gate_is_within_the_product_of_many_tokens(gate: bool, fake_humming: list[Any]) -> None:
+    config = SimpleNamespace(to_str=lambda: json.dumps({"shape_n": 19456, "shape_k": 2560}))
+    tensors = {name: torch.nn.Parameter(torch.zeros(1)) for name in ("weight", "weight_scale")}
+    layer = SimpleNamespace(humming_config=config, locks=None, **tensors)
+    linear = linears._without_overhead(layer, Product(2560, 19456, 132), gate)
+    assert not fake_humming  # nothing is compiled before it is called
+    assert linear(torch.zeros(256, 1)) == ("HummingKernel", 256)
+    many = linear(torch.zeros(257, 1))
+    if gate:
+        assert many == linears.Gated(("GatedKernel", 257))  # type: ignore[arg-type]
+        (_, plain, few), (_, gated, ranges) = fake_humming
+        assert gated == {**plain, "pad_shape_n": 9728}  # half as many outputs
+        assert few[-1][1] == 256
+        assert not any(options["use_stream_k"] for _, _, options in ranges)
+    else:
+        assert many == ("HummingKernel", 257)
+        ((_, _, ranges),) = fake_humming
+    assert (ranges[0][0], ranges[-1][1]) == (0, 1 << 30)
+    assert all(options["use_pdl"] for _, _, options in ranges)
+    linear(torch.zeros(1, 1))
+    assert len(fake_humming) == 1 + gate
+
+
+def test_a_gated_kernel_is_hummings_with_another_end(fake_humming: list[Any]) -> None:
+    gate = importlib.import_module(GATE)
+    kernel = gate.GatedKernel()
+    kernel.code = f"constant {gate.COLUMNS};\n"
+    kernel.prepare()
+    (code,) = fake_humming
+    assert code.startswith(f"constant {gate.COLUMNS} / 2;\n")
+    assert "class EpilogueSmemWriter<KernelContext<Options...>" in code
+    kernel.code = "another version"
+    with pytest.raises(RuntimeError, match="another source"):
+        kernel.prepare()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="humming needs a GPU")

@@ -19,7 +19,8 @@ from colqwen3.embedding.batches import embed
 from colqwen3.inspection import inspect_folder
 from colqwen3.model.loading import load_model
 from colqwen3.serving import Runtime, int8, load_runtime
-from colqwen3.serving.fused import PLAIN, alternating, int8_operations
+from colqwen3.serving.fused import PLAIN, int8_operations
+from colqwen3.serving.gate_features import alternating
 from colqwen3.serving.runtime import Mode, page_positions
 from tests.helpers.golden import STEMS, golden_page
 from tests.helpers.rounded import rounded

@@ -1,6 +1,7 @@
 """Which activations are chosen for how many tokens."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,8 @@ import torch
 
 from colqwen3.serving import token_table
 from colqwen3.serving.fused import PLAIN, int8_operations
-from colqwen3.serving.int8 import quantize_tokens
+from colqwen3.serving.int8 import Int8Tokens, quantize_tokens
+from colqwen3.serving.linears import Gated
 from colqwen3.serving.load import load_runtime
 from colqwen3.serving.runtime import MAXIMUM_INT8_ERROR
 from colqwen3.serving.token_table import TokenTable, find_table, linears_apart
@@ -114,3 +116,22 @@ def test_linears_apart_are_seen() -> None:
     ):
         off = linears_apart(decoder, PLAIN, operations._replace(attended=broken))
         assert not off <= MAXIMUM_INT8_ERROR
+
+
+def test_a_gate_within_a_product_is_compared_too() -> None:
+    runtime = load_runtime(Path("tests/golden/model"), "cpu", torch.float32, activations="int8")
+    decoder, operations = runtime._decoder, int8_operations(PLAIN, runtime.device)
+    layer, worst = decoder.layers[0], []
+    for factor in (None, 1.0, 1.3):
+
+        def gate_up(x: Any, factor: float | None = factor) -> Any:
+            made = layer.gate_up(x)
+            if factor is None or isinstance(x, Int8Tokens):
+                return made
+            return Gated(factor * PLAIN.gate(made))
+
+        layers = [replace(layer, gate_up=gate_up), *decoder.layers[1:]]
+        worst.append(linears_apart(replace(decoder, layers=layers), PLAIN, operations))
+    assert worst[1] < MAXIMUM_INT8_ERROR
+    assert worst[1] == pytest.approx(worst[0], rel=0.5)
+    assert worst[2] > 0.2

@@ -8,9 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from colqwen3.serving import fused, weights
+from colqwen3.model.configuration_colqwen3 import ColQwen3Config
+from colqwen3.serving import fused, linears, weights
 from colqwen3.serving.linears import KERNELS, Parts
-from colqwen3.serving.weights import Weights
+from colqwen3.serving.weights import Weights, build_decoder
 from colqwen3.system.errors import UserError
 from colqwen3.system.files import read_json
 
@@ -43,6 +44,31 @@ def test_outputs_of_a_gate_alternate(
         monkeypatch.setattr(read, "_bits", lambda name: next(said, right(name)))
     expected = torch.nn.functional.silu(gate) * up
     torch.testing.assert_close(fused.gate(read.merged(*names, gate=True)(x)), expected)
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_a_kernel_is_told_that_a_gate_follows(
+    int8: bool, quantized: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[str, bool]] = []
+
+    def tell(name: str) -> Any:
+        def make(*_: Any) -> Any:
+            told.append((name, _[-1]))
+            return "humming" if name == "choose" else linears.dense(torch.ones(1, 1))
+
+        return make
+
+    monkeypatch.setattr(weights, "choose_kernel", tell("choose"))
+    monkeypatch.setattr(weights, "build", tell("build"))
+    monkeypatch.setattr(weights, "humming_or_int8", tell("either"))
+    monkeypatch.setattr(weights, "streams_int8", lambda *_: True)
+    config = read_json(quantized / "config.json", "fetch it")
+    build_decoder(Weights(quantized, CPU, F32, config, int8), ColQwen3Config.from_dict(config))
+    each = "either" if int8 else "build"
+    first = [("choose", False), (each, False)] * 2 + [("choose", True), (each, True)]
+    assert told[:7] == [*first, (each, False)]  # `down` has the size of `o` here
+    assert set(told[7:]) == {(each, False), (each, True)}
 
 
 def test_each_size_of_packed_linears_has_a_kernel_of_its_own(
