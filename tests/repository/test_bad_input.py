@@ -298,7 +298,7 @@ CASES = {
         config("model_type", "qwen3_vl"), INSPECT, "model/config.json", "only 'colqwen3'"
     ),
     "config of a quantized model": Case(
-        config("quantization_config", {}), INSPECT, "model/config.json", "give the 16-bit original"
+        config("quantization_config", {}), INSPECT, "model/config.json", "give its 16-bit original"
     ),
     "hidden size that no group size divides": Case(
         config("text_config.hidden_size", 100), INSPECT, "model/config.json", "not a multiple of 32"
