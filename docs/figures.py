@@ -2090,20 +2090,27 @@ def repeatability() -> str:
     return table(*rows)
 
 
+def by_tokens(counts: Iterable[str], rows: Mapping[str, Callable[[str], float]]) -> str:
+    """Return a table of whole microseconds: title of a row -> what gives them for a number of tokens."""
+    sizes = sorted(counts, key=int)
+    head = ("tokens", *(f"{int(count):,}" for count in sizes))
+    return table(
+        head,
+        *((title, *(f"{taken(n):,.0f}" for n in sizes)) for title, taken in rows.items()),
+    )
+
+
 @figure
 def gate_gpu() -> str:
     """Return microseconds of gate and up with the gate after or within their product."""
     tokens = read("metrics/size/gate-h100.json")["tokens"]
-    counts = sorted(tokens, key=int)
-    rows: list[tuple[str, ...]] = [("tokens", *(f"{int(count):,}" for count in counts))]
-    for kind, name in (
-        ("bfloat16", "bfloat16, then the gate"),
-        ("product", "4-bit product alone"),
-        ("after", "4-bit product, then the gate"),
-        ("within", "4-bit product with the gate"),
-    ):
-        rows.append((name, *(f"{tokens[count][kind]:,.0f}" for count in counts)))
-    return table(*rows)
+    rows: dict[str, Callable[[str], float]] = {
+        "bfloat16, then the gate": lambda count: tokens[count]["bfloat16"],
+        "4-bit product alone": lambda count: tokens[count]["product"],
+        "4-bit product, then the gate": lambda count: tokens[count]["after"],
+        "4-bit product with the gate": lambda count: tokens[count]["within"],
+    }
+    return by_tokens(tokens, rows)
 
 
 @figure
@@ -2111,22 +2118,25 @@ def tiles_large() -> str:
     """Return microseconds of the other three linears with humming's own tiles and the tiles used."""
     products = read("metrics/size/tiles-large-h100.json")["products"]
     sizes = {"qkv": (2560, 6144), "o": (4096, 2560), "down": (9728, 2560)}
-    counts = [count for count in sorted(products["o"], key=int) if int(count) > LARGE_FROM]
-    rows: list[tuple[str, ...]] = [("tokens", *(f"{int(count):,}" for count in counts))]
 
-    def used(name: str, count: str) -> float:
-        own = [Range(0, 1 << 30, {})]
-        ranges = replace_tiles(own, Product(*sizes[name], PROCESSORS))
+    def time_of(name: str, count: str, kind: str) -> float:
+        product = products[name][count]
+        if kind != "used":
+            return float(product[kind])
+        ranges = replace_tiles([Range(0, 1 << 30, {})], Product(*sizes[name], PROCESSORS))
         (tile,) = (r.options for r in ranges if r.beyond < int(count) <= r.up_to)
         split = "s" if tile["use_stream_k"] else ""
-        return float(products[name][count]["tiles"][f"{tile['block_shape'][0]}{split}"])
+        return float(product["tiles"][f"{tile['block_shape'][0]}{split}"])
 
-    for kind, title in (("bfloat16", "bfloat16"), ("own", "humming, its own tiles")):
-        sums = (sum(products[name][count][kind] for name in sizes) for count in counts)
-        rows.append((title, *(f"{total:,.0f}" for total in sums)))
-    sums = (sum(used(name, count) for name in sizes) for count in counts)
-    rows.append(("humming, the tiles used", *(f"{total:,.0f}" for total in sums)))
-    return table(*rows)
+    def sums(kind: str) -> Callable[[str], float]:
+        return lambda count: sum(time_of(name, count, kind) for name in sizes)
+
+    rows = {
+        "bfloat16": sums("bfloat16"),
+        "humming, its own tiles": sums("own"),
+        "humming, the tiles used": sums("used"),
+    }
+    return by_tokens([count for count in products["o"] if int(count) > LARGE_FROM], rows)
 
 
 @figure
@@ -2194,15 +2204,12 @@ def _tiles(tokens: str, kind: str) -> float:
 @figure
 def tiles_gpu() -> str:
     """Return microseconds of a layer's linears by humming with its own tiles, and with others."""
-    tokens = sorted(read("metrics/size/tiles-h100.json")["tokens"], key=int)
-    rows: list[tuple[str, ...]] = [("tokens", *(f"{int(count):,}" for count in tokens))]
-    for kind, name in (
-        ("bfloat16", "bfloat16"),
-        ("own", "humming, its own tiles"),
-        ("chosen", "humming, the tiles used"),
-    ):
-        rows.append((name, *(f"{_tiles(count, kind):,.0f}" for count in tokens)))
-    return table(*rows)
+    rows: dict[str, Callable[[str], float]] = {
+        "bfloat16": lambda count: _tiles(count, "bfloat16"),
+        "humming, its own tiles": lambda count: _tiles(count, "own"),
+        "humming, the tiles used": lambda count: _tiles(count, "chosen"),
+    }
+    return by_tokens(read("metrics/size/tiles-h100.json")["tokens"], rows)
 
 
 @figure

@@ -20,7 +20,7 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return rounded(MODEL, tmp_path_factory.mktemp("quantized"), *linears)
 
 
-@pytest.fixture(scope="package", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def hummings_own_tiles() -> Iterator[Any]:
     """Have humming's own tiles of some numbers of tokens only: it compiles each for seconds.
 
