@@ -27,7 +27,9 @@ ESTIMATED_UP_TO = 8192
 """Tokens beyond which tiles are `LARGEST`, or those that may not be split humming's own, and where a
 gate is part of a product the same as for so many."""
 WAVES_FROM = 256
-"""Tokens beyond which tiles are chosen by what `_cost` estimates, and a gate is part of a product."""
+"""Tokens beyond which tiles are chosen by what `_cost` estimates; with a gate they are whole."""
+SPLIT_SHARE = 3
+"""One of so many tiles may be split where a gate is part of a product: of split ones it costs more."""
 WHOLE_TILE_TOKENS = tuple(range(88, 185, 8))
 """Tokens of a wide tile that may not be split, with a gate or for more than `LARGE_FROM` tokens."""
 WIDE_TILE_TOKENS: tuple[int, ...] = (88, 104, 120, 128, 144, 152, 168, 184)
@@ -86,12 +88,42 @@ def replace_tiles(own: list[Range], product: Product) -> list[Range]:
     return [*small, *ranges, *large]
 
 
+@functools.cache
+def gate_beyond(product: Product) -> int:
+    """Return the tokens beyond which a gate is part of a product."""
+    for tokens in range(WAVES_FROM, OWN_UP_TO, -8):
+        options = choose_tile(product, tokens)
+        if split_tiles(product, tokens, options) * SPLIT_SHARE > _tiles(product, tokens, options):
+            return tokens
+    return OWN_UP_TO
+
+
+def _tiles(product: Product, tokens: int, options: Options) -> int:
+    rows, columns, _ = map(int, options["block_shape"])
+    return -(-tokens // rows) * (product.outputs // columns)
+
+
+def split_tiles(product: Product, tokens: int, options: Options) -> int:
+    """Return how many tiles humming takes for those that are split, or could be.
+
+    That is the last wave, and the one before it where the last has few.
+    """
+    if not options["use_stream_k"]:
+        return 0
+    tiles = _tiles(product, tokens, options)
+    programs = product.processors * int(options["num_ctas_per_sm"])
+    if tiles <= programs:
+        return tiles
+    last = tiles % programs
+    return last + programs if 0 < 10 * last <= programs else last
+
+
 def gated_ranges(product: Product, last: int) -> list[Range]:
     """Return the tiles of a product with a gate, for up to `last` tokens.
 
-    They are for more than `WAVES_FROM`, but humming asks for one token's too.
+    They are for more than `gate_beyond`, but humming asks for one token's too.
     """
-    ranges = list(_merge(product, WAVES_FROM, ESTIMATED_UP_TO, choose_gated_tile))
+    ranges = list(_merge(product, gate_beyond(product), ESTIMATED_UP_TO, choose_gated_tile))
     ranges[0] = ranges[0]._replace(beyond=0)
     ranges[-1] = ranges[-1]._replace(up_to=last)
     return ranges
@@ -112,20 +144,30 @@ def _merge(
     return tuple(ranges)
 
 
+def split_sums(product: Product) -> tuple[int, int]:
+    """Return how many tiles of a product with a gate are split at most, and the sums of a tile."""
+    tiles, sums = 0, 0
+    for tokens in range(gate_beyond(product) + 8, WAVES_FROM + 1, 8):
+        options = choose_gated_tile(product, tokens)
+        tiles = max(tiles, split_tiles(product, tokens, options))
+        sums = max(sums, math.prod(options["block_shape"][:2]))
+    return tiles, sums
+
+
 def trial_tokens(product: Product, gate: bool) -> list[int]:
     """Return numbers of tokens, one for each tile, that leave its last one along the tokens ragged.
 
     With a `gate` these are the tiles of a product that has it at its end.
     """
-    tokens: dict[str, int] = {}
-    last = WAVES_FROM if gate else ESTIMATED_UP_TO
+    tokens: dict[tuple[str, bool], int] = {}
+    last = gate_beyond(product) if gate else ESTIMATED_UP_TO
     ranges = [*_merge(product, OWN_UP_TO, last, choose_tile)]
     if gate:
-        ranges += _merge(product, WAVES_FROM, ESTIMATED_UP_TO, choose_gated_tile)
+        ranges += _merge(product, last, ESTIMATED_UP_TO, choose_gated_tile)
     elif product.may_split:
         ranges += [Range(ESTIMATED_UP_TO, ESTIMATED_UP_TO + 8, _tile(LARGEST, WIDE))]
     for beyond, up_to, options in ranges:
-        tokens.setdefault(str(options), max(beyond + 1, up_to - 3))
+        tokens.setdefault((str(options), beyond >= last), max(beyond + 1, up_to - 3))
     return list(tokens.values())
 
 
@@ -142,15 +184,19 @@ def choose_tile(product: Product, tokens: int) -> Options:
 
 
 def choose_gated_tile(product: Product, tokens: int) -> Options:
-    """Return the options of a product with a gate, of more than `WAVES_FROM` tokens."""
+    """Return the options of a product with a gate, of more than `gate_beyond` tokens."""
+    if tokens <= WAVES_FROM:
+        return choose_tile(product, tokens)
     each = min(WHOLE_TILE_TOKENS, key=lambda each: _cost(product, tokens, each, split=False))
     return _tile(each, WIDE, split=False)
 
 
 def _choose_narrow_tile(product: Product, tokens: int) -> Options:
-    if tokens > NARROW:
-        return _tile(_round_up(-(-tokens // 2)), NARROW, programs=2)
     each, columns = _round_up(tokens), product.outputs // NARROW
+    if tokens > NARROW:
+        if columns > product.processors and each <= LARGEST:
+            return _tile(each, WIDE)
+        return _tile(_round_up(-(-tokens // 2)), NARROW, programs=2)
     if 4 * columns > product.processors:  # fewer are split so often that one program each is faster
         third = columns > product.processors and each <= FEW_TOKENS
         return _tile(each, NARROW, programs=3 if third else 2)

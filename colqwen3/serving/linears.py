@@ -17,12 +17,13 @@ from colqwen3.model.modeling_colqwen3 import dequantize_rows
 from colqwen3.serving.fused import gate as apply_gate
 from colqwen3.serving.gate_features import alternate
 from colqwen3.serving.humming_tiles import (
-    WAVES_FROM,
     Product,
     Range,
+    gate_beyond,
     gated_ranges,
     has_tiles,
     replace_tiles,
+    split_sums,
     trial_tokens,
 )
 from colqwen3.serving.int8 import (
@@ -66,6 +67,23 @@ class Gated(NamedTuple):
     """
 
     values: torch.Tensor
+
+
+class GateSums:
+    """Where parts of split tiles are added up before a gate, for the layers of one model.
+
+    It is zero before and after each product; no two of them may run at a time.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[torch.device, torch.dtype, int], torch.Tensor] = {}
+
+    def zeros(self, count: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        """Return so many numbers, the same tensor each time."""
+        key = device, dtype, count
+        if key not in self._kept:
+            self._kept[key] = torch.zeros(count, device=device, dtype=dtype)
+        return self._kept[key]
 
 
 def dense(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
@@ -116,13 +134,13 @@ def humming(
     group_size: int,
     dtype: torch.dtype,
     own_tiles: bool = False,
-    gate: bool = False,
+    gate: GateSums | None = None,
 ) -> DecoderLinear:
     """Return a packed linear that the humming kernels compute; on the device of `parts`.
 
     The weights are copied into another layout, so `parts` can be freed. Tiles are those of
     `humming_tiles` where it has some, unless humming's own are wanted. With these, outputs of which a
-    `gate` is computed, as `fused.gate` takes them, are `Gated` for more than `WAVES_FROM` tokens.
+    `gate` is computed, as `fused.gate` takes them, are `Gated` for more tokens than `gate_beyond`.
 
     Raises
     ------
@@ -171,7 +189,7 @@ def _humming_layer(parts: Parts, bits: int, group_size: int, dtype: torch.dtype)
     return layer
 
 
-def _without_overhead(layer: Any, product: Product | None, gate: bool) -> DecoderLinear:
+def _without_overhead(layer: Any, product: Product | None, gate: GateSums | None) -> DecoderLinear:
     """Return what a humming layer computes, its configuration written out once.
 
     Its tiles are those of `product`, if it is given; a `gate` is part of it as `humming` says. Each
@@ -192,16 +210,22 @@ def _without_overhead(layer: Any, product: Product | None, gate: bool) -> Decode
     if product is None:
         return _launched(layer, HummingKernel, config, ranges)
     ranges = replace_tiles(ranges, product)
-    if not gate:
+    if gate is None:
         return _launched(layer, HummingKernel, config, ranges)
-    few = [each for each in ranges if each.beyond < WAVES_FROM]
+    beyond, (tiles, sums) = gate_beyond(product), split_sums(product)
+    few = [each for each in ranges if each.beyond < beyond]
     plain = _launched(layer, HummingKernel, config, few)
-    gated = _launched(layer, GatedKernel, gated_config(config), gated_ranges(product, last))
-    return lambda x: Gated(gated(x)) if len(x) > WAVES_FROM else plain(x)
+    kept = gate.zeros(tiles * sums, layer.weight.device, layer.weight_scale.dtype)
+    ranges, config = gated_ranges(product, last), gated_config(config)
+    gated = _launched(layer, GatedKernel, config, ranges, sorted_ids=kept, top_k=max(tiles, 1))
+    return lambda x: Gated(gated(x)) if len(x) > beyond else plain(x)
 
 
-def _launched(layer: Any, kernel: Any, config: str, ranges: Sequence[Range]) -> Linear:
-    """Return what starts kernels of humming for ranges of tokens; its first call compiles them."""
+def _launched(layer: Any, kernel: Any, config: str, ranges: Sequence[Range], **more: Any) -> Linear:
+    """Return what starts kernels of humming for ranges of tokens; its first call compiles them.
+
+    They are given what is `more`, too.
+    """
     from humming.ops import launch_kernel
 
     tuning = [[beyond, up_to, {**options, "use_pdl": True}] for beyond, up_to, options in ranges]
@@ -212,7 +236,12 @@ def _launched(layer: Any, kernel: Any, config: str, ranges: Sequence[Range]) -> 
 
     def call(x: torch.Tensor) -> torch.Tensor:
         outputs: torch.Tensor = launch_kernel(
-            configs=made(), inputs=x, weight=weight, weight_scale=scale, locks=locks
+            configs=made(),
+            inputs=x,
+            weight=weight,
+            weight_scale=scale,
+            locks=locks,
+            **more,
         )
         return outputs
 
@@ -220,7 +249,11 @@ def _launched(layer: Any, kernel: Any, config: str, ranges: Sequence[Range]) -> 
 
 
 def humming_or_int8(
-    parts: Parts, group_size: int, rotated: bool, own_tiles: bool = False, gate: bool = False
+    parts: Parts,
+    group_size: int,
+    rotated: bool,
+    own_tiles: bool = False,
+    gate: GateSums | None = None,
 ) -> DecoderLinear:
     """Return a 4-bit linear that humming computes on bfloat16 inputs, and int8 kernels on others.
 
@@ -322,7 +355,7 @@ KERNELS: dict[str, Callable[..., DecoderLinear]] = {
 
 
 def build(
-    name: str, parts: Parts, bits: int, group_size: int, dtype: torch.dtype, gate: bool
+    name: str, parts: Parts, bits: int, group_size: int, dtype: torch.dtype, gate: GateSums | None
 ) -> DecoderLinear:
     """Return the packed linear of a kernel; only humming's has use for whether a `gate` follows."""
     more = {"gate": gate} if name == "humming" else {}
@@ -330,7 +363,7 @@ def build(
 
 
 def choose_kernel(
-    parts: Parts, bits: int, group_size: int, dtype: torch.dtype, gate: bool = False
+    parts: Parts, bits: int, group_size: int, dtype: torch.dtype, gate: GateSums | None = None
 ) -> str:
     """Return the name of the kernel for packed linears, by a trial with the linear `parts`.
 
@@ -384,7 +417,7 @@ def _cpu_seconds(linear: Linear, inputs: int, dtype: torch.dtype) -> float:
 
 @torch.inference_mode()
 def kernel_errors(
-    linear: DecoderLinear, parts: Parts, bits: int, dtype: torch.dtype, gate: bool = False
+    linear: DecoderLinear, parts: Parts, bits: int, dtype: torch.dtype, gate: GateSums | None = None
 ) -> tuple[float, float]:
     """Return how far a linear is from the dequantized weight, relative, on random inputs.
 
@@ -401,7 +434,7 @@ def kernel_errors(
     product = humming_product(parts, bits)
     tried = [*TRIED_TOKENS, *(GPU_TRIED_TOKENS if weight.is_cuda else ())]
     errors = []
-    for tokens in [*tried, *(trial_tokens(product, gate) if product else ())]:
+    for tokens in [*tried, *(trial_tokens(product, gate is not None) if product else ())]:
         x = torch.randn(tokens, weight.shape[1], generator=generator, device=weight.device)
         actual, expected = linear(x.to(dtype)), x.to(dtype).float() @ weight.T
         if isinstance(actual, Gated):

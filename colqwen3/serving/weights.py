@@ -26,6 +26,7 @@ from colqwen3.serving.linears import (
     OWN_TILES,
     DecoderLinear,
     Embeddings,
+    GateSums,
     Linear,
     Parts,
     build,
@@ -82,6 +83,7 @@ class Weights:
         self._embeddings_bits = embeddings_bits(config, self._stored)
         self._int8 = int8
         self._kernels: dict[tuple[int, torch.Size, bool], str] = {}  # bits, size, gate -> name
+        self._gate_sums = GateSums()
         if self.quantization is not None:
             check_bits(self.quantization, self._stored)
 
@@ -99,9 +101,9 @@ class Weights:
         assert self.quantization is not None
         return linear_bits(self.quantization, linear)
 
-    def _kernel(self, bits: int, parts: Parts, gate: bool) -> str:
+    def _kernel(self, bits: int, parts: Parts, gate: GateSums | None) -> str:
         """Return the kernel for linears of such bits and size, tried with the linear `parts`."""
-        key = bits, parts["qweight"].shape, gate
+        key = bits, parts["qweight"].shape, gate is not None
         if key not in self._kernels:
             self._kernels[key] = choose_kernel(parts, bits, self._group_size, self._dtype, gate)
         return self._kernels[key]
@@ -170,12 +172,13 @@ class Weights:
         if gate:
             order = alternating(parts["scales"].shape[1] // 2)
             parts = reorder_outputs(parts, order.to(self._device), bits)
-        kernel = self._kernel(bits, parts, gate)
+        sums = self._gate_sums if gate else None
+        kernel = self._kernel(bits, parts, sums)
         inputs = parts["qweight"].shape[0] * 32 // bits
         on_humming = kernel in ("humming", OWN_TILES)
         if self._int8 and on_humming and streams_int8(bits, inputs, self._group_size):
-            return humming_or_int8(parts, self._group_size, rotated, kernel == OWN_TILES, gate)
-        linear = build(kernel, parts, bits, self._group_size, self._dtype, gate)
+            return humming_or_int8(parts, self._group_size, rotated, kernel == OWN_TILES, sums)
+        linear = build(kernel, parts, bits, self._group_size, self._dtype, sums)
         if self._int8:
             in_int8 = packed_in_int8(parts, bits, self._dtype, rotated)
             return with_int8_weight(linear, in_int8, self._dtype)

@@ -11,9 +11,12 @@ from colqwen3.serving.humming_tiles import (
     Range,
     choose_gated_tile,
     choose_tile,
+    gate_beyond,
     gated_ranges,
     has_tiles,
     replace_tiles,
+    split_sums,
+    split_tiles,
     trial_tokens,
 )
 
@@ -76,10 +79,33 @@ def test_a_product_with_a_gate_has_whole_wide_tiles() -> None:
     ranges = gated_ranges(GATE_UP, 1 << 30)
     assert (ranges[0].beyond, ranges[-1].up_to) == (0, 1 << 30)  # humming asks for one token's
     assert [left.up_to for left in ranges[:-1]] == [right.beyond for right in ranges[1:]]
-    for tokens in range(264, 8193, 8):
+    for tokens in range(200, 8193, 8):
         (found,) = [o for beyond, up_to, o in ranges if beyond < tokens <= up_to]
         assert found == choose_gated_tile(GATE_UP, tokens)
-        assert (found["block_shape"][1:], found["use_stream_k"]) == ([256, 64], False)
+        if tokens > 256:
+            assert (found["block_shape"][1:], found["use_stream_k"]) == ([256, 64], False)
+
+
+def test_a_gate_is_part_of_a_product_where_few_tiles_are_split() -> None:
+    assert gate_beyond(GATE_UP) == 192  # one of 76 tiles; beyond, 264 of 304 are a whole wave
+    assert gate_beyond(GATE_UP._replace(outputs=2 * 6144)) == 256  # 192 tiles: none is
+    assert gate_beyond(GATE_UP._replace(may_split=False)) == 16
+    assert split_sums(GATE_UP) == (40, 128 * 128)
+    assert split_sums(GATE_UP._replace(may_split=False))[0] == 0
+
+
+# of humming's scheduler: the last wave, with the one before it where it is a tenth of one at most
+@pytest.mark.parametrize(
+    ("outputs", "tokens", "expected"),
+    [(152 * 128, 208, 40), (140 * 128, 208, 280), (146 * 128, 208, 292 - 264), (66 * 128, 208, 132),
+     (132 * 128, 208, 264)],
+)  # fmt: skip
+def test_split_tiles(outputs: int, tokens: int, expected: int) -> None:
+    product = GATE_UP._replace(outputs=outputs)
+    options = choose_tile(product, tokens)
+    assert options["block_shape"][:2] == [104, 128]
+    assert split_tiles(product, tokens, options) == expected
+    assert split_tiles(product, tokens, options | {"use_stream_k": False}) == 0
 
 
 # by turns on an H100 the fastest of all, or within 1 %
@@ -118,8 +144,9 @@ def test_each_tile_is_tried_and_its_last_one_is_ragged(gate: bool) -> None:
         ranges = replace_tiles(OWN, product)
         if gate:
             first, *more = gated_ranges(product, 1 << 30)
-            few = [each for each in ranges if each.beyond < 256]
-            ranges = [*few, first._replace(beyond=256), *more]
+            last = gate_beyond(product)
+            few = [each for each in ranges if each.beyond < last]
+            ranges = [*few, first._replace(beyond=last), *more]
         ranges = [each for each in ranges if each.up_to > 16 and each not in OWN]
         used = {
             str(tile) for _, up_to, tile in ranges if product.may_split or up_to <= 8192 or gate
@@ -211,7 +238,7 @@ def test_whole_waves_are_not_split() -> None:
 def test_a_tile_fits_the_memory_and_registers_of_a_multiprocessor() -> None:
     for product in (QKV, OUT, GATE_UP, DOWN):
         plain = [choose_tile(product, tokens) for tokens in range(24, 8193, 8)]
-        gated = [choose_gated_tile(product, tokens) for tokens in range(264, 8193, 8)]
+        gated = [choose_gated_tile(product, tokens) for tokens in range(200, 8193, 8)]
         for chosen in (*plain, *gated):
             rows, columns, depth = chosen["block_shape"]
             stage = rows * depth * 2 + columns * depth // 2 + columns * 2

@@ -254,6 +254,7 @@ def test_a_gate_within_a_product_is_compared_with_one_after_it() -> None:
 
 def test_only_hummings_kernel_is_told_of_a_gate(monkeypatch: pytest.MonkeyPatch) -> None:
     told: dict[str, Any] = {}
+    sums = linears.GateSums()
 
     def make(name: str, more: dict[str, Any]) -> Linear:
         told[name] = more
@@ -262,8 +263,8 @@ def test_only_hummings_kernel_is_told_of_a_gate(monkeypatch: pytest.MonkeyPatch)
     for name in linears.KERNELS:
         builder = lambda *_, name=name, **more: make(name, more)  # noqa: E731
         monkeypatch.setitem(linears.KERNELS, name, builder)
-        linears.build(name, parts(), 4, 32, F32, gate=True)
-    assert told == {name: {} for name in linears.KERNELS} | {"humming": {"gate": True}}
+        linears.build(name, parts(), 4, 32, F32, gate=sums)
+    assert told == {name: {} for name in linears.KERNELS} | {"humming": {"gate": sums}}
 
 
 @pytest.fixture
@@ -282,12 +283,15 @@ def fake_humming(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         def prepare(self) -> None:
             prepared.append(self.code)
 
+    def launch(*, configs: str, inputs: torch.Tensor, **more: Any) -> tuple[str, int, Any]:
+        return configs, len(inputs), {key: more[key] for key in more if key in GATED_TAKES}
+
     tile = {"block_shape": [16, 128, 64]}
     modules: dict[str, dict[str, Any]] = {
         "humming": {},
         "humming.kernel": {},
         "humming.kernel.humming": {"HummingKernel": HummingKernel},
-        "humming.ops": {"launch_kernel": lambda configs, inputs, **_: (configs, len(inputs))},
+        "humming.ops": {"launch_kernel": launch},
         "humming.tune": {
             "get_heuristics_config": lambda *_, **__: [(0, 64, tile), (64, 1 << 30, tile)]
         },
@@ -300,25 +304,34 @@ def fake_humming(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 GATE = "colqwen3.serving.humming_gate"
+GATED_TAKES = "sorted_ids", "top_k"
 
 
 @pytest.mark.parametrize("gate", [False, True])
 def test_a_gate_is_within_the_product_of_many_tokens(gate: bool, fake_humming: list[Any]) -> None:
     config = SimpleNamespace(to_str=lambda: json.dumps({"shape_n": 19456, "shape_k": 2560}))
-    tensors = {name: torch.nn.Parameter(torch.zeros(1)) for name in ("weight", "weight_scale")}
-    layer = SimpleNamespace(humming_config=config, locks=None, **tensors)
-    linear = linears._without_overhead(layer, Product(2560, 19456, 132), gate)
+    scale = torch.nn.Parameter(torch.zeros(1, dtype=torch.bfloat16))
+    weight = torch.nn.Parameter(torch.zeros(1))
+    layer = SimpleNamespace(humming_config=config, locks=None, weight=weight, weight_scale=scale)
+    product, sums = Product(2560, 19456, 132), linears.GateSums() if gate else None
+    linear = linears._without_overhead(layer, product, sums)
     assert not fake_humming  # nothing is compiled before it is called
-    assert linear(torch.zeros(256, 1)) == ("HummingKernel", 256)
-    many = linear(torch.zeros(257, 1))
-    if gate:
-        assert many == linears.Gated(("GatedKernel", 257))  # type: ignore[arg-type]
+    assert linear(torch.zeros(192, 1)) == ("HummingKernel", 192, {})
+    many = linear(torch.zeros(193, 1))
+    if sums:
+        assert isinstance(many, linears.Gated)
+        name, tokens, more = many.values
+        assert (name, tokens, more["top_k"]) == ("GatedKernel", 193, 40)
+        assert more["sorted_ids"].shape == (40 * 128 * 128,)
+        assert more["sorted_ids"].dtype == torch.bfloat16
         (_, plain, few), (_, gated, ranges) = fake_humming
         assert gated == {**plain, "pad_shape_n": 9728}  # half as many outputs
-        assert few[-1][1] == 256
-        assert not any(options["use_stream_k"] for _, _, options in ranges)
+        assert few[-1][1] == 192
+        again = linears._without_overhead(layer, product, sums)(torch.zeros(193, 1))
+        assert again.values[2]["sorted_ids"] is more["sorted_ids"]  # of all layers
+        del fake_humming[2:]
     else:
-        assert many == ("HummingKernel", 257)
+        assert many == ("HummingKernel", 193, {})
         ((_, _, ranges),) = fake_humming
     assert (ranges[0][0], ranges[-1][1]) == (0, 1 << 30)
     assert all(options["use_pdl"] for _, _, options in ranges)
@@ -333,7 +346,7 @@ def test_a_gated_kernel_is_hummings_with_another_end(fake_humming: list[Any]) ->
     kernel.prepare()
     (code,) = fake_humming
     assert code.startswith(f"constant {gate.COLUMNS} / 2;\n")
-    assert "class EpilogueSmemWriter<KernelContext<Options...>" in code
+    assert "class EpiloguePipeline<KernelContext<Options...>" in code
     kernel.code = "another version"
     with pytest.raises(RuntimeError, match="another source"):
         kernel.prepare()
@@ -358,8 +371,9 @@ def test_humming_is_right_with_each_of_its_tiles(
     codes = torch.randint(-8, 8, (outputs, inputs), dtype=torch.int8, generator=generator)
     scales = torch.rand(outputs, inputs // group_size, generator=generator).half() + 0.1
     packed = {name: part.cuda() for name, part in pack(codes, scales, 4).items()}
-    linear = linears.humming(packed, 4, group_size, torch.bfloat16, gate=gate)
-    whole, local = kernel_errors(linear, packed, 4, torch.bfloat16)
+    sums = linears.GateSums() if gate else None
+    linear = linears.humming(packed, 4, group_size, torch.bfloat16, gate=sums)
+    whole, local = kernel_errors(linear, packed, 4, torch.bfloat16, sums)
     assert whole < 0.01
     assert local < 0.05
     if deterministic:
