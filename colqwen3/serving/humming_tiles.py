@@ -167,7 +167,7 @@ def trial_tokens(product: Product, gate: bool) -> list[int]:
     elif product.may_split:
         ranges += [Range(ESTIMATED_UP_TO, ESTIMATED_UP_TO + 8, _tile(LARGEST, WIDE))]
     for beyond, up_to, options in ranges:
-        tokens.setdefault((str(options), beyond >= last), max(beyond + 1, up_to - 3))
+        tokens.setdefault((str(options), gate and beyond >= last), max(beyond + 1, up_to - 3))
     return list(tokens.values())
 
 

@@ -141,21 +141,27 @@ def test_each_tile_is_tried_and_its_last_one_is_ragged(gate: bool) -> None:
     products = QKV, OUT, GATE_UP, DOWN
     for product in (*products, *(each._replace(may_split=False) for each in products)):
         tried = trial_tokens(product, gate)
-        ranges = replace_tiles(OWN, product)
+        ranges, last = replace_tiles(OWN, product), 1 << 30
         if gate:
             first, *more = gated_ranges(product, 1 << 30)
             last = gate_beyond(product)
             few = [each for each in ranges if each.beyond < last]
             ranges = [*few, first._replace(beyond=last), *more]
         ranges = [each for each in ranges if each.up_to > 16 and each not in OWN]
-        used = {
-            str(tile) for _, up_to, tile in ranges if product.may_split or up_to <= 8192 or gate
+        used = {  # with a gate at its end the same tile is another kernel
+            (str(tile), beyond >= last)
+            for beyond, up_to, tile in ranges
+            if product.may_split or up_to <= 8192 or gate
         }
         found = [
-            [tile for beyond, up_to, tile in ranges if beyond < tokens <= up_to][-1]
+            [
+                (str(tile), tokens > last)
+                for beyond, up_to, tile in ranges
+                if beyond < tokens <= up_to
+            ][-1]
             for tokens in tried
         ]
-        assert {str(tile) for tile in found} == used
+        assert set(found) == used
         assert len(tried) == len(used)
         assert all(16 < tokens <= 8197 and tokens % 8 for tokens in tried)
 
@@ -176,7 +182,9 @@ def test_each_tile_is_tried_and_its_last_one_is_ragged(gate: bool) -> None:
         (GATE_UP, 104, [104, 128, 64], 2, 4, True),
         (DOWN, 104, [104, 128, 64], 1, 6, True),
         (OUT, 128, [128, 128, 64], 1, 5, True),
-        (GATE_UP, 136, [72, 128, 64], 2, 4, True),
+        (DOWN, 136, [72, 128, 64], 2, 4, True),
+        (GATE_UP, 136, [136, 256, 64], 1, 4, True),
+        (GATE_UP, 192, [192, 256, 64], 1, 4, True),
         (GATE_UP, 208, [104, 128, 64], 2, 4, True),
         (OUT, 208, [104, 128, 64], 2, 4, True),
         (QKV, 256, [128, 128, 64], 2, 4, True),
