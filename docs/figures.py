@@ -2090,13 +2090,15 @@ def repeatability() -> str:
     return table(*rows)
 
 
-def by_tokens(counts: Iterable[str], rows: Mapping[str, Callable[[str], float]]) -> str:
-    """Return a table of whole microseconds: title of a row -> what gives them for a number of tokens."""
+def by_tokens(
+    counts: Iterable[str], rows: Mapping[str, Callable[[str], float]], digits: int = 0
+) -> str:
+    """Return a table of microseconds: title of a row -> what gives them for a number of tokens."""
     sizes = sorted(counts, key=int)
     head = ("tokens", *(f"{int(count):,}" for count in sizes))
     return table(
         head,
-        *((title, *(f"{taken(n):,.0f}" for n in sizes)) for title, taken in rows.items()),
+        *((title, *(f"{taken(n):,.{digits}f}" for n in sizes)) for title, taken in rows.items()),
     )
 
 
@@ -2111,6 +2113,31 @@ def gate_gpu() -> str:
         "4-bit product with the gate": lambda count: tokens[count]["within"],
     }
     return by_tokens(tokens, rows)
+
+
+@figure
+def gate_few() -> str:
+    """Return microseconds of gate, up and down for few tokens, the gate after or within its product."""
+    tokens = read("metrics/size/gate-few-h100.json")["chain"]
+    rows: dict[str, Callable[[str], float]] = {
+        "without the gate": lambda count: tokens[count]["none"],
+        "the gate after the product": lambda count: tokens[count]["after"],
+        "within, parts add up in one place": lambda count: tokens[count]["within"],
+        "within, each part has a place": lambda count: tokens[count]["slots"],
+    }
+    return by_tokens(tokens, rows, digits=1)
+
+
+@figure
+def wide_few() -> str:
+    """Return microseconds of gate and up with one wide tile of all tokens."""
+    tokens = read("metrics/size/gate-few-h100.json")["wide"]
+    rows: dict[str, Callable[[str], float]] = {
+        "bfloat16": lambda count: tokens[count]["bfloat16"],
+        "two tiles of half the tokens": lambda count: tokens[count]["before"],
+        "a wide one of all": lambda count: tokens[count]["wide"],
+    }
+    return by_tokens(tokens, rows, digits=1)
 
 
 @figure
