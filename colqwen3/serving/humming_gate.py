@@ -16,9 +16,10 @@ COLUMNS = "OUTPUT_TILE_COLUMNS = SharedStorageType::kOutputTileColumns"
 
 
 class GatedKernel(HummingKernel):  # type: ignore[misc]
-    """humming's kernel with the end of `humming_gate.cu`, for tiles that are not split.
+    """humming's kernel with the end of `humming_gate.cu`.
 
-    What it is started by takes the outputs that are missing for padding.
+    What it is started by takes the outputs that are missing for padding. Where tiles are split, it needs
+    memory for their sums, which that file says how to give.
     """
 
     _str2kernel_cache: ClassVar[dict[Any, Any]] = {}

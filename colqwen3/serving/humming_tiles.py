@@ -36,7 +36,7 @@ WIDE_TILE_TOKENS: tuple[int, ...] = (88, 104, 120, 128, 144, 152, 168, 184)
 """Tokens of a wide tile up to `LARGE_FROM` tokens, to choose from."""
 LARGE_FROM, LARGE_TILE_TOKENS = 2048, (160, 176, 192)
 """Tokens beyond which wide tiles are larger, and their tokens."""
-LARGEST = 192
+LARGEST = LARGE_TILE_TOKENS[-1]
 SPLIT_COST, TILE_COST = 16, 48
 """Of `_cost`: what agreed best with the times of products of 416 to 1,664 tokens, issued later."""
 FEW_TOKENS = 56
@@ -90,12 +90,15 @@ def replace_tiles(own: list[Range], product: Product) -> list[Range]:
 
 @functools.cache
 def gate_beyond(product: Product) -> int:
-    """Return the tokens beyond which a gate is part of a product."""
-    for tokens in range(WAVES_FROM, OWN_UP_TO, -8):
+    """Return the tokens beyond which a gate is part of a product, `LARGEST` or more.
+
+    For fewer tokens it was slower; tiles that may not be split were not timed.
+    """
+    for tokens in range(WAVES_FROM, LARGEST, -8):
         options = choose_tile(product, tokens)
         if split_tiles(product, tokens, options) * SPLIT_SHARE > _tiles(product, tokens, options):
             return tokens
-    return OWN_UP_TO
+    return LARGEST
 
 
 def _tiles(product: Product, tokens: int, options: Options) -> int:

@@ -89,7 +89,7 @@ def test_a_product_with_a_gate_has_whole_wide_tiles() -> None:
 def test_a_gate_is_part_of_a_product_where_few_tiles_are_split() -> None:
     assert gate_beyond(GATE_UP) == 192  # one of 76 tiles; beyond, 264 of 304 are a whole wave
     assert gate_beyond(GATE_UP._replace(outputs=2 * 6144)) == 256  # 192 tiles: none is
-    assert gate_beyond(GATE_UP._replace(may_split=False)) == 16
+    assert gate_beyond(GATE_UP._replace(may_split=False)) == 192
     assert split_sums(GATE_UP) == (40, 128 * 128)
     assert split_sums(GATE_UP._replace(may_split=False))[0] == 0
 
