@@ -2102,42 +2102,50 @@ def by_tokens(
     )
 
 
+def kinds_by_tokens(
+    times: Mapping[str, Mapping[str, float]], kinds: Mapping[str, str], digits: int = 0
+) -> str:
+    """Return a table of microseconds: title of a row -> its kind among those of a number of tokens."""
+
+    def of(kind: str) -> Callable[[str], float]:
+        return lambda count: times[count][kind]
+
+    return by_tokens(times, {title: of(kind) for title, kind in kinds.items()}, digits)
+
+
 @figure
 def gate_gpu() -> str:
     """Return microseconds of gate and up with the gate after or within their product."""
-    tokens = read("metrics/size/gate-h100.json")["tokens"]
-    rows: dict[str, Callable[[str], float]] = {
-        "bfloat16, then the gate": lambda count: tokens[count]["bfloat16"],
-        "4-bit product alone": lambda count: tokens[count]["product"],
-        "4-bit product, then the gate": lambda count: tokens[count]["after"],
-        "4-bit product with the gate": lambda count: tokens[count]["within"],
+    kinds = {
+        "bfloat16, then the gate": "bfloat16",
+        "4-bit product alone": "product",
+        "4-bit product, then the gate": "after",
+        "4-bit product with the gate": "within",
     }
-    return by_tokens(tokens, rows)
+    return kinds_by_tokens(read("metrics/size/gate-h100.json")["tokens"], kinds)
 
 
 @figure
 def gate_few() -> str:
     """Return microseconds of gate, up and down for few tokens, the gate after or within its product."""
-    tokens = read("metrics/size/gate-few-h100.json")["chain"]
-    rows: dict[str, Callable[[str], float]] = {
-        "without the gate": lambda count: tokens[count]["none"],
-        "the gate after the product": lambda count: tokens[count]["after"],
-        "within, parts add up in one place": lambda count: tokens[count]["within"],
-        "within, each part has a place": lambda count: tokens[count]["slots"],
+    kinds = {
+        "without the gate": "none",
+        "the gate after the product": "after",
+        "within, parts add up in one place": "within",
+        "within, each part has a place": "slots",
     }
-    return by_tokens(tokens, rows, digits=1)
+    return kinds_by_tokens(read("metrics/size/gate-few-h100.json")["chain"], kinds, digits=1)
 
 
 @figure
 def wide_few() -> str:
     """Return microseconds of gate and up with one wide tile of all tokens."""
-    tokens = read("metrics/size/gate-few-h100.json")["wide"]
-    rows: dict[str, Callable[[str], float]] = {
-        "bfloat16": lambda count: tokens[count]["bfloat16"],
-        "two tiles of half the tokens": lambda count: tokens[count]["before"],
-        "a wide one of all": lambda count: tokens[count]["wide"],
+    kinds = {
+        "bfloat16": "bfloat16",
+        "two tiles of half the tokens": "before",
+        "a wide one of all": "wide",
     }
-    return by_tokens(tokens, rows, digits=1)
+    return kinds_by_tokens(read("metrics/size/gate-few-h100.json")["wide"], kinds, digits=1)
 
 
 @figure
